@@ -181,7 +181,7 @@ def _shorten(names: Iterable[str], limit: int = 6) -> str:
 def _why_unreadable(path: Path, error: Exception) -> str:
     """Say in a few words why torch or safetensors refused a file."""
     foreign = re.search(r"GLOBAL (\S+)", str(error))
-    if foreign or _is_pickle(path):
+    if foreign or (isinstance(error, pickle.UnpicklingError) and _is_pickle(path)):
         what = foreign[1] if foreign else "a plain pickle"
         return f"refused, because loading it would execute code ({what}); a file of tensors is expected"
     return "cannot be read as weights; the file is damaged, cut short or of another kind. Fetch or copy it again"
@@ -189,8 +189,7 @@ def _why_unreadable(path: Path, error: Exception) -> str:
 
 def _is_pickle(path: Path) -> bool:
     """Tell a whole pickle from garbage, without executing it."""
-    data = path.read_bytes()
     try:
-        return data[:1] == bytes([pickle.PROTO[0]]) and any(True for _ in pickletools.genops(data))
+        return len(list(pickletools.genops(path.read_bytes()))) > 1
     except Exception:  # genops raises many kinds of errors on garbage
         return False

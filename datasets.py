@@ -1,0 +1,275 @@
+"""Classification data: ImageNet-like folders, CIFAR-100, iNaturalist and embedded shapes, and their transforms.
+
+To add a data set, write a class with `classes` and `__getitem__ -> (image, class index)`, and a line in
+`build_dataset`.
+"""
+
+import json
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from torch.utils.data import Dataset
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+
+import shapes
+from samplers import SampleKey
+
+DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "SHAPES")
+INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+BAD_IMAGE_POLICIES = ("raise", "skip")
+IGNORED_TARGET = -1  # target of an image that evaluation must not count
+SHAPES_TRAIN, SHAPES_VAL = 5000, 1000  # images
+
+
+class BadImageError(ValueError):
+    """An image file that cannot be decoded."""
+
+
+def build_dataset(is_train: bool, args) -> Dataset:
+    """Build the training or the validation set that `--data-set` names.
+
+    Returns:
+        A data set of `(image, class index)` with `classes`, the names of its classes in order.
+
+    Raises:
+        ValueError: If the data are missing, or not laid out as described in README.md.
+    """
+    transform = build_transform(is_train, args)
+    if args.data_set == "SHAPES":
+        return Shapes(is_train, args.input_size, transform)
+    root = Path(args.data_path or "")
+    if not args.data_path or not root.is_dir():
+        raise ValueError(f"--data-path {args.data_path!r} is no folder; name the one that holds {args.data_set}")
+    if args.data_set == "CIFAR":
+        return _open_cifar(root, is_train, transform)
+    if args.data_set in ("INAT", "INAT19"):
+        year = 2018 if args.data_set == "INAT" else 2019
+        return INaturalist(root, is_train, year, args.inat_category, transform)
+    return _open_image_folder(root, is_train, transform)
+
+
+def build_transform(is_train: bool, args) -> Callable:
+    """Build the transform from a PIL image to an ImageNet-normalised tensor `(3, input_size, input_size)`."""
+    if is_train:
+        transform = create_transform(
+            input_size=args.input_size,
+            is_training=True,
+            scale=args.scale,
+            color_jitter=args.color_jitter,
+            auto_augment=None if args.aa == "none" else args.aa,
+            interpolation=args.train_interpolation,
+            re_prob=args.reprob,
+            re_mode=args.remode,
+            re_count=args.recount,
+        )
+        if args.input_size <= 32:  # small images are shifted, not cropped
+            transform.transforms[0] = transforms.RandomCrop(args.input_size, padding=4)
+        return transform
+    # Shapes are drawn at the input size, objects up to the border, so nothing of them is cut off.
+    crops = args.input_size > 32 and args.data_set != "SHAPES"
+    size = int(args.input_size / args.eval_crop_ratio) if crops else args.input_size
+    return transforms.Compose(
+        [
+            transforms.Resize(size, interpolation=InterpolationMode.BICUBIC),
+            transforms.CenterCrop(args.input_size),
+            transforms.ToTensor(),
+            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        ]
+    )
+
+
+class TrainSet(Dataset):
+    """A training set asked by `SampleKey`: augmentation depends on (seed, epoch, index, copy) alone.
+
+    With `bad_image="skip"` the next readable image takes the place of one that cannot be decoded.
+    """
+
+    def __init__(self, dataset: Dataset, seed: int, bad_image: str = "raise"):
+        self.dataset = dataset
+        self.seed = seed
+        self.bad_image = bad_image
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: SampleKey) -> tuple[torch.Tensor, int]:
+        with seeded_generators(self.seed, *key):
+            for offset in range(len(self)):
+                try:
+                    return self.dataset[(key.index + offset) % len(self)]
+                except BadImageError as error:
+                    _tolerate(error, self.bad_image)
+        raise ValueError("the training set has no readable image")
+
+
+class EvalSet(Dataset):
+    """An evaluation set. With `bad_image="skip"` an unreadable image gets a target that is not counted."""
+
+    def __init__(self, dataset: Dataset, bad_image: str = "raise"):
+        self.dataset = dataset
+        self.bad_image = bad_image
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        try:
+            return self.dataset[index]
+        except BadImageError as error:
+            _tolerate(error, self.bad_image)
+            return self.dataset.transform(Image.new("RGB", (256, 256))), IGNORED_TARGET
+
+
+@contextmanager
+def seeded_generators(*key: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's CPU generators from a key for the time of the block."""
+    seeds = np.random.SeedSequence(key).generate_state(3)
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(int(seeds[0]))
+    np.random.seed(seeds[1])
+    torch.default_generator.manual_seed(int(seeds[2]))  # torch.manual_seed would also queue a CUDA seeding
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+def load_image(path: str) -> Image.Image:
+    """Decode an image file to RGB; raise `BadImageError`, naming the file, if that fails."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except Exception as error:  # decoders raise many kinds of errors on damaged files
+        reason = "it is not in a known format" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise BadImageError(
+            f"{path}: cannot be read as an image ({reason}); repair or remove it, or pass --bad-image skip"
+        ) from error
+
+
+class Shapes(Dataset):
+    """The embedded data set: one shape an image, drawn on demand at the input size; all classes equally often."""
+
+    classes = list(shapes.CLASSES)
+
+    def __init__(self, is_train: bool, size: int, transform: Callable | None = None):
+        self.split = 0 if is_train else 1
+        self.length = SHAPES_TRAIN if is_train else SHAPES_VAL
+        self.size = size
+        self.transform = transform or (lambda image: image)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        label = index % len(self.classes)
+        scene = shapes.draw_scene((self.split, index), self.size, labels=[label])
+        return self.transform(scene.image), label
+
+
+class INaturalist(Dataset):
+    """iNaturalist 2018 or 2019 as published: {train,val}{year}.json, categories.json and the image folders.
+
+    Args:
+        root: Folder of the JSON files; image paths in them are relative to it.
+        is_train: Training or validation part.
+        year: 2018 or 2019.
+        category: Level of the taxonomy to classify by, one of `INAT_CATEGORIES`.
+        transform: Applied to each PIL image.
+    """
+
+    def __init__(self, root: Path, is_train: bool, year: int, category: str, transform: Callable | None = None):
+        taxonomy = _read_json(root / "categories.json")
+        train = _read_json(root / f"train{year}.json")
+        part = train if is_train else _read_json(root / f"val{year}.json")
+        try:
+            # Classes are numbered in the order in which the training annotations name them, as DeiT does.
+            names = [str(taxonomy[int(item["category_id"])][category]) for item in train["annotations"]]
+            self.classes = list(dict.fromkeys(names))
+            numbers = {name: number for number, name in enumerate(self.classes)}
+            files = {item["id"]: item["file_name"] for item in part["images"]}
+            self.samples = [
+                (str(root / files[item["image_id"]]), numbers[str(taxonomy[int(item["category_id"])][category])])
+                for item in part["annotations"]
+            ]
+        except (KeyError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"{root}: the JSON files do not fit together ({type(error).__name__}: {error}); they should be "
+                f"categories.json, train{year}.json and val{year}.json of iNaturalist {year}, with {category!r} given"
+            ) from error
+        self.transform = transform or (lambda image: image)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        path, label = self.samples[index]
+        return self.transform(load_image(path)), label
+
+
+def _open_image_folder(root: Path, is_train: bool, transform: Callable) -> Dataset:
+    """Open `root/train` or `root/val`, one folder a class, after checking that both sides have the same classes."""
+    folder = root / ("train" if is_train else "val")
+    classes = {side: _subfolders(root / side) for side in ("train", "val") if (root / side).is_dir()}
+    if folder.name not in classes:
+        raise ValueError(f"{folder} is missing; {root} should hold train/ and val/ with one folder for each class")
+    differing = sorted(set.symmetric_difference(*classes.values())) if len(classes) == 2 else []
+    if differing:
+        raise ValueError(
+            f"{root}: train/ has {len(classes['train'])} classes and val/ {len(classes['val'])}, and "
+            f"{_some(differing)} on one side only; both need the same folders"
+        )
+    if not classes[folder.name]:
+        raise ValueError(f"{folder} holds no class folders; it should have one folder of images for each class")
+    dataset = torchvision.datasets.ImageFolder(folder, transform, loader=load_image, allow_empty=True)
+    filled = set(dataset.targets)
+    empty = [name for name, label in dataset.class_to_idx.items() if label not in filled]
+    if empty:
+        raise ValueError(f"{folder}: no images in the class folder {_some(empty)}; fill it, or remove it on both sides")
+    return dataset
+
+
+def _open_cifar(root: Path, is_train: bool, transform: Callable) -> Dataset:
+    try:
+        return torchvision.datasets.CIFAR100(str(root), train=is_train, transform=transform)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{root}: holds no whole CIFAR-100; fetch it with "
+            f'python -c "from torchvision.datasets import CIFAR100; CIFAR100({str(root)!r}, download=True)"'
+        ) from error
+
+
+def _read_json(path: Path):
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror}); it comes with the data set") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: is no valid JSON ({error}); fetch it again") from error
+
+
+def _subfolders(folder: Path) -> set[str]:
+    return {entry.name for entry in os.scandir(folder) if entry.is_dir()}
+
+
+def _some(names: Sequence[str], limit: int = 5) -> str:
+    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + rest
+
+
+def _tolerate(error: BadImageError, policy: str) -> None:
+    """Re-raise the error, or warn once for each file, as `--bad-image` says."""
+    if policy == "raise":
+        raise error
+    warnings.warn(f"skipped: {error}", stacklevel=2)

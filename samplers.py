@@ -1,0 +1,91 @@
+"""The order of samples: a training order that is one for any number of processes, and exact evaluation shards."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class SampleKey(NamedTuple):
+    """What the training set is asked for. A sample's augmentation depends on this and the seed alone."""
+
+    epoch: int
+    index: int
+    copy: int  # which of the repeated augmentations
+
+
+class TrainSampler(Sampler[SampleKey]):
+    """Hands every process its part of one shuffled order.
+
+    The order depends on (seed, epoch) alone. Process `rank` takes each `world_size`-th entry, so a step of all
+    processes together covers one run of consecutive entries, whatever their number. An epoch ends at the last
+    whole global batch; what is left over differs from epoch to epoch.
+
+    With `repeats` n each drawn image appears n times in a row under different augmentations, and an epoch
+    keeps its length, so it sees 1/n of the images (repeated augmentation, https://arxiv.org/abs/1901.09335).
+
+    Args:
+        num_samples: Images of the data set.
+        global_batch: Images of one optimizer step, of all processes and accumulated batches together.
+        world_size: Number of processes; divides `global_batch`.
+        rank: This process.
+        seed: Seed of the order.
+        repeats: Augmentations of each drawn image.
+
+    Raises:
+        ValueError: If there are fewer images than one global batch takes.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        global_batch: int,
+        world_size: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+        repeats: int = 1,
+    ):
+        if num_samples < global_batch:
+            raise ValueError(
+                f"the training set has {num_samples} images, fewer than one global batch of {global_batch}; "
+                "lower --batch-size, --global-batch or the number of processes"
+            )
+        assert global_batch % world_size == 0
+        self.num_samples = num_samples
+        self.length = num_samples // global_batch * global_batch
+        self.world_size = world_size
+        self.rank = rank
+        self.seed = seed
+        self.repeats = repeats
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length // self.world_size
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples)
+        for position in range(self.rank, self.length, self.world_size):
+            index, copy = divmod(position, self.repeats)
+            yield SampleKey(self.epoch, int(order[index]), copy)
+
+
+class EvalSampler(Sampler[int]):
+    """Hands every process its share of `0 .. num_samples - 1`, each index to exactly one of them.
+
+    Shares differ by at most one; none is padded, so sums over all processes are exact.
+    """
+
+    def __init__(self, num_samples: int, *, world_size: int = 1, rank: int = 0):
+        self.indices = range(rank, num_samples, world_size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.indices)
