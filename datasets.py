@@ -161,9 +161,8 @@ def load_image(path: str) -> Image.Image:
 class Shapes(Dataset):
     """The embedded data set: one shape an image, drawn on demand at the input size; all classes equally often."""
 
-    classes = list(shapes.CLASSES)
-
     def __init__(self, is_train: bool, size: int, transform: Callable | None = None):
+        self.classes = list(shapes.CLASSES)
         self.split = 0 if is_train else 1
         self.length = SHAPES_TRAIN if is_train else SHAPES_VAL
         self.size = size

@@ -139,7 +139,12 @@ def evaluate(
     correct1, correct5, loss, images = sums.tolist()
     if not images:
         raise ValueError("there is no image to evaluate")
-    return {"acc1": 100 * correct1 / images, "acc5": 100 * correct5 / images, "loss": loss / images, "images": int(images)}
+    return {
+        "acc1": 100 * correct1 / images,
+        "acc5": 100 * correct5 / images,
+        "loss": loss / images,
+        "images": int(images),
+    }
 
 
 class FiniteGuard:

@@ -34,6 +34,11 @@ def conv_channels_last(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+def _cat(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """Concatenate; a single part is returned as it is, without a copy."""
+    return torch.cat(parts, dim=dim) if len(parts) > 1 else parts[0]
+
+
 class PatchEmbed(nn.Module):
     """Cut the map into patches and embed each one: `(B, H, W, C_in)` -> `(B, H // p, W // p, C)`."""
 
@@ -60,9 +65,9 @@ class PositionalEncodingGenerator(nn.Module):
 class LocallyGroupedAttention(nn.Module):
     """LSA of Twins-SVT: attention inside windows of `window_size` x `window_size` tokens.
 
-    Maps that are no multiple of the window are padded on the right and at the bottom. With
-    `window_padding="mask"` the padded tokens take no part; with `"zero"` they take part as zero vectors.
-    Where no padding is needed both are the same computation.
+    On maps that are no multiple of the window, the last windows reach over the right and the lower border. With
+    `window_padding="mask"` what lies outside takes no part: those windows are simply smaller, so nothing is
+    padded or masked. With `"zero"` it takes part as zero vectors. Elsewhere both are the same computation.
     """
 
     def __init__(
@@ -85,35 +90,36 @@ class LocallyGroupedAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `(B, H, W, C)` to the same shape."""
-        B, H, W, C = x.shape
-        size = self.window_size
-        pad_h, pad_w = -H % size, -W % size
-        needs_padding = pad_h > 0 or pad_w > 0
-        if needs_padding:
-            x = F.pad(x, (0, 0, 0, pad_w, 0, pad_h))
-        rows, cols = (H + pad_h) // size, (W + pad_w) // size
-        # (B, rows, size, cols, size, C) -> (B * windows, tokens, C)
-        x = x.reshape(B, rows, size, cols, size, C).transpose(2, 3).reshape(-1, size * size, C)
-        # (B * windows, tokens, 3, heads, C / heads) -> three of (B * windows, heads, tokens, C / heads)
-        qkv = self.qkv(x).reshape(-1, size * size, 3, self.num_heads, C // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mask = None
-        if needs_padding and self.window_padding == "mask":
-            mask = self.real_tokens(H, W, rows, cols, x.device).repeat(B, 1, 1, 1)
-        dropout = self.attn_drop if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-        # (B * windows, heads, tokens, C / heads) -> (B, rows * size, cols * size, C)
-        x = x.transpose(1, 2).reshape(B, rows, cols, size, size, C)
-        x = x.transpose(2, 3).reshape(B, rows * size, cols * size, C)
-        return self.proj_drop(self.proj(x[:, :H, :W]))
+        _, H, W, _ = x.shape
+        if self.window_padding == "zero":
+            x = F.pad(x, (0, 0, 0, -W % self.window_size, 0, -H % self.window_size))
+        # Differs from the original: there the mask was wrong where only one side reached over the border.
+        bands = [
+            _cat([self.attend(part) for part in self.split(band, dim=2)], dim=2)
+            for band in self.split(self.qkv(x), dim=1)
+        ]
+        return self.proj_drop(self.proj(_cat(bands, dim=1)[:, :H, :W]))
 
-    def real_tokens(self, H: int, W: int, rows: int, cols: int, device: torch.device) -> torch.Tensor:
-        """Return which keys of each window are no padding: bool `(windows, 1, 1, tokens)`."""
-        size = self.window_size
-        # Differs from the original: there `mask[-0:]` selected everything where only one side was padded.
-        real_rows = torch.arange(rows * size, device=device).reshape(rows, 1, size, 1) < H
-        real_cols = torch.arange(cols * size, device=device).reshape(1, cols, 1, size) < W
-        return (real_rows & real_cols).reshape(rows * cols, 1, 1, size * size)
+    def split(self, x: torch.Tensor, dim: int) -> list[torch.Tensor]:
+        """Split a map into its whole windows and what remains, leaving out empty parts."""
+        remainder = x.shape[dim] % self.window_size
+        parts = x.split([x.shape[dim] - remainder, remainder], dim=dim)
+        return [part for part in parts if part.shape[dim] > 0]
+
+    def attend(self, qkv: torch.Tensor) -> torch.Tensor:
+        """Attend inside the windows of a part, whose sides are multiples of the window or less: 3C -> C channels."""
+        B, H, W, C = *qkv.shape[:3], qkv.shape[3] // 3
+        height, width = min(H, self.window_size), min(W, self.window_size)
+        rows, cols, tokens = H // height, W // width, height * width
+        # (B, rows, height, cols, width, 3C) -> (B * windows, tokens, 3, heads, C / heads)
+        qkv = qkv.reshape(B, rows, height, cols, width, 3 * C).transpose(2, 3)
+        qkv = qkv.reshape(B * rows * cols, tokens, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B * windows, heads, tokens, C / heads) each
+        dropout = self.attn_drop if self.training else 0.0
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+        # (B * windows, heads, tokens, C / heads) -> (B, rows * height, cols * width, C)
+        x = x.transpose(1, 2).reshape(B, rows, cols, height, width, C)
+        return x.transpose(2, 3).reshape(B, H, W, C)
 
 
 class GlobalSubsampledAttention(nn.Module):
@@ -122,9 +128,7 @@ class GlobalSubsampledAttention(nn.Module):
     A convolution with kernel and stride `sr_ratio` subsamples; with `sr_ratio` 1 this is plain attention.
     """
 
-    def __init__(
-        self, dim: int, num_heads: int, sr_ratio: int = 1, attn_drop: float = 0.0, proj_drop: float = 0.0
-    ):
+    def __init__(self, dim: int, num_heads: int, sr_ratio: int = 1, attn_drop: float = 0.0, proj_drop: float = 0.0):
         super().__init__()
         self.num_heads = num_heads
         self.sr_ratio = sr_ratio
@@ -155,9 +159,7 @@ class GlobalSubsampledAttention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block, `(B, H, W, C)` -> the same shape; `attn` is either attention of this file."""
 
-    def __init__(
-        self, dim: int, attn: nn.Module, mlp_ratio: float, proj_drop: float = 0.0, drop_path: float = 0.0
-    ):
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, proj_drop: float = 0.0, drop_path: float = 0.0):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = attn
@@ -515,6 +517,4 @@ def alt_gvt_large(pretrained: bool = False, **kwargs) -> nn.Module:
 
 
 # The original's spellings.
-register_model_deprecations(
-    __name__, {f"pcpvt_{size}_v0": f"pcpvt_{size}" for size in ("small", "base", "large")}
-)
+register_model_deprecations(__name__, {f"pcpvt_{size}_v0": f"pcpvt_{size}" for size in ("small", "base", "large")})

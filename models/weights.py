@@ -93,9 +93,7 @@ def read_file(path: str | Path) -> dict:
     return content
 
 
-def load_state_dict(
-    model: nn.Module, state: dict[str, Tensor], *, source: str, finetune: bool = False
-) -> LoadReport:
+def load_state_dict(model: nn.Module, state: dict[str, Tensor], *, source: str, finetune: bool = False) -> LoadReport:
     """Load a state dict into a model strictly, and say what was done.
 
     With `finetune`, and only then, the stem is adapted to another number of input channels (timm's rule: RGB
@@ -136,11 +134,12 @@ def _adapt_stem(model: nn.Module, own: dict[str, Tensor], state: dict[str, Tenso
     """Sum or repeat the first convolution's weights to the model's number of input channels."""
     for module in _layer_names(model, "first_conv"):
         name = f"{module}.weight"
-        if name in state and name in own and state[name].shape != own[name].shape:
-            if state[name].shape[1] == 3:  # the rule is for RGB weights; others are refused as mismatched
-                channels = own[name].shape[1]
-                state[name] = adapt_input_conv(channels, state[name])
-                report.adapted.append(f"{name} (3 -> {channels} input channels)")
+        if name not in state or name not in own:
+            continue
+        channels = own[name].shape[1]
+        if channels != 3 == state[name].shape[1]:  # the rule is for RGB weights; others are refused as mismatched
+            state[name] = adapt_input_conv(channels, state[name])
+            report.adapted.append(f"{name} (3 -> {channels} input channels)")
 
 
 def _drop_head(model: nn.Module, own: dict[str, Tensor], state: dict[str, Tensor], report: LoadReport) -> None:

@@ -1,0 +1,840 @@
+"""Train and evaluate Twins, or any classifier of timm, on ImageNet-like data.
+
+    python main.py --model alt_gvt_tiny --data-set SHAPES --input-size 64 --epochs 10 --output_dir output/shapes
+    torchrun --nproc_per_node=8 main.py --model alt_gvt_base --batch-size 128 --data-path path_to_imagenet \\
+        --dist-eval --drop-path 0.3 --output_dir output/alt_gvt_base
+    python main.py --eval --resume alt_gvt_large.pth --model alt_gvt_large --data-path path_to_imagenet
+
+Bad input ends with one line that names it and a non-zero exit code; --traceback shows where it was found.
+"""
+
+import argparse
+import difflib
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+import timm
+import torch
+from timm.data import Mixup
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+import models
+import utils
+from datasets import BAD_IMAGE_POLICIES, DATA_SETS, IGNORED_TARGET, INAT_CATEGORIES, EvalSet, TrainSet, build_dataset
+from engine import evaluate, train_one_epoch
+from losses import DISTILLATION_TYPES, DistillationLoss, choose_criterion
+from models.twins import MIN_INPUT_SIZE
+from samplers import EvalSampler, TrainSampler
+from utils import Processes, TrainState
+
+logger = logging.getLogger("twins")
+
+# What made each released model, where it is not the default of an option: the original's one published command
+# is not the one that made most of them. The peak learning rate is --lr x global batch / 512.
+PUBLISHED_RECIPES = {
+    "pcpvt_small": {"global_batch": 1280, "drop_path": 0.2},
+    "pcpvt_base": {"global_batch": 1024, "drop_path": 0.3},
+    "pcpvt_large": {"global_batch": 1024, "drop_path": 0.5},
+    "alt_gvt_small": {"global_batch": 2048, "drop_path": 0.2},
+    "alt_gvt_base": {"global_batch": 1024, "drop_path": 0.3},
+    "alt_gvt_large": {"global_batch": 1024, "drop_path": 0.5, "warmup_epochs": 20},
+}
+# Groups of options that a recipe is made of; everything else does not change what is trained.
+RECIPE_GROUPS = ("model", "optimisation", "schedule", "augmentation", "mixup", "distillation", "fine-tuning")
+NOT_OF_THE_RECIPE = {"model", "batch_size", "global_batch", "grad_checkpointing", "compile", "amp"}
+
+
+# ---------------------------------------------------------------------------------------------------- arguments
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and whose options may be written with hyphens or underscores."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        spellings = {option.replace("_", "-"): option for option in self._option_string_actions}
+        args = [self._spell(arg, spellings) for arg in (sys.argv[1:] if args is None else args)]
+        return super().parse_known_args(args, namespace)
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=3)
+            self.error(f"unknown argument {unknown[0]}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    @staticmethod
+    def _spell(arg: str, spellings: dict[str, str]) -> str:
+        name, equals, value = arg.partition("=")
+        return spellings.get(name.replace("_", "-"), name) + equals + value if arg.startswith("--") else arg
+
+
+def _number(kind: type, low: float, high: float = float("inf"), above: bool = False) -> Callable[[str], float]:
+    """Return an argument type: a number from `low` (or above it) to `high`."""
+
+    def convert(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not (low < value if above else low <= value) or value > high:
+            what = "whole number" if kind is int else "number"
+            limits = f"{'above' if above else 'of at least'} {low:g}" + (f" and at most {high:g}" if high < 1e9 else "")
+            raise argparse.ArgumentTypeError(f"{text!r} is no {what} {limits}")
+        return value
+
+    return convert
+
+
+POSITIVE_INT, COUNT = _number(int, 1), _number(int, 0)
+POSITIVE, NON_NEGATIVE, SHARE = _number(float, 0, above=True), _number(float, 0), _number(float, 0, 1)
+
+
+def get_args_parser() -> ArgumentParser:
+    """Return the parser; the defaults are the published recipe."""
+    parser = ArgumentParser(
+        prog="main.py",
+        description=__doc__,
+        formatter_class=type(
+            "Formatter", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}
+        ),
+        allow_abbrev=False,
+    )
+
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", default="alt_gvt_base", metavar="NAME", help="a model of models/twins.py or of timm")
+    group.add_argument(
+        "--pretrained", action="store_true", help="start from the published ImageNet weights on timm's hub"
+    )
+    group.add_argument(
+        "--input-size",
+        default=224,
+        type=_number(int, MIN_INPUT_SIZE),
+        metavar="PIXELS",
+        help="pixels a side, 32 or more",
+    )
+    group.add_argument(
+        "--drop", default=0.0, type=_number(float, 0, 0.99), metavar="RATE", help="dropout before the head, 0 to 0.99"
+    )
+    group.add_argument(
+        "--drop-path",
+        default=0.1,
+        type=_number(float, 0, 0.99),
+        metavar="RATE",
+        help="stochastic depth of the last block, 0 to 0.99; the paper: 0.2 / 0.3 / 0.5 for S / B / L",
+    )
+    group.add_argument(
+        "--model-ema",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="keep, evaluate and save a moving average of the weights",
+    )
+    group.add_argument(
+        "--model-ema-decay",
+        default=0.99996,
+        type=SHARE,
+        metavar="RATE",
+        help="weight of the old average at each step, 0 to 1",
+    )
+    group.add_argument("--grad-checkpointing", action="store_true", help="less memory for about a third more time")
+    group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
+    group.add_argument(
+        "--amp",
+        default="auto",
+        choices=("auto", "off", "bf16", "fp16"),
+        help="mixed precision; auto: bf16 where the GPU has it, fp16 on older ones, off on a CPU",
+    )
+
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--batch-size", default=64, type=POSITIVE_INT, metavar="N", help="images a process and batch")
+    group.add_argument(
+        "--global-batch",
+        type=POSITIVE_INT,
+        metavar="N",
+        help="images a step, of all processes together; as many batches as that takes are accumulated (default: one)",
+    )
+    group.add_argument("--epochs", default=300, type=POSITIVE_INT, metavar="N", help="passes over the training set")
+    group.add_argument("--opt", default="adamw", metavar="NAME", help="an optimizer of timm")
+    group.add_argument("--opt-eps", default=1e-8, type=POSITIVE, metavar="EPS", help="epsilon of the optimizer")
+    group.add_argument(
+        "--opt-betas", type=SHARE, nargs="+", metavar="BETA", help="betas of the optimizer (default: the optimizer's)"
+    )
+    group.add_argument("--momentum", default=0.9, type=SHARE, help="momentum of SGD")
+    group.add_argument("--weight-decay", default=0.05, type=NON_NEGATIVE, help="not applied to biases, norms and PEGs")
+    group.add_argument(
+        "--layer-decay",
+        type=SHARE,
+        metavar="RATE",
+        help="learning rate of each layer over that of the next, 0 to 1 (default: 1)",
+    )
+    group.add_argument(
+        "--clip-grad",
+        default=5.0,
+        type=NON_NEGATIVE,
+        metavar="NORM",
+        help="largest norm of the gradient; 0: no clipping",
+    )
+
+    group = parser.add_argument_group("schedule")
+    group.add_argument(
+        "--lr",
+        default=5e-4,
+        type=POSITIVE,
+        help="peak learning rate for a global batch of 512; it grows with the batch",
+    )
+    group.add_argument("--unscale-lr", action="store_true", help="take --lr as it is, whatever the batch")
+    group.add_argument(
+        "--sched",
+        default="cosine",
+        choices=("cosine", "tanh", "step", "multistep", "poly", "plateau"),
+        help="schedule of timm",
+    )
+    group.add_argument(
+        "--warmup-lr", default=1e-6, type=NON_NEGATIVE, metavar="LR", help="learning rate that the warm-up starts from"
+    )
+    group.add_argument(
+        "--min-lr", default=1e-5, type=NON_NEGATIVE, metavar="LR", help="learning rate that the schedule ends at"
+    )
+    group.add_argument("--warmup-epochs", default=5, type=COUNT, metavar="N", help="epochs of linear warm-up")
+    group.add_argument(
+        "--cooldown-epochs", default=10, type=COUNT, metavar="N", help="epochs without change behind a decay (plateau)"
+    )
+    group.add_argument(
+        "--patience-epochs",
+        default=10,
+        type=COUNT,
+        metavar="N",
+        help="epochs without a better accuracy before a decay (plateau)",
+    )
+    group.add_argument("--decay-epochs", default=30, type=POSITIVE, metavar="N", help="epochs between decays (step)")
+    group.add_argument(
+        "--decay-milestones",
+        default=[90, 180, 270],
+        type=POSITIVE_INT,
+        nargs="+",
+        metavar="N",
+        help="epochs of the decays (multistep)",
+    )
+    group.add_argument(
+        "--decay-rate",
+        default=0.1,
+        type=POSITIVE,
+        metavar="RATE",
+        help="factor of a decay (step, multistep, plateau), power (poly)",
+    )
+    group.add_argument(
+        "--lr-noise",
+        type=SHARE,
+        nargs="+",
+        metavar="PCT",
+        help="shares of the run at which noise on the learning rate starts and ends",
+    )
+    group.add_argument("--lr-noise-pct", default=0.67, type=NON_NEGATIVE, metavar="PCT", help="limit of that noise")
+    group.add_argument("--lr-noise-std", default=1.0, type=NON_NEGATIVE, metavar="STD", help="deviation of that noise")
+
+    group = parser.add_argument_group("augmentation")
+    group.add_argument(
+        "--scale",
+        default=[0.08, 1.0],
+        type=_number(float, 0, 1, above=True),
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="share of the image that a random crop covers",
+    )
+    group.add_argument(
+        "--color-jitter",
+        default=0.4,
+        type=NON_NEGATIVE,
+        metavar="X",
+        help="colour jitter; timm leaves it out where --aa is on",
+    )
+    group.add_argument(
+        "--aa",
+        default="rand-m9-mstd0.5-inc1",
+        metavar="NAME",
+        help="AutoAugment or RandAugment policy of timm; none: off",
+    )
+    group.add_argument("--smoothing", default=0.1, type=SHARE, help="label smoothing, 0 to 1")
+    group.add_argument(
+        "--train-interpolation",
+        default="bicubic",
+        choices=("random", "bilinear", "bicubic"),
+        help="of the random crops",
+    )
+    group.add_argument(
+        "--repeated-aug",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="show each drawn image three times, under different augmentations",
+    )
+    group.add_argument("--reprob", default=0.25, type=SHARE, metavar="P", help="probability of random erasing")
+    group.add_argument(
+        "--remode", default="pixel", choices=("const", "rand", "pixel"), help="what an erased area is filled with"
+    )
+    group.add_argument("--recount", default=1, type=POSITIVE_INT, metavar="N", help="erased areas")
+
+    group = parser.add_argument_group("mixup")
+    group.add_argument("--mixup", default=0.8, type=NON_NEGATIVE, metavar="ALPHA", help="0: off")
+    group.add_argument("--cutmix", default=1.0, type=NON_NEGATIVE, metavar="ALPHA", help="0: off")
+    group.add_argument(
+        "--cutmix-minmax",
+        type=SHARE,
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="share of a side that CutMix pastes; overrides --cutmix",
+    )
+    group.add_argument("--mixup-prob", default=1.0, type=SHARE, metavar="P", help="probability of either")
+    group.add_argument(
+        "--mixup-switch-prob", default=0.5, type=SHARE, metavar="P", help="probability of CutMix where both are on"
+    )
+    group.add_argument(
+        "--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="what shares its random numbers"
+    )
+
+    group = parser.add_argument_group("distillation")
+    group.add_argument(
+        "--distillation-type",
+        default="none",
+        choices=DISTILLATION_TYPES,
+        help="imitate a teacher's distribution (soft) or first choice (hard)",
+    )
+    group.add_argument(
+        "--teacher-model", default="regnety_160", metavar="NAME", help="a model of models/twins.py or of timm"
+    )
+    group.add_argument("--teacher-path", metavar="FILE", help="weights of the teacher")
+    group.add_argument("--distillation-alpha", default=0.5, type=SHARE, help="share of the teacher's part in the loss")
+    group.add_argument("--distillation-tau", default=1.0, type=POSITIVE, help="temperature of soft distillation")
+
+    group = parser.add_argument_group("fine-tuning")
+    group.add_argument(
+        "--finetune", metavar="FILE", help="start from these weights; a head for other classes is made anew"
+    )
+
+    group = parser.add_argument_group("data")
+    group.add_argument("--data-path", metavar="FOLDER", help="the data set; SHAPES needs none")
+    group.add_argument(
+        "--data-set",
+        default="IMNET",
+        choices=DATA_SETS,
+        help="IMNET: any tree of train/ and val/ with a folder for each class; CIFAR: CIFAR-100; SHAPES: embedded",
+    )
+    group.add_argument(
+        "--inat-category", default="name", choices=INAT_CATEGORIES, help="taxonomic level of INAT and INAT19"
+    )
+    group.add_argument(
+        "--nb-classes",
+        type=POSITIVE_INT,
+        metavar="N",
+        help="the class count is taken from the data; give it only to have it checked",
+    )
+    group.add_argument(
+        "--bad-image",
+        default="raise",
+        choices=BAD_IMAGE_POLICIES,
+        help="stop at an unreadable image, or go on with another one in training and without it in evaluation",
+    )
+    group.add_argument(
+        "--eval-crop-ratio",
+        default=0.875,
+        type=_number(float, 0, 1, above=True),
+        metavar="RATIO",
+        help="side of the evaluated centre crop over the resized image's shorter side",
+    )
+    group.add_argument(
+        "--num_workers",
+        default=10,
+        type=COUNT,
+        metavar="N",
+        help="data-loading processes for each process, at most one a core; 0: load in the process itself",
+    )
+    group.add_argument(
+        "--pin-mem",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="page-locked memory for faster transfers to the GPU",
+    )
+
+    group = parser.add_argument_group("run")
+    group.add_argument(
+        "--output_dir", metavar="FOLDER", help="where args.json, log.txt and checkpoints go; nothing is kept without it"
+    )
+    group.add_argument(
+        "--resume", metavar="FILE", help="checkpoint to continue from or, with --eval, weights to evaluate"
+    )
+    group.add_argument("--eval", action="store_true", help="evaluate only")
+    group.add_argument(
+        "--dist-eval",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="share the evaluation between the processes; the figures are the same",
+    )
+    group.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
+    group.add_argument(
+        "--seed", default=0, type=COUNT, metavar="N", help="seed of initialisation, order and augmentation"
+    )
+    group.add_argument("--print-freq", default=10, type=POSITIVE_INT, metavar="STEPS", help="steps between log lines")
+    group.add_argument(
+        "--dist_url", default="env://", metavar="URL", help="where the processes of a distributed run meet"
+    )
+    group.add_argument("--local-rank", type=COUNT, help=argparse.SUPPRESS)  # set by torch.distributed.launch, unused
+    group.add_argument("--traceback", action="store_true", help="show the whole traceback of an error in the input")
+    return parser
+
+
+def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse combinations of arguments that cannot work."""
+    if uses_mixup(args) and args.batch_size % 2:
+        parser.error(f"--batch-size {args.batch_size}: mixup and CutMix pair images, so it must be even")
+    if args.distillation_type != "none" and not args.teacher_path:
+        parser.error(f"--distillation-type {args.distillation_type} needs --teacher-path, the weights of the teacher")
+    if args.pretrained and args.finetune:
+        parser.error("--pretrained and --finetune both give the first weights; choose one of them")
+    if args.resume and (args.pretrained or args.finetune):
+        parser.error("--resume continues from a checkpoint; it does not go with --pretrained or --finetune")
+    if args.scale[0] > args.scale[1]:
+        parser.error(f"--scale {args.scale[0]} {args.scale[1]}: the smaller share comes first")
+    for option in ("model", "teacher_model"):
+        name = getattr(args, option)
+        if not timm.is_model(timm.models.split_model_name_tag(name)[0]):
+            near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
+            parser.error(
+                f"--{option.replace('_', '-')} {name!r} is unknown"
+                + f"; the nearest are {', '.join(near)}" * bool(near)
+            )
+
+
+def uses_mixup(args: argparse.Namespace) -> bool:
+    return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+
+
+# ------------------------------------------------------------------------------------------------ building blocks
+
+
+def build_val_loader(args: argparse.Namespace, processes: Processes) -> DataLoader:
+    """Build the loader of the validation set, of this process's share where the evaluation is shared."""
+    dataset = EvalSet(build_dataset(False, args), args.bad_image)
+    share = {"world_size": processes.world_size, "rank": processes.rank} if args.dist_eval else {}
+    sampler = EvalSampler(len(dataset), **share)
+    return _build_loader(dataset, sampler, int(1.5 * args.batch_size), args, processes)
+
+
+def build_train_loader(args: argparse.Namespace, processes: Processes, global_batch: int) -> DataLoader:
+    """Build the loader of the training set."""
+    dataset = TrainSet(build_dataset(True, args), args.seed, args.bad_image)
+    sampler = TrainSampler(
+        len(dataset),
+        global_batch=global_batch,
+        world_size=processes.world_size,
+        rank=processes.rank,
+        seed=args.seed,
+        repeats=3 if args.repeated_aug else 1,
+    )
+    return _build_loader(dataset, sampler, args.batch_size, args, processes)
+
+
+def _build_loader(dataset, sampler, batch_size: int, args: argparse.Namespace, processes: Processes) -> DataLoader:
+    workers = min(args.num_workers, len(os.sched_getaffinity(0)))
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        pin_memory=args.pin_mem and processes.device.type == "cuda",
+        persistent_workers=workers > 0,
+        generator=torch.Generator(),  # the loader draws from it, not from the generator that the model uses
+    )
+
+
+def build_model(name: str, nb_classes: int, **kwargs) -> nn.Module:
+    """Build a model of ours or of timm, for the class count of the data."""
+    try:
+        return timm.create_model(name, num_classes=nb_classes, **kwargs)
+    except Exception as error:
+        if not kwargs.get("pretrained"):
+            raise
+        raise ValueError(
+            f"--pretrained: the weights of {name} cannot be fetched ({type(error).__name__}); without a network, "
+            "bring the file and pass it to --finetune"
+        ) from error
+
+
+def build_teacher(args: argparse.Namespace, nb_classes: int, device: torch.device) -> nn.Module:
+    """Build the frozen teacher of a distillation."""
+    teacher = build_model(args.teacher_model, nb_classes)
+    logger.info("teacher %s", models.load_weights(teacher, args.teacher_path))
+    return teacher.requires_grad_(False).to(device).eval()
+
+
+def build_compute_losses(args: argparse.Namespace, nb_classes: int, device: torch.device) -> Callable:
+    """Build the closure that the engine calls: mixup, the forward pass, the criterion or the distillation."""
+    criterion = choose_criterion(soft_targets=uses_mixup(args), smoothing=args.smoothing)
+    mixup = None
+    if uses_mixup(args):
+        mixup = Mixup(
+            mixup_alpha=args.mixup,
+            cutmix_alpha=args.cutmix,
+            cutmix_minmax=args.cutmix_minmax,
+            prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob,
+            mode=args.mixup_mode,
+            label_smoothing=args.smoothing,
+            num_classes=nb_classes,
+        )
+    distillation = None
+    if args.distillation_type != "none":
+        teacher = build_teacher(args, nb_classes, device)
+        kind, alpha, tau = args.distillation_type, args.distillation_alpha, args.distillation_tau
+        distillation = DistillationLoss(criterion, teacher, kind, alpha, tau)
+
+    def compute_losses(model: nn.Module, batch) -> dict[str, torch.Tensor]:
+        images, targets = mixup(*batch) if mixup else batch
+        logits = model(images)
+        return distillation(images, logits, targets) if distillation else {"loss": criterion(logits, targets)}
+
+    return compute_losses
+
+
+def build_optimizer(args: argparse.Namespace, model: nn.Module, global_batch: int) -> torch.optim.Optimizer:
+    """Build timm's optimizer; biases, norms, other 1-D parameters and the PEGs are not decayed."""
+    options = {"eps": args.opt_eps, "betas": tuple(args.opt_betas) if args.opt_betas else None}
+    if args.opt in ("sgd", "nesterov", "momentum"):
+        options = {}
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=args.opt,
+            lr=peak_lr(args, global_batch),
+            weight_decay=args.weight_decay,
+            momentum=args.momentum,
+            layer_decay=args.layer_decay,
+            **{name: value for name, value in options.items() if value is not None},
+        )
+    except (AssertionError, KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"--opt {args.opt!r} cannot be built: {error}") from error
+
+
+def peak_lr(args: argparse.Namespace, global_batch: int) -> float:
+    """Return the learning rate behind the warm-up."""
+    return args.lr if args.unscale_lr else args.lr * global_batch / 512
+
+
+def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer):
+    """Build timm's schedule, stepped with the epoch number after each epoch, as the original does."""
+    return create_scheduler(args, optimizer)[0]
+
+
+def build_state(args: argparse.Namespace, model: nn.Module, global_batch: int, device: torch.device) -> TrainState:
+    """Build what a run changes as it goes: optimizer, schedule, scaler and moving average of the model."""
+    optimizer = build_optimizer(args, model, global_batch)
+    return TrainState(
+        model=model,
+        optimizer=optimizer,
+        lr_scheduler=build_scheduler(args, optimizer),
+        scaler=torch.amp.GradScaler(device.type, enabled=choose_amp(args.amp, device) == torch.float16),
+        model_ema=ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None,
+    )
+
+
+def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
+    """Return the autocast type that `--amp` means on a device, None for full precision."""
+    if name == "fp16" and device.type == "cpu":
+        raise ValueError("--amp fp16 needs a GPU; use --amp bf16 or off on a CPU")
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
+
+
+def choose_global_batch(args: argparse.Namespace, world_size: int) -> tuple[int, int]:
+    """Return the images of a step and the batches that it is accumulated from.
+
+    Raises:
+        ValueError: If `--global-batch` is no multiple of what all processes take in one batch.
+    """
+    per_batch = args.batch_size * world_size
+    global_batch = args.global_batch or per_batch
+    if global_batch % per_batch:
+        nearest = max(1, round(global_batch / per_batch)) * per_batch
+        raise ValueError(
+            f"--global-batch {global_batch} is no multiple of {per_batch} ({args.batch_size} images x {world_size} "
+            f"processes); {nearest} is, or change --batch-size"
+        )
+    return global_batch, global_batch // per_batch
+
+
+def check_classes(args: argparse.Namespace, classes: Sequence[str]) -> int:
+    """Return the class count of the data, which `--nb-classes` must not contradict."""
+    if args.nb_classes not in (None, len(classes)):
+        raise ValueError(f"--nb-classes {args.nb_classes}: the data have {len(classes)} classes; leave the option out")
+    return len(classes)
+
+
+# ----------------------------------------------------------------------------------------------------------- runs
+
+
+def run_evaluation(args: argparse.Namespace, processes: Processes) -> None:
+    """Evaluate the weights of --resume, or the published ones, on the validation set."""
+    path = args.resume or args.finetune
+    if not path and not args.pretrained:
+        raise ValueError("--eval needs weights: --resume FILE, or --pretrained for the published ones")
+    val_loader = build_val_loader(args, processes)
+    nb_classes = check_classes(args, val_loader.dataset.dataset.classes)
+    model = build_model(args.model, nb_classes, pretrained=args.pretrained)
+    if path:
+        logger.info("%s", models.load_weights(model, path, ema=args.model_ema))
+    model.to(processes.device)
+    if args.compile:
+        model.compile()
+    stats = evaluate(model, val_loader, processes.device, **evaluation_options(args, processes))
+    report_evaluation(stats)
+
+
+def run_training(args: argparse.Namespace, processes: Processes) -> None:
+    """Train, evaluating after each epoch and keeping the last and the best checkpoints."""
+    output_dir = check_output_dir(args)
+    device = processes.device
+    global_batch, accumulation = choose_global_batch(args, processes.world_size)
+    val_loader = build_val_loader(args, processes)
+    train_loader = build_train_loader(args, processes, global_batch)
+    nb_classes = check_classes(args, train_loader.dataset.dataset.classes)
+    utils.seed_everything(args.seed)  # the same weights on every process
+    model = build_trained_model(args, nb_classes).to(device)
+    state = build_state(args, model, global_batch, device)
+    compute_losses = build_compute_losses(args, nb_classes, device)
+    utils.seed_everything(args.seed + processes.rank)  # but mixup and drop path of its own on each
+    if args.resume:
+        resume(args, state)
+    parallel_model = parallelise(args, model, processes)
+    if output_dir and processes.is_main:
+        write_args(args, output_dir)
+    announce(args, processes, model, nb_classes, global_batch, len(train_loader) // accumulation)
+
+    start = time.perf_counter()
+    for epoch in range(state.epoch, args.epochs):
+        train_loader.sampler.set_epoch(epoch)
+        train_stats = train_one_epoch(
+            parallel_model,
+            compute_losses,
+            train_loader,
+            state.optimizer,
+            device,
+            epoch,
+            scaler=state.scaler,
+            amp_dtype=choose_amp(args.amp, device),
+            accumulation=accumulation,
+            clip_grad=args.clip_grad or None,
+            model_ema=state.model_ema,
+            lr_scheduler=state.lr_scheduler,
+            print_freq=args.print_freq,
+        )
+        test_stats = evaluate_state(state, val_loader, args, processes)
+        state.lr_scheduler.step(epoch, test_stats["test_acc1"])
+        finish_epoch(state, epoch, train_stats, test_stats, output_dir, args, processes)
+    took = timedelta(seconds=int(time.perf_counter() - start))
+    best = ", ".join(f"{name} {value:.3f}" for name, value in state.best.items())
+    logger.info("trained to epoch %d in %s; best %s", args.epochs, took, best)
+
+
+def build_trained_model(args: argparse.Namespace, nb_classes: int) -> nn.Module:
+    """Build the model to train, with the weights that it starts from."""
+    drops = {"drop_rate": args.drop, "drop_path_rate": args.drop_path}
+    model = build_model(args.model, nb_classes, pretrained=args.pretrained, **drops)
+    if args.finetune:
+        logger.info("%s", models.load_weights(model, args.finetune, finetune=True))
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
+    return model
+
+
+def resume(args: argparse.Namespace, state: TrainState) -> None:
+    """Restore a run from its checkpoint, so that it goes on as if it had never stopped."""
+    checkpoint = models.read_file(args.resume)
+    if not isinstance(checkpoint.get("optimizer"), dict) or "random_states" not in checkpoint:
+        raise ValueError(
+            f"{args.resume}: holds weights but no state of a training run of ours to continue; "
+            "use --finetune to start a run from them, or --eval to evaluate them"
+        )
+    if bool(checkpoint["model_ema"]) != args.model_ema:
+        raise ValueError(
+            f"{args.resume}: its run was {'with' if checkpoint['model_ema'] else 'without'} a moving average (EMA); "
+            f"{'add --model-ema' if checkpoint['model_ema'] else 'leave --model-ema out'}"
+        )
+    models.load_state_dict(state.model, checkpoint["model"], source=args.resume)
+    if state.model_ema is not None:
+        models.load_state_dict(state.model_ema.module, checkpoint["model_ema"], source=args.resume)
+    try:
+        state.load_training(checkpoint)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{args.resume}: does not fit these options ({error}); repeat those of its run") from error
+    logger.info("resumed %s, %d epochs done", args.resume, state.epoch)
+    changed = {name: value for name, value in vars(args).items() if checkpoint["args"].get(name, value) != value}
+    for name in sorted(set(changed) - {"resume", "output_dir", "num_workers", "print_freq", "traceback"}):
+        logger.info("changed since: --%s %s, was %s", name.replace("_", "-"), changed[name], checkpoint["args"][name])
+
+
+def parallelise(args: argparse.Namespace, model: nn.Module, processes: Processes) -> nn.Module:
+    """Compile the model if asked to, and wrap it if there are several processes."""
+    if args.compile:
+        model.compile()  # in place, so the names of the parameters stay
+    if processes.world_size == 1:
+        return model
+    device_ids = [processes.device.index] if processes.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+
+
+def evaluation_options(args: argparse.Namespace, processes: Processes) -> dict:
+    amp_dtype = choose_amp(args.amp, processes.device)
+    return {"amp_dtype": amp_dtype, "sharded": args.dist_eval, "ignore_index": IGNORED_TARGET}
+
+
+def evaluate_state(state: TrainState, val_loader: DataLoader, args, processes: Processes) -> dict[str, float]:
+    """Evaluate the model and, if there is one, its moving average; return test_* and test_ema_* figures."""
+    evaluated = {"test": ("network", state.model)}
+    if state.model_ema is not None:
+        evaluated["test_ema"] = ("moving average", state.model_ema.module)
+    figures = {}
+    for prefix, (what, model) in evaluated.items():
+        stats = evaluate(model, val_loader, processes.device, **evaluation_options(args, processes))
+        report_evaluation(stats, what)
+        figures |= {f"{prefix}_{name}": stats[name] for name in ("loss", "acc1", "acc5")}
+    return figures
+
+
+def finish_epoch(
+    state: TrainState,
+    epoch: int,
+    train_stats: dict[str, float],
+    test_stats: dict[str, float],
+    output_dir: Path | None,
+    args: argparse.Namespace,
+    processes: Processes,
+) -> None:
+    """Count the epoch, note the best figures and write log and checkpoints."""
+    n_parameters = sum(parameter.numel() for parameter in state.model.parameters())
+    line = {f"train_{name}": value for name, value in train_stats.items()} | test_stats
+    state.history.append({**line, "epoch": epoch, "n_parameters": n_parameters})
+    state.epoch = epoch + 1
+    files = []
+    for figure, file in (("test_acc1", utils.BEST_CHECKPOINT), ("test_ema_acc1", utils.BEST_EMA_CHECKPOINT)):
+        if figure in line and line[figure] > state.best.get(figure, -1):
+            state.best[figure] = line[figure]
+            files.append(file)
+    if output_dir is None:
+        return
+    checkpoint = state.to_checkpoint(vars(args))
+    if processes.is_main:
+        for file in (*files, utils.CHECKPOINT):  # the best first: a kill in between repeats the epoch, losing nothing
+            utils.save_checkpoint(checkpoint, output_dir / file)
+        utils.write_log(state.history, output_dir / "log.txt")
+
+
+def check_output_dir(args: argparse.Namespace) -> Path | None:
+    """Return the output folder, refusing to start a new run over an old one."""
+    if not args.output_dir:
+        return None
+    output_dir = Path(args.output_dir)
+    checkpoint = output_dir / utils.CHECKPOINT
+    if checkpoint.exists() and not args.resume:
+        raise ValueError(
+            f"{checkpoint} exists, and a new run would write over it; continue it with --resume {checkpoint}, "
+            "choose another --output_dir or remove it"
+        )
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--output_dir {output_dir}: cannot be made ({error.strerror})") from error
+    return output_dir
+
+
+def write_args(args: argparse.Namespace, output_dir: Path) -> None:
+    """Write args.json: what the run was started with, and on which versions."""
+    content = json.dumps({"args": vars(args), "versions": utils.versions()}, indent=2) + "\n"
+    utils.write_atomically(output_dir / "args.json", lambda file: file.write(content.encode()))
+
+
+# ------------------------------------------------------------------------------------------------------- messages
+
+
+def announce(
+    args: argparse.Namespace, processes: Processes, model: nn.Module, nb_classes: int, global_batch: int, steps: int
+) -> None:
+    """Print what is trained, the batch arithmetic and how the run differs from the published one."""
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    amp_dtype = choose_amp(args.amp, processes.device) or torch.float32
+    logger.info(
+        "%s: %d parameters, %d classes, %s on %s", args.model, n_parameters, nb_classes, amp_dtype, processes.device
+    )
+    accumulation = global_batch // (args.batch_size * processes.world_size)
+    scaling = "" if args.unscale_lr else f" ({args.lr:g} x {global_batch} / 512)"
+    logger.info(
+        f"batch: {args.batch_size} images x {processes.world_size} processes x {accumulation} accumulated = global "
+        f"batch {global_batch}; lr {peak_lr(args, global_batch):g}{scaling}; {steps} steps per epoch"
+    )
+    differing = differences_from_recipe(args, global_batch)
+    if differing:
+        logger.info("note: not the recipe that made the published %s: %s", args.model, ", ".join(differing))
+
+
+def differences_from_recipe(args: argparse.Namespace, global_batch: int) -> list[str]:
+    """Return how a run differs from the one that made the published model; nothing for an unpublished one."""
+    recipe = PUBLISHED_RECIPES.get(args.model.removesuffix("_v0"))
+    if recipe is None:
+        return []
+    parser = get_args_parser()
+    groups = [group for group in parser._action_groups if group.title in RECIPE_GROUPS]
+    names = {action.dest for group in groups for action in group._group_actions} - NOT_OF_THE_RECIPE
+    published = {name: parser.get_default(name) for name in sorted(names)} | {"data_set": "IMNET"} | recipe
+    actual = vars(args) | {"global_batch": global_batch}
+    return [
+        f"{name.replace('_', '-')} {actual[name]} (published: {value})"
+        for name, value in published.items()
+        if actual[name] != value
+    ]
+
+
+def report_evaluation(stats: dict[str, float], what: str = "network") -> None:
+    """Print the two lines of the original."""
+    logger.info("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats))
+    logger.info("Accuracy of the %s on the %d test images: %.1f%%", what, stats["images"], stats["acc1"])
+
+
+# ----------------------------------------------------------------------------------------------------------- main
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run from the command line; bad input ends with one line and exit code 1 or 2."""
+    parser = get_args_parser()
+    args = parser.parse_args(argv)
+    check_args(parser, args)
+    try:
+        processes = utils.init_processes(args.device, args.dist_url)
+        (run_evaluation if args.eval else run_training)(args, processes)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if args.traceback:
+            raise
+        sys.exit(f"main.py: error: {one_line(error)}")
+    finally:
+        utils.end_processes()
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of an error; of one raised in a data-loading process, less the traceback around it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].partition("Error: ")[2] or lines[-1] if len(lines) > 1 else lines[0]
+
+
+if __name__ == "__main__":
+    main()
