@@ -60,8 +60,8 @@ class DistillationLoss(nn.Module):
         else:
             student = F.log_softmax(logits / self.tau, dim=1)
             teacher = F.log_softmax(teacher_logits / self.tau, dim=1)
-            # As DeiT does, the mean is over images and classes.
-            distillation = F.kl_div(student, teacher, log_target=True, reduction="mean") * self.tau**2
+            divergence = F.kl_div(student, teacher, log_target=True, reduction="sum") * self.tau**2
+            distillation = divergence / logits.numel()  # over images and classes, as DeiT does
         return {
             "base": (1 - self.alpha) * self.criterion(logits, targets),
             "distillation": self.alpha * distillation,

@@ -60,7 +60,7 @@ def draw_scene(
     rng = np.random.default_rng(seed)
     if labels is None:
         labels = [int(rng.integers(len(CLASSES)))]
-    background = rng.uniform(0, 255, (2, 3))
+    background = np.clip(rng.uniform(0, 255, 3) + rng.uniform(-50, 50, (2, 3)), 0, 255)
     image = _draw_background(rng, size, background)
     masks = np.zeros((len(labels), size, size), bool)
     for i, label in enumerate(labels):
@@ -76,10 +76,10 @@ def _draw_background(rng: np.random.Generator, size: int, colours: np.ndarray) -
     angle = rng.uniform(0, 2 * math.pi)
     ramp = np.linspace(-0.5, 0.5, size)
     blend = np.clip(0.5 + ramp[None] * math.cos(angle) + ramp[:, None] * math.sin(angle), 0, 1)[..., None]
-    pixels = colours[0] * blend + colours[1] * (1 - blend) + rng.normal(0, 8, (size, size, 3))
+    pixels = colours[0] * blend + colours[1] * (1 - blend) + rng.normal(0, 5, (size, size, 3))
     image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(image)
-    for _ in range(rng.integers(4)):
+    for _ in range(rng.integers(3)):
         ends = [tuple(end) for end in rng.uniform(0, size, (2, 2))]
         draw.line(ends, fill=_colour(rng.uniform(0, 255, 3)), width=max(1, size // 64))
     return image

@@ -1,0 +1,64 @@
+"""Small data on disk in the real formats, and ways to run main.py."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import shapes
+from main import main
+
+ROOT = Path(__file__).parents[1]
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory) -> Path:
+    """An ImageNet-like tree of JPEG files: three classes, 8 training and 7 validation images each, of many sizes."""
+    root = tmp_path_factory.mktemp("imagenet")
+    for side, (split, count) in enumerate({"train": 8, "val": 7}.items()):
+        for label, name in enumerate(("n01440764", "n01443537", "n01484850")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                image = shapes.draw_scene((side, label, i), 72 + 5 * i, labels=[label]).image
+                image.resize((90, 72 + 5 * i)).save(folder / f"{i}.JPEG")
+    return root
+
+
+@pytest.fixture
+def run_in_process(capsys):
+    """Run main.py in this process; return what it printed and its exit message, None where it ended well."""
+
+    def run(*args) -> tuple[str, str | int | None]:
+        try:
+            main([str(arg) for arg in args])
+            message = None
+        except SystemExit as stop:
+            message = stop.code
+        out, err = capsys.readouterr()
+        return out + err, message
+
+    return run
+
+
+def run_command(command: list, timeout: int = 240, **environment: str) -> subprocess.CompletedProcess:
+    """Run a command in the root of the project, on one core a process, and capture what it prints."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def damage_jpeg(path: Path) -> None:
+    """Cut a JPEG file short."""
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    with Image.open(path) as image:
+        return image.size

@@ -1,0 +1,168 @@
+"""The loop against updates computed by hand, and evaluation against counts by hand."""
+
+import copy
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.utils import ModelEmaV3
+from torch import nn
+
+import models  # noqa: F401  registers our models
+from engine import evaluate, to_device, train_one_epoch
+
+CPU = torch.device("cpu")
+
+
+def cross_entropy(model, batch):
+    images, targets = batch
+    return {"loss": F.cross_entropy(model(images), targets)}
+
+
+def make_batches(count: int, size: int, seed: int = 0) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(size, 3, 32, 32, generator=generator), torch.randint(5, (size,), generator=generator))
+        for _ in range(count)
+    ]
+
+
+def train(model, batches, compute_losses=cross_entropy, lr=0.1, **kwargs):
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    return train_one_epoch(model, compute_losses, batches, optimizer, CPU, 0, scaler=scaler, **kwargs)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return timm.create_model("alt_gvt_tiny", num_classes=5)
+
+
+def assert_close_weights(a: nn.Module, b: nn.Module, **tolerance):
+    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        torch.testing.assert_close(x, y, msg=lambda text, name=name: f"{name}: {text}", **tolerance)
+
+
+def test_accumulated_batches_equal_one_batch(model):
+    whole = make_batches(3, 8)
+    halves = [half for images, targets in whole for half in zip(images.chunk(2), targets.chunk(2), strict=True)]
+    other = copy.deepcopy(model)
+    stats = train(model, whole, clip_grad=5.0)
+    half_stats = train(other, halves, clip_grad=5.0, accumulation=2)
+    assert_close_weights(model, other, atol=1e-6, rtol=0)
+    assert stats["loss"] == pytest.approx(half_stats["loss"], abs=1e-6)
+
+
+def test_steps_equal_those_written_out(model):
+    batches = make_batches(2, 4)
+    expected = copy.deepcopy(model)
+    ema = ModelEmaV3(model, decay=0.9)
+    average = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    losses = []
+    for images, targets in batches:
+        expected.zero_grad()
+        loss = F.cross_entropy(expected(images), targets)
+        loss.backward()
+        norm = torch.sqrt(sum(p.grad.square().sum() for p in expected.parameters()))
+        with torch.no_grad():
+            for parameter in expected.parameters():
+                parameter -= 0.1 * parameter.grad * min(1.0, 0.5 / norm)
+        average = {name: 0.9 * value + 0.1 * expected.state_dict()[name] for name, value in average.items()}
+        losses.append(loss.item())
+    stats = train(model, batches, clip_grad=0.5, model_ema=ema)
+    assert norm > 0.5
+    assert_close_weights(model, expected, atol=1e-6, rtol=1e-5)
+    for name, value in ema.module.state_dict().items():
+        torch.testing.assert_close(value, average[name], atol=1e-6, rtol=1e-5)
+    assert stats == {"lr": pytest.approx(0.1), "loss": pytest.approx(sum(losses) / 2)}
+
+
+def test_parts_of_the_loss_are_summed_and_reported(model):
+    def compute_losses(model, batch):
+        loss = cross_entropy(model, batch)["loss"]
+        return {"decode": loss, "aux": 0.4 * loss}
+
+    stats = train(model, make_batches(2, 4), compute_losses, lr=0.0)
+    assert set(stats) == {"lr", "loss", "decode", "aux"}
+    assert stats["loss"] == pytest.approx(1.4 * stats["decode"])
+
+
+def test_updates_are_told_to_the_schedule(model):
+    class Schedule:
+        seen = ()
+
+        def step_update(self, num_updates):
+            self.seen += (num_updates,)
+
+    schedule = Schedule()
+    train(model, make_batches(6, 2), lr_scheduler=schedule, accumulation=2)
+    assert schedule.seen == (1, 2, 3)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_weights_change(model):
+    batches = make_batches(3, 4)
+    batches[1][0][0, 0, 0, 0] = float("nan")
+    reference = copy.deepcopy(model)
+    train(reference, batches[:1])
+    with pytest.raises(FloatingPointError, match="the loss is not finite in epoch 0, step 1, on process 0"):
+        train(model, batches)
+    assert_close_weights(model, reference, atol=0, rtol=0)
+
+
+def test_mixed_precision_trains(model):
+    seen = []
+
+    def compute_losses(model, batch):
+        logits = model(batch[0])
+        seen.append(logits.dtype)
+        return {"loss": F.cross_entropy(logits, batch[1])}
+
+    stats = train(model, make_batches(2, 4), compute_losses, amp_dtype=torch.bfloat16)
+    assert seen == [torch.bfloat16] * 2
+    assert 0 < stats["loss"] < 10
+
+
+def test_log_line(model, caplog):
+    caplog.set_level("INFO", logger="twins")
+    train(model, make_batches(5, 4), print_freq=2)
+    lines = [record.message for record in caplog.records]
+    assert [line.split("]")[0] for line in lines] == ["epoch 0 [1/5", "epoch 0 [3/5", "epoch 0 [5/5"]
+    for what in ("loss ", "lr 0.1", "images/s", "waiting for data", "eta 0:00:0", "peak memory", "MiB"):
+        assert what in lines[-1]
+
+
+class Fixed(nn.Module):
+    """Returns the logits that the images hold."""
+
+    def forward(self, images):
+        return images
+
+
+@pytest.mark.parametrize("classes", [3, 12])
+def test_evaluation_equals_counts_by_hand(classes):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(21, classes, generator=generator)
+    targets = torch.randint(classes, (21,), generator=generator)
+    targets[4] = -1  # not to be counted
+    batches = list(zip(logits.split(8), targets.split(8), strict=True))
+    kept = [i for i in range(21) if i != 4]
+    ranks = [int((logits[i] > logits[i, targets[i]]).sum()) for i in kept]
+    stats = evaluate(Fixed(), batches, CPU)
+    assert stats["images"] == 20
+    assert stats["acc1"] == pytest.approx(100 * sum(rank < 1 for rank in ranks) / 20)
+    assert stats["acc5"] == pytest.approx(100 * sum(rank < 5 for rank in ranks) / 20)
+    assert stats["loss"] == pytest.approx(F.cross_entropy(logits[kept], targets[kept]).item())
+
+
+def test_nothing_to_evaluate():
+    with pytest.raises(ValueError, match="there is no image to evaluate"):
+        evaluate(Fixed(), [], CPU)
+
+
+def test_nested_batches_move():
+    batch = {"images": [torch.ones(1), torch.ones(2)], "sizes": (3, "name")}
+    moved = to_device(batch, torch.device("meta"))
+    assert moved["images"][1].device.type == "meta"
+    assert moved["sizes"] == (3, "name")

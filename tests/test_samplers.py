@@ -1,0 +1,63 @@
+"""Orders are whole, shared without overlap, and one for any number of processes."""
+
+import pytest
+
+from samplers import EvalSampler, TrainSampler
+
+
+def epoch_of(world_size: int, *, num_samples=103, global_batch=12, epoch=0, **kwargs) -> list[list]:
+    """Return the keys of each process."""
+    parts = []
+    for rank in range(world_size):
+        sampler = TrainSampler(num_samples, global_batch=global_batch, world_size=world_size, rank=rank, **kwargs)
+        sampler.set_epoch(epoch)
+        assert len(sampler) == len(list(sampler))
+        parts.append(list(sampler))
+    return parts
+
+
+def test_each_image_once_and_whole_global_batches():
+    (keys,) = epoch_of(1)
+    assert len(keys) == 96
+    assert len({key.index for key in keys}) == 96
+    assert {(key.epoch, key.copy) for key in keys} == {(0, 0)}
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_a_step_covers_the_same_images_for_any_number_of_processes(world_size):
+    (alone,) = epoch_of(1, epoch=5)
+    parts = epoch_of(world_size, epoch=5)
+    share = 12 // world_size
+    for step in range(8):
+        together = [key for part in parts for key in part[step * share : (step + 1) * share]]
+        assert sorted(together) == sorted(alone[step * 12 : (step + 1) * 12])
+
+
+def test_order_depends_on_seed_and_epoch():
+    orders = [epoch_of(1, epoch=epoch, seed=seed)[0] for epoch in (0, 1) for seed in (0, 1)]
+    assert len({tuple(key.index for key in order) for order in orders}) == 4
+    assert orders[0] == epoch_of(1, epoch=0, seed=0)[0]
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_repeated_augmentation(world_size):
+    keys = [key for part in epoch_of(world_size, repeats=3) for key in part]
+    assert len(keys) == 96
+    assert len(set(keys)) == 96
+    copies: dict[int, set] = {}
+    for key in keys:
+        copies.setdefault(key.index, set()).add(key.copy)
+    assert len(copies) == 32
+    assert all(seen == {0, 1, 2} for seen in copies.values())
+
+
+def test_too_few_images():
+    with pytest.raises(ValueError, match="the training set has 7 images, fewer than one global batch of 8"):
+        TrainSampler(7, global_batch=8)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 30])
+def test_evaluation_shares_are_exact(world_size):
+    shares = [list(EvalSampler(21, world_size=world_size, rank=rank)) for rank in range(world_size)]
+    assert sorted(index for share in shares for index in share) == list(range(21))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1

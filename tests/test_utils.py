@@ -1,0 +1,84 @@
+"""Checkpoints that survive, generators that are restored, and launchers that are understood."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+import utils
+
+
+def draw():
+    return random.random(), np.random.standard_normal(), torch.rand(1).item()
+
+
+def test_random_state_travels_through_a_checkpoint(tmp_path):
+    utils.seed_everything(3)
+    np.random.standard_normal()  # leaves a cached second value behind
+    utils.save_checkpoint({"states": utils.gather_random_states()}, tmp_path / "state.pth")
+    expected = draw()
+    utils.seed_everything(4)
+    assert draw() != expected
+    utils.set_random_state(torch.load(tmp_path / "state.pth", weights_only=True)["states"][0])
+    assert draw() == expected
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    utils.write_atomically(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"half of the new")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        utils.write_atomically(path, fail)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_log_is_one_json_line_for_each_epoch(tmp_path):
+    history = [{"epoch": 0, "test_acc1": 1.5}, {"epoch": 1, "test_acc1": 2.5}]
+    utils.write_log(history, tmp_path / "log.txt")
+    assert [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()] == history
+
+
+def test_plain_process(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    # A batch script of SLURM that starts one process by hand, not through srun.
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    assert utils.init_processes("cpu") == utils.Processes(torch.device("cpu"), 0, 1, 0)
+
+
+def test_srun_sets_what_torchrun_would(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    srun = {"SLURM_PROCID": "11", "SLURM_LOCALID": "3", "SLURM_STEP_NUM_TASKS": "16", "SLURM_JOB_ID": "123456"}
+    for name, value in {**srun, "MASTER_ADDR": "node0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(utils.os, "environ", dict(utils.os.environ))
+    utils._export_slurm_variables()
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    assert [utils.os.environ[name] for name in names] == ["11", "3", "16", "node0", "23456"]
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:x"])
+def test_unknown_device(name):
+    with pytest.raises(ValueError, match=f"--device '{name}' is unknown"):
+        utils.init_processes(name)
+
+
+def test_missing_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="--device cuda:5: GPU 5 is asked for, but 2 are visible"):
+        utils.init_processes("cuda:5")
+
+
+def test_versions():
+    found = utils.versions()
+    assert found["torch"] == torch.__version__
+    assert set(found) == {"python", "torch", "torchvision", "timm", "numpy", "pillow", "git"}
