@@ -17,7 +17,7 @@ import torch
 import torchvision
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
@@ -28,7 +28,8 @@ DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "SHAPES")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 BAD_IMAGE_POLICIES = ("raise", "skip")
 IGNORED_TARGET = -1  # target of an image that evaluation must not count
-SHAPES_TRAIN, SHAPES_VAL = 5000, 1000  # images
+SHAPES_TRAIN, SHAPES_VAL = 10000, 1000  # images
+SHAPES_RADII = (0.3, 0.45)  # share of the image's side: one object, rather large
 
 
 class BadImageError(ValueError):
@@ -132,18 +133,25 @@ class EvalSet(Dataset):
 
 @contextmanager
 def seeded_generators(*key: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's CPU generators from a key for the time of the block."""
+    """Seed Python's, NumPy's and torch's CPU generators from a key for the time of the block.
+
+    Afterwards they are as before, but in a data-loading process, where nothing else draws from them and to
+    restore NumPy's would take most of the time.
+    """
     seeds = np.random.SeedSequence(key).generate_state(3)
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    restore = get_worker_info() is None
+    if restore:
+        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(int(seeds[0]))
     np.random.seed(seeds[1])
     torch.default_generator.manual_seed(int(seeds[2]))  # torch.manual_seed would also queue a CUDA seeding
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
+        if restore:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+            torch.set_rng_state(states[2])
 
 
 def load_image(path: str) -> Image.Image:
@@ -173,7 +181,7 @@ class Shapes(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         label = index % len(self.classes)
-        scene = shapes.draw_scene((self.split, index), self.size, labels=[label])
+        scene = shapes.draw_scene((self.split, index), self.size, labels=[label], radii=SHAPES_RADII)
         return self.transform(scene.image), label
 
 

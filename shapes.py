@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 Point = tuple[float, float]
 
 SUPERSAMPLING = 2  # pixels are drawn this many times finer a side, then averaged
-MIN_CONTRAST = 110  # least distance of an object's colour to the background's, in 0-255 RGB
+MIN_CONTRAST = 150  # least distance of an object's colour to the background's, in 0-255 RGB
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,10 @@ def draw_scene(
 def _draw_background(rng: np.random.Generator, size: int, colours: np.ndarray) -> Image.Image:
     """Draw a linear gradient between two colours in a random direction, with noise and a few lines."""
     angle = rng.uniform(0, 2 * math.pi)
-    ramp = np.linspace(-0.5, 0.5, size)
+    ramp = np.linspace(-0.5, 0.5, size, dtype=np.float32)
     blend = np.clip(0.5 + ramp[None] * math.cos(angle) + ramp[:, None] * math.sin(angle), 0, 1)[..., None]
-    pixels = colours[0] * blend + colours[1] * (1 - blend) + rng.normal(0, 5, (size, size, 3))
+    start, end = colours.astype(np.float32)
+    pixels = end + (start - end) * blend + rng.integers(-8, 9, (size, size, 3), dtype=np.int8)
     image = Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(image)
     for _ in range(rng.integers(3)):
@@ -116,7 +117,7 @@ def _circle(radius: float = 1.0, x: float = 0.0, points: int = 36) -> list[Point
     return [(x + radius * math.cos(step), radius * math.sin(step)) for step in steps]
 
 
-def _star(inner: float = 0.4) -> list[Point]:
+def _star(inner: float = 0.35) -> list[Point]:
     corners = ((1.0 if i % 2 == 0 else inner, math.pi * i / 5) for i in range(10))
     return [(radius * math.cos(step), radius * math.sin(step)) for radius, step in corners]
 
@@ -138,8 +139,8 @@ OUTLINES: dict[str, tuple[list[Point], ...]] = {
     "star": (_star(),),
     "cross": (
         [
-            *((-0.3, -0.9), (0.3, -0.9), (0.3, -0.3), (0.9, -0.3), (0.9, 0.3), (0.3, 0.3)),
-            *((0.3, 0.9), (-0.3, 0.9), (-0.3, 0.3), (-0.9, 0.3), (-0.9, -0.3), (-0.3, -0.3)),
+            *((-0.22, -0.95), (0.22, -0.95), (0.22, -0.22), (0.95, -0.22), (0.95, 0.22), (0.22, 0.22)),
+            *((0.22, 0.95), (-0.22, 0.95), (-0.22, 0.22), (-0.95, 0.22), (-0.95, -0.22), (-0.22, -0.22)),
         ],
     ),
     "crescent": (_circle(), _circle(0.85, x=0.5)),

@@ -195,7 +195,7 @@ def versions() -> dict[str, str | None]:
     modules = {"torch": torch, "torchvision": torchvision, "timm": timm, "numpy": np, "pillow": PIL}
     return {
         "python": sys.version.split()[0],
-        **{name: module.__version__ for name, module in modules.items()},
+        **{name: str(module.__version__) for name, module in modules.items()},
         "git": revision.stdout.strip() or None,
     }
 

@@ -13,7 +13,6 @@ import shapes
 from main import main
 
 ROOT = Path(__file__).parents[1]
-torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +31,9 @@ def image_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_in_process(capsys):
-    """Run main.py in this process; return what it printed and its exit message, None where it ended well."""
+    """Run main.py in this process, on one core; return what it printed and its exit message, None if it ended well."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # sums depend on the number of threads, and runs are compared bit for bit
 
     def run(*args) -> tuple[str, str | int | None]:
         try:
@@ -43,7 +44,8 @@ def run_in_process(capsys):
         out, err = capsys.readouterr()
         return out + err, message
 
-    return run
+    yield run
+    torch.set_num_threads(threads)
 
 
 def run_command(command: list, timeout: int = 240, **environment: str) -> subprocess.CompletedProcess:

@@ -1,0 +1,443 @@
+"""main.py as its users run it: launchers, training, resuming, evaluating, schedules and bad input."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import main
+from main import (
+    build_optimizer,
+    build_scheduler,
+    build_state,
+    check_args,
+    choose_amp,
+    choose_global_batch,
+    differences_from_recipe,
+    get_args_parser,
+)
+from tests.conftest import ROOT, damage_jpeg, read_size, run_command
+from tests.test_models import DATA
+
+TINY = ["--model", "alt_gvt_tiny", "--input-size", "32", "--batch-size", "4", "--num_workers", "0", "--device", "cpu"]
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run"],
+    "launch": ["-m", "torch.distributed.launch", "--use_env"],
+    "launch without --use_env": ["-m", "torch.distributed.launch"],
+}
+
+
+def parse(*argv):
+    return get_args_parser().parse_args([str(arg) for arg in argv])
+
+
+def launch(launcher: str, processes: int, *argv, port: int = 29501, **kwargs):
+    options = [f"--nproc_per_node={processes}", f"--master_port={port}"]
+    return run_command([*LAUNCHERS[launcher], *options, "main.py", *argv], **kwargs)
+
+
+def read_log(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+def final_lines(output: str) -> list[str]:
+    return [line for line in output.splitlines() if line.startswith(("* Acc@1", "Accuracy of the"))][-2:]
+
+
+# ----------------------------------------------------------------------------------------- training and evaluation
+
+
+@pytest.fixture(scope="session")
+def trained(image_folder, tmp_path_factory):
+    """Two epochs on a real tree of JPEG files, by a process of its own with everything switched on."""
+    folder = tmp_path_factory.mktemp("trained")
+    options = ["--data-path", image_folder, "--epochs", 2, "--output_dir", folder, "--model-ema", "--repeated-aug"]
+    options += ["--num_workers", "2", "--global-batch", "8", "--layer-decay", "0.8"]
+    result = run_command(["main.py", *TINY, *options])
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout, options
+
+
+def test_training_writes_what_it_should(trained):
+    folder, output, _ = trained
+    assert "batch: 4 images x 1 processes x 2 accumulated = global batch 8; lr 7.8125e-06" in output
+    assert "(0.0005 x 8 / 512); 3 steps per epoch" in output
+    assert final_lines(output)[1].startswith("Accuracy of the moving average on the 21 test images: ")
+    files = {"args.json", "checkpoint.pth", "checkpoint_best.pth", "checkpoint_best_ema.pth", "log.txt"}
+    assert {file.name for file in folder.iterdir()} == files
+    keys = {"train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"}
+    keys |= {"test_ema_loss", "test_ema_acc1", "test_ema_acc5"}
+    lines = read_log(folder)
+    assert [set(line) for line in lines] == [keys, keys]
+    assert [line["epoch"] for line in lines] == [0, 1]
+    assert [line["train_lr"] for line in lines] == pytest.approx([1e-6, 1e-6])
+    saved = json.loads((folder / "args.json").read_text())
+    assert saved["args"]["model"] == "alt_gvt_tiny"
+    assert saved["versions"]["torch"] == torch.__version__
+    checkpoint = torch.load(folder / "checkpoint.pth", weights_only=True)
+    assert checkpoint["epoch"] == 2
+    assert checkpoint["best"]["test_acc1"] == max(line["test_acc1"] for line in lines)
+
+
+def test_evaluation_of_a_checkpoint_repeats_the_figures(trained, image_folder, run_in_process):
+    folder, _, _ = trained
+    command = ["--eval", "--resume", folder / "checkpoint.pth", *TINY, "--data-path", image_folder]
+    for ema in (False, True):
+        output, message = run_in_process(*command, *["--model-ema"] * ema)
+        assert message is None
+        line = read_log(folder)[-1]
+        figures = [line[f"test_{'ema_' * ema}{name}"] for name in ("acc1", "acc5", "loss")]
+        expected = ["* Acc@1 {:.3f} Acc@5 {:.3f} loss {:.3f}".format(*figures)]
+        expected += [f"Accuracy of the network on the 21 test images: {figures[0]:.1f}%"]
+        assert final_lines(output) == output.splitlines()[-2:] == expected
+
+
+def test_resuming_equals_an_uninterrupted_run(trained, image_folder, tmp_path, run_in_process):
+    """An epoch more on the finished run, against three epochs at a stretch."""
+    folder, _, options = trained
+    shutil.copytree(folder, tmp_path / "resumed")
+    straight = [str(tmp_path / "straight") if option == folder else option for option in options]
+    straight = ["3" if option == 2 else option for option in straight]
+    resumed = [str(tmp_path / "resumed") if option == str(tmp_path / "straight") else option for option in straight]
+    output, message = run_in_process(*TINY, *straight)
+    assert message is None, output
+    output, message = run_in_process(*TINY, *resumed, "--resume", tmp_path / "resumed/checkpoint.pth")
+    assert message is None, output
+    assert "2 epochs done" in output
+    states = [torch.load(tmp_path / run / "checkpoint.pth", weights_only=True) for run in ("straight", "resumed")]
+    assert_equal(*({key: state[key] for key in state if key not in ("args", "versions")} for state in states))
+    assert (tmp_path / "straight/log.txt").read_text() == (tmp_path / "resumed/log.txt").read_text()
+
+
+def assert_equal(a, b, where=""):
+    """Compare nested states bit for bit; of schedules, which hold the number of epochs, only what they count."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert set(a) == set(b), where
+        for key in set(a) - {"t_initial"}:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_equal(*pair, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def test_a_worse_epoch_does_not_replace_the_best_checkpoint(trained, image_folder, tmp_path, run_in_process):
+    folder, _, options = trained
+    shutil.copytree(folder, tmp_path / "run")
+    checkpoint = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)
+    checkpoint["best"] = {"test_acc1": 101.0, "test_ema_acc1": 101.0}
+    torch.save(checkpoint, tmp_path / "run/checkpoint.pth")
+    best = (tmp_path / "run/checkpoint_best.pth").read_bytes()
+    options = [tmp_path / "run" if option == folder else option for option in options]
+    options[options.index("--epochs") + 1] = 3
+    output, message = run_in_process(*TINY, *options, "--resume", tmp_path / "run/checkpoint.pth")
+    assert message is None, output
+    assert (tmp_path / "run/checkpoint_best.pth").read_bytes() == best
+    assert torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)["best"]["test_acc1"] == 101.0
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_training_on_two_processes(launcher, image_folder, tmp_path):
+    options = ["--data-path", image_folder, "--epochs", 1, "--output_dir", tmp_path, "--dist-eval"]
+    result = launch(launcher, 2, *TINY, *options)
+    assert result.returncode == 0, result.stderr
+    assert "4 images x 2 processes x 1 accumulated = global batch 8" in result.stdout
+    assert result.stdout.count("Accuracy of the network on the 21 test images") == 1
+    assert len(read_log(tmp_path)) == 1
+    assert len(torch.load(tmp_path / "checkpoint.pth", weights_only=True)["random_states"]) == 2
+
+
+def test_two_processes_take_the_same_steps_as_one(image_folder, tmp_path):
+    """Without what is random on each process, one process with twice the batch is the same run."""
+    plain = ["--data-path", image_folder, "--epochs", "1", "--warmup-epochs", "0", "--drop-path", "0", "--mixup", "0"]
+    plain += ["--cutmix", "0", "--opt", "sgd", "--lr", "0.1", "--unscale-lr", "--model-ema", "--model-ema-decay", "0.5"]
+    two = launch("torchrun", 2, *TINY, *plain, "--dist-eval", "--output_dir", tmp_path / "two", port=29502)
+    one = run_command(["main.py", *TINY, *plain, "--batch-size", 8, "--output_dir", tmp_path / "one"])
+    assert two.returncode == one.returncode == 0, two.stderr + one.stderr
+    states = [torch.load(tmp_path / run / "checkpoint.pth", weights_only=True) for run in ("two", "one")]
+    for key in ("model", "model_ema"):
+        for name, tensor in states[0][key].items():
+            torch.testing.assert_close(tensor, states[1][key][name], atol=1e-6, rtol=1e-5, msg=f"{key} {name}")
+    two_line, one_line = (read_log(tmp_path / run)[0] for run in ("two", "one"))
+    assert two_line == pytest.approx(one_line, rel=1e-5)
+
+
+def test_evaluation_is_exact_for_any_number_of_processes(trained, image_folder):
+    folder, _, _ = trained
+    command = ["--eval", "--resume", folder / "checkpoint.pth", *TINY, "--data-path", image_folder]
+    outputs = [run_command(["main.py", *command]).stdout]
+    for processes in (2, 3):
+        outputs.append(launch("torchrun", processes, *command, "--dist-eval", port=29502 + processes).stdout)
+    outputs.append(launch("torchrun", 2, *command, port=29506).stdout)  # each process evaluates everything
+    lines = [final_lines(output) for output in outputs]
+    assert lines[0][1].startswith("Accuracy of the network on the 21 test images: ")
+    assert lines == [lines[0]] * 4
+
+
+def test_finetuning_loads_the_weights(trained, image_folder, tmp_path, run_in_process):
+    folder, _, _ = trained
+    frozen = ["--lr", "1e-30", "--warmup-lr", "1e-30", "--weight-decay", "0", "--epochs", "1"]
+    command = [*TINY, "--data-set", "SHAPES", *frozen, "--finetune", folder / "checkpoint.pth"]
+    monkey = pytest.MonkeyPatch()
+    monkey.setattr("datasets.SHAPES_TRAIN", 8)
+    monkey.setattr("datasets.SHAPES_VAL", 10)
+    with monkey.context():
+        output, message = run_in_process(*command, "--output_dir", tmp_path)
+    monkey.undo()
+    assert message is None, output
+    assert "skipped head.weight, head.bias" in output
+    source, tuned = (torch.load(run / "checkpoint.pth", weights_only=True)["model"] for run in (folder, tmp_path))
+    assert tuned["head.weight"].shape == (10, 128)
+    for name in set(source) - {"head.weight", "head.bias"}:
+        torch.testing.assert_close(tuned[name], source[name], atol=1e-6, rtol=1e-6)
+
+
+def test_distillation_and_cutmix_alone(trained, image_folder, tmp_path, run_in_process):
+    folder, _, _ = trained
+    teacher = ["--teacher-model", "alt_gvt_tiny", "--teacher-path", folder / "checkpoint.pth"]
+    command = [*TINY, "--data-path", image_folder, "--epochs", "1", "--mixup", "0"]
+    for kind in ("soft", "hard"):
+        run = tmp_path / kind
+        output, message = run_in_process(*command, *teacher, "--distillation-type", kind, "--output_dir", run)
+        assert message is None, output
+        assert "teacher" in output
+        line = read_log(run)[0]
+        assert line["train_loss"] == pytest.approx(line["train_base"] + line["train_distillation"])
+
+
+def test_other_models_and_options_train(image_folder, run_in_process):
+    """A peer of timm, and the options of the loop that the other tests leave out."""
+    command = ["--data-path", image_folder, "--epochs", "1", "--device", "cpu", "--num_workers", "0"]
+    command += ["--batch-size", "4", "--input-size", "64"]
+    output, message = run_in_process(*command, "--model", "resnet18", "--opt", "sgd", "--mixup", "0", "--cutmix", "0")
+    assert message is None, output
+    loop = ["--grad-checkpointing", "--amp", "bf16", "--sched", "step", "--clip-grad", "0", "--aa", "none"]
+    output, message = run_in_process(*command, "--model", "pcpvt_tiny", *loop)
+    assert message is None, output
+    assert "torch.bfloat16 on cpu" in output
+
+
+# --------------------------------------------------------------------------------------- schedule and recipes
+
+
+@pytest.mark.parametrize("name", main.PUBLISHED_RECIPES)
+def test_schedule_equals_the_published_logs(name):
+    published = json.loads((DATA / "published_lr.json").read_text())[name]
+    recipe = main.PUBLISHED_RECIPES[name]
+    args = parse("--model", name, "--warmup-epochs", recipe.get("warmup_epochs", 5))
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    optimizer = build_optimizer(args, model, recipe["global_batch"])
+    schedule = build_scheduler(args, optimizer)
+    rates = []
+    for epoch in range(args.epochs):
+        rates.append(max(group["lr"] for group in optimizer.param_groups))
+        schedule.step(epoch, 50.0)
+    np.testing.assert_allclose(np.array(rates)[published["epoch"]], published["train_lr"], rtol=1e-12, atol=0)
+    assert sum(parameter.numel() for parameter in model.parameters()) == published["n_parameters"]
+
+
+def test_weight_decay_is_off_where_it_should_be():
+    model = timm.create_model("alt_gvt_tiny")
+    optimizer = build_optimizer(parse(), model, 512)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    decay = {names[p]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert set(decay) == set(names.values())
+    for name, parameter in model.named_parameters():
+        assert decay[name] == (0.0 if parameter.ndim == 1 or name.startswith("pos_block") else 0.05), name
+
+
+def test_layer_decay():
+    model = timm.create_model("alt_gvt_tiny")
+    optimizer = build_optimizer(parse("--layer-decay", 0.5), model, 512)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    scale = {names[p]: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    assert scale["head.weight"] == 1.0
+    assert scale["blocks.3.1.mlp.fc1.weight"] == scale["norm.weight"] == 0.5
+    assert scale["blocks.0.0.attn.qkv.weight"] == pytest.approx(0.5 * scale["blocks.0.1.attn.q.weight"])
+
+
+@pytest.mark.parametrize(("batch", "expected"), [(None, (8, 1)), (8, (8, 1)), (32, (32, 4))])
+def test_accumulation_follows_the_global_batch(batch, expected):
+    args = parse("--batch-size", 4, *(["--global-batch", batch] if batch else []))
+    assert choose_global_batch(args, world_size=2) == expected
+
+
+def test_global_batch_that_does_not_divide():
+    with pytest.raises(ValueError, match=r"--global-batch 20 is no multiple of 8 \(4 images x 2 processes\); 16 is"):
+        choose_global_batch(parse("--batch-size", 4, "--global-batch", 20), world_size=2)
+
+
+def test_a_run_says_how_it_differs_from_the_published_recipe():
+    args = parse("--model", "alt_gvt_small", "--drop-path", 0.2, "--data-path", "x", "--batch-size", 256)
+    assert differences_from_recipe(args, 2048) == []
+    assert differences_from_recipe(args, 1024) == ["global-batch 1024 (published: 2048)"]
+    args = parse("--model", "pcpvt_large_v0", "--mixup", 0.5, "--data-set", "SHAPES")
+    differing = " ".join(differences_from_recipe(args, 1024))
+    for part in ("drop-path 0.1 (published: 0.5)", "mixup 0.5 (published: 0.8)", "data-set SHAPES (published: IMNET)"):
+        assert part in differing
+    assert differences_from_recipe(parse("--model", "alt_gvt_tiny", "--lr", 1), 64) == []
+
+
+def test_the_published_command_needs_no_note_but_for_its_defaults():
+    command = "--model alt_gvt_base --batch-size 128 --data-path path_to_imagenet --dist-eval --drop-path 0.3"
+    assert differences_from_recipe(parse(*command.split()), 8 * 128) == []
+
+
+def test_amp_choice(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert choose_amp("auto", cpu) is None
+    assert choose_amp("bf16", cpu) is torch.bfloat16
+    for supported, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda supported=supported, **_: supported)
+        assert choose_amp("auto", gpu) is expected
+    assert choose_amp("off", gpu) is None
+    with pytest.raises(ValueError, match="--amp fp16 needs a GPU"):
+        choose_amp("fp16", cpu)
+
+
+def test_fp16_scales_its_losses():
+    model = timm.create_model("alt_gvt_tiny")
+    assert not build_state(parse("--amp", "bf16"), model, 64, torch.device("cpu")).scaler.is_enabled()
+
+
+# ------------------------------------------------------------------------------------------------- arguments
+
+
+def test_options_answer_to_hyphens_and_underscores():
+    args = parse("--data_path", "x", "--output-dir=y", "--num-workers", "3", "--drop_path=0.3", "--dist_eval")
+    assert (args.data_path, args.output_dir, args.num_workers, args.drop_path, args.dist_eval) == (
+        "x",
+        "y",
+        3,
+        0.3,
+        True,
+    )
+
+
+def test_defaults_are_the_published_recipe():
+    args = parse()
+    expected = dict(epochs=300, opt="adamw", lr=5e-4, weight_decay=0.05, clip_grad=5.0, sched="cosine", min_lr=1e-5)
+    expected |= dict(warmup_lr=1e-6, warmup_epochs=5, mixup=0.8, cutmix=1.0, smoothing=0.1, color_jitter=0.4)
+    expected |= dict(aa="rand-m9-mstd0.5-inc1", reprob=0.25, remode="pixel", repeated_aug=False, input_size=224)
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+def test_help_names_each_group():
+    text = get_args_parser().format_help()
+    for group in ("model:", "optimisation:", "schedule:", "augmentation:", "mixup:", "distillation:", "data:", "run:"):
+        assert f"\n{group}" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--batch-size", "0"], "argument --batch-size: '0' is no whole number of at least 1"),
+        (["--batch-size", "-8"], "argument --batch-size: '-8' is no whole number of at least 1"),
+        (["--batch-size", "7"], "--batch-size 7: mixup and CutMix pair images, so it must be even"),
+        (["--input-size", "31"], "argument --input-size: '31' is no whole number of at least 32"),
+        (["--drop-path", "1.5"], "argument --drop-path: '1.5' is no number of at least 0 and at most 0.99"),
+        (["--model", "alt_gvt_smal"], "--model 'alt_gvt_smal' is unknown; the nearest are alt_gvt_small"),
+        (["--drop-pth", "0.1"], "unknown argument --drop-pth; did you mean --drop-path"),
+        (["--data-set", "COCO"], "argument --data-set: invalid choice: 'COCO'"),
+        (["--distillation-type", "hard"], "--distillation-type hard needs --teacher-path"),
+        (["--pretrained", "--finetune", "x.pth"], "choose one of them"),
+        (["--eval"], "--eval needs weights: --resume FILE"),
+        (["--data-path", "/nowhere"], "--data-path '/nowhere' is no folder"),
+        ([], "--data-path None is no folder"),
+        (["--data-set", "SHAPES", "--global-batch", "100"], "--global-batch 100 is no multiple of 64"),
+        (["--data-set", "SHAPES", "--batch-size", "16000"], "the training set has 10000 images, fewer than one global"),
+        (["--data-set", "SHAPES", "--nb-classes", "12"], "--nb-classes 12: the data have 10 classes"),
+        (["--data-set", "SHAPES", "--resume", "none.pth"], "none.pth: there is no such file"),
+        (["--data-set", "SHAPES", "--amp", "fp16"], "--amp fp16 needs a GPU"),
+        (["--data-set", "SHAPES", "--device", "gpu"], "--device 'gpu' is unknown"),
+        (["--data-set", "SHAPES", "--opt", "adamm"], "--opt 'adamm' cannot be built"),
+    ],
+)
+def test_bad_arguments_end_with_one_line(argv, message, run_in_process, tmp_path):
+    command = ["--model", "alt_gvt_tiny", "--device", "cpu", "--num_workers", "0", "--output_dir", tmp_path / "run"]
+    output, code = run_in_process(*command, *argv)
+    assert code not in (None, 0)
+    error = output if code == 2 else str(code)
+    assert message in error
+    assert error.startswith("main.py: error: ")
+    assert len(error.strip().splitlines()) == 1
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_bad_checkpoints_end_with_one_line(trained, image_folder, tmp_path, run_in_process):
+    folder, _, _ = trained
+    torch.save(timm.create_model("alt_gvt_tiny", num_classes=3).state_dict(), tmp_path / "bare.pth")
+    (tmp_path / "text.pth").write_text("text")
+    whole = (folder / "checkpoint.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    data = ["--data-path", image_folder, "--output_dir", tmp_path / "run", "--epochs", "3"]
+    cases = {
+        "do not fit the model": ["--resume", folder / "checkpoint.pth", "--model", "pcpvt_tiny", "--model-ema"],
+        "was with a moving average (EMA); add --model-ema": ["--resume", folder / "checkpoint.pth"],
+        "head.weight (3, 128) in the file, (10, 128) in the model": [
+            *("--resume", folder / "checkpoint.pth", "--model-ema", "--data-set", "SHAPES"),
+        ],
+        "no state of a training run of ours to continue": ["--resume", tmp_path / "bare.pth"],
+        "text.pth: cannot be read as weights": ["--resume", tmp_path / "text.pth"],
+        "cut.pth: cannot be read as weights": ["--finetune", tmp_path / "cut.pth"],
+        "holds no moving average": ["--eval", "--resume", tmp_path / "bare.pth", "--model-ema"],
+        "in the file, (10,) in the model": ["--eval", "--resume", tmp_path / "bare.pth", "--data-set", "SHAPES"],
+    }
+    for message, argv in cases.items():
+        output, code = run_in_process(*TINY, *data, *argv)
+        assert message in str(code), (argv, output, code)
+        assert len(str(code).splitlines()) == 1
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_a_new_run_does_not_write_over_an_old_one(trained, image_folder, run_in_process):
+    folder, _, _ = trained
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    _, code = run_in_process(*TINY, "--data-path", image_folder, "--output_dir", folder)
+    assert "checkpoint.pth exists, and a new run would write over it; continue it with --resume" in code
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_a_truncated_image_ends_the_run_or_is_skipped(image_folder, tmp_path):
+    """With loading processes, whose errors come wrapped in tracebacks."""
+    shutil.copytree(image_folder, tmp_path / "data")
+    path = tmp_path / "data/val/n01443537/3.JPEG"
+    assert read_size(path) == (90, 87)
+    damage_jpeg(path)
+    command = ["main.py", *TINY, "--data-path", tmp_path / "data", "--epochs", 1, "--num_workers", 2]
+    result = run_command(command)
+    assert result.returncode == 1
+    (line,) = [line for line in result.stderr.splitlines() if line]
+    assert re.match(rf"main\.py: error: {re.escape(str(path))}: cannot be read as an image \(.*\); repair", line)
+    result = run_command([*command, "--bad-image", "skip"])
+    assert result.returncode == 0, result.stderr
+    assert "Accuracy of the network on the 20 test images" in result.stdout
+    assert f"skipped: {path}" in result.stderr
+
+
+def test_more_processes_than_images(image_folder, tmp_path):
+    result = launch("torchrun", 3, *TINY, "--batch-size", "10", "--data-path", image_folder, port=29507)
+    assert result.returncode != 0
+    message = "error: the training set has 24 images, fewer than one global batch of 30; lower --batch-size"
+    assert f"main.py: {message}" in result.stderr
+
+
+def test_traceback_on_demand():
+    with pytest.raises(ValueError, match="no folder"):
+        main.main(["--traceback", "--device", "cpu"])
+
+
+def test_unknown_model_needs_no_import_of_ours():
+    parser = get_args_parser()
+    check_args(parser, parse("--model", "twins_svt_small.in1k"))
+    assert (ROOT / "main.py").is_file()
