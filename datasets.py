@@ -29,7 +29,7 @@ INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "fami
 BAD_IMAGE_POLICIES = ("raise", "skip")
 IGNORED_TARGET = -1  # target of an image that evaluation must not count
 SHAPES_TRAIN, SHAPES_VAL = 10000, 1000  # images
-SHAPES_RADII = (0.3, 0.45)  # share of the image's side: one object, rather large
+SHAPES_RADII = (0.33, 0.45)  # share of the image's side: one object, rather large
 
 
 class BadImageError(ValueError):

@@ -491,10 +491,9 @@ def pcpvt_large(pretrained: bool = False, **kwargs) -> nn.Module:
 
 @register_model
 def alt_gvt_tiny(pretrained: bool = False, **kwargs) -> nn.Module:
-    """Twins-SVT of 1.1 M parameters, for tests and first steps."""
-    config = {"embed_dims": (32, 64, 96, 128), "num_heads": (1, 2, 3, 4), "depths": (1, 1, 4, 1)}
-    config["mlp_ratios"] = (2, 2, 4, 4)
-    return _alt_gvt("alt_gvt_tiny", pretrained, kwargs, **config)
+    """Twins-SVT of 1.0 M parameters, for tests and first steps."""
+    config = {"embed_dims": (32, 64, 96, 128), "num_heads": (1, 2, 3, 4), "mlp_ratios": (2, 2, 4, 4)}
+    return _alt_gvt("alt_gvt_tiny", pretrained, kwargs, depths=(1, 1, 4, 1), **config)
 
 
 @register_model

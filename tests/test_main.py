@@ -262,8 +262,8 @@ def test_layer_decay():
     names = {parameter: name for name, parameter in model.named_parameters()}
     scale = {names[p]: group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
     assert scale["head.weight"] == 1.0
-    assert scale["blocks.3.1.mlp.fc1.weight"] == scale["norm.weight"] == 0.5
-    assert scale["blocks.0.0.attn.qkv.weight"] == pytest.approx(0.5 * scale["blocks.0.1.attn.q.weight"])
+    assert scale["blocks.3.0.mlp.fc1.weight"] == scale["norm.weight"] == 0.5
+    assert scale["blocks.0.0.attn.qkv.weight"] == pytest.approx(0.5 * scale["blocks.1.0.attn.qkv.weight"])
 
 
 @pytest.mark.parametrize(("batch", "expected"), [(None, (8, 1)), (8, (8, 1)), (32, (32, 4))])

@@ -77,7 +77,7 @@ def test_finetuning_adapts_stem_and_head(tmp_path, donor):
     assert torch.equal(model.head.weight, head)
     stem = donor.patch_embeds[0].proj.weight
     torch.testing.assert_close(model.patch_embeds[0].proj.weight, stem.sum(dim=1, keepdim=True))
-    torch.testing.assert_close(model.blocks[3][1].mlp.fc2.weight, donor.blocks[3][1].mlp.fc2.weight)
+    torch.testing.assert_close(model.blocks[2][1].mlp.fc2.weight, donor.blocks[2][1].mlp.fc2.weight)
 
 
 def test_finetuning_with_the_same_classes_keeps_the_head(tmp_path, donor):
@@ -97,7 +97,7 @@ def test_another_model_is_refused_with_lists(tmp_path, donor, finetune):
     message = str(caught.value)
     assert "missing: blocks.0.0.attn.q.weight" in message
     assert "unexpected: blocks.0.0.attn.qkv.weight" in message
-    assert "mismatched: blocks.0.0.mlp.fc1.weight (128, 32) in the file, (256, 32) in the model" in message
+    assert "mismatched: blocks.0.0.mlp.fc1.weight (64, 32) in the file, (256, 32) in the model" in message
     assert "Choose the model that the weights were made for" in message
     assert "\n" not in message
     assert_same_weights(model, before)
