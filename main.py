@@ -1,6 +1,6 @@
 """Train and evaluate Twins, or any classifier of timm, on ImageNet-like data.
 
-    python main.py --model alt_gvt_tiny --data-set SHAPES --input-size 64 --epochs 10 --output_dir output/shapes
+    python main.py --model alt_gvt_tiny --data-set SHAPES --input-size 64 --output_dir output/shapes
     torchrun --nproc_per_node=8 main.py --model alt_gvt_base --batch-size 128 --data-path path_to_imagenet \\
         --dist-eval --drop-path 0.3 --output_dir output/alt_gvt_base
     python main.py --eval --resume alt_gvt_large.pth --model alt_gvt_large --data-path path_to_imagenet
@@ -12,7 +12,6 @@ import argparse
 import difflib
 import json
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -83,6 +82,15 @@ class ArgumentParser(argparse.ArgumentParser):
         return spellings.get(name.replace("_", "-"), name) + equals + value if arg.startswith("--") else arg
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Shows the default of each option that has one."""
+
+    def _get_help_string(self, action):
+        if action.default in (None, False) or action.default is argparse.SUPPRESS:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
 def _number(kind: type, low: float, high: float = float("inf"), above: bool = False) -> Callable[[str], float]:
     """Return an argument type: a number from `low` (or above it) to `high`."""
 
@@ -108,10 +116,9 @@ def get_args_parser() -> ArgumentParser:
     """Return the parser; the defaults are the published recipe."""
     parser = ArgumentParser(
         prog="main.py",
+        usage="python main.py [options]",
         description=__doc__,
-        formatter_class=type(
-            "Formatter", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}
-        ),
+        formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
 
@@ -169,9 +176,15 @@ def get_args_parser() -> ArgumentParser:
     )
     group.add_argument("--epochs", default=300, type=POSITIVE_INT, metavar="N", help="passes over the training set")
     group.add_argument("--opt", default="adamw", metavar="NAME", help="an optimizer of timm")
-    group.add_argument("--opt-eps", default=1e-8, type=POSITIVE, metavar="EPS", help="epsilon of the optimizer")
     group.add_argument(
-        "--opt-betas", type=SHARE, nargs="+", metavar="BETA", help="betas of the optimizer (default: the optimizer's)"
+        "--opt-eps", type=POSITIVE, metavar="EPS", help="epsilon of the optimizer (default: its own; 1e-8 for adamw)"
+    )
+    group.add_argument(
+        "--opt-betas",
+        type=SHARE,
+        nargs="+",
+        metavar="BETA",
+        help="betas of the optimizer (default: its own; 0.9 0.999 for adamw)",
     )
     group.add_argument("--momentum", default=0.9, type=SHARE, help="momentum of SGD")
     group.add_argument("--weight-decay", default=0.05, type=NON_NEGATIVE, help="not applied to biases, norms and PEGs")
@@ -359,7 +372,7 @@ def get_args_parser() -> ArgumentParser:
         default=10,
         type=COUNT,
         metavar="N",
-        help="data-loading processes for each process, at most one a core; 0: load in the process itself",
+        help="data-loading processes of each process, at most one for each core it has; 0: load in the process itself",
     )
     group.add_argument(
         "--pin-mem",
@@ -447,7 +460,7 @@ def build_train_loader(args: argparse.Namespace, processes: Processes, global_ba
 
 
 def _build_loader(dataset, sampler, batch_size: int, args: argparse.Namespace, processes: Processes) -> DataLoader:
-    workers = min(args.num_workers, len(os.sched_getaffinity(0)))
+    workers = min(args.num_workers, utils.cores_per_process())
     return DataLoader(
         dataset,
         batch_size=batch_size,
@@ -511,8 +524,6 @@ def build_compute_losses(args: argparse.Namespace, nb_classes: int, device: torc
 def build_optimizer(args: argparse.Namespace, model: nn.Module, global_batch: int) -> torch.optim.Optimizer:
     """Build timm's optimizer; biases, norms, other 1-D parameters and the PEGs are not decayed."""
     options = {"eps": args.opt_eps, "betas": tuple(args.opt_betas) if args.opt_betas else None}
-    if args.opt in ("sgd", "nesterov", "momentum"):
-        options = {}
     try:
         return create_optimizer_v2(
             model,

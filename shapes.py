@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 Point = tuple[float, float]
 
 SUPERSAMPLING = 2  # pixels are drawn this many times finer a side, then averaged
-MIN_CONTRAST = 150  # least distance of an object's colour to the background's, in 0-255 RGB
+MIN_CONTRAST = 160  # least distance of an object's colour to the background's, in 0-255 RGB
 
 
 @dataclass(frozen=True)
