@@ -5,9 +5,12 @@ import copy
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 import models  # noqa: F401  registers our models
 from engine import evaluate, to_device, train_one_epoch
@@ -30,8 +33,8 @@ def make_batches(count: int, size: int, seed: int = 0) -> list[tuple[torch.Tenso
 
 def train(model, batches, compute_losses=cross_entropy, lr=0.1, **kwargs):
     optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return train_one_epoch(model, compute_losses, batches, optimizer, CPU, 0, scaler=scaler, **kwargs)
+    kwargs.setdefault("scaler", torch.amp.GradScaler("cpu", enabled=False))
+    return train_one_epoch(model, compute_losses, batches, optimizer, CPU, 0, **kwargs)
 
 
 @pytest.fixture
@@ -79,6 +82,15 @@ def test_steps_equal_those_written_out(model):
     assert stats == {"lr": pytest.approx(0.1), "loss": pytest.approx(sum(losses) / 2)}
 
 
+def test_scaled_losses_take_the_same_steps(model):
+    """As in fp16: clipping sees the true gradients."""
+    batches = make_batches(3, 4)
+    other = copy.deepcopy(model)
+    train(model, batches, clip_grad=0.5)
+    train(other, batches, clip_grad=0.5, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**12))
+    assert_close_weights(model, other, atol=1e-6, rtol=1e-5)
+
+
 def test_parts_of_the_loss_are_summed_and_reported(model):
     def compute_losses(model, batch):
         loss = cross_entropy(model, batch)["loss"]
@@ -109,6 +121,61 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(model):
     with pytest.raises(FloatingPointError, match="the loss is not finite in epoch 0, step 1, on process 0"):
         train(model, batches)
     assert_close_weights(model, reference, atol=0, rtol=0)
+
+
+def in_process_group(rank: int, function, folder, results) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    results[rank] = function(rank)
+    dist.destroy_process_group()
+
+
+def on_two_processes(function, folder) -> list:
+    """Call `function(rank)` in two processes that form a group; return what they returned."""
+    context = torch.multiprocessing.get_context("spawn")
+    with context.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.spawn(in_process_group, (function, folder, results), nprocs=2)
+        return [results[rank] for rank in range(2)]
+
+
+def train_into_nan(rank: int) -> str:
+    batches = make_batches(4, 2, seed=rank)
+    if rank == 1:
+        batches[2][0][0, 0, 0, 0] = float("nan")
+    model = DistributedDataParallel(timm.create_model("alt_gvt_tiny", num_classes=5))
+    try:
+        train(model, batches)
+    except FloatingPointError as error:
+        return str(error)
+    return "trained on"
+
+
+def test_a_loss_that_is_not_finite_stops_all_processes_together(tmp_path):
+    messages = on_two_processes(train_into_nan, tmp_path)
+    assert messages[0] == messages[1]
+    assert "the loss is not finite in epoch 0, step 2, on process 1" in messages[0]
+
+
+def count_exchanges(rank: int) -> list[int]:
+    """Return how often gradients are exchanged in 6 batches, for steps of one, two and three batches."""
+    counts = []
+    for accumulation in (1, 2, 3):
+        exchanges = []
+
+        def exchange(state, bucket, exchanges=exchanges):
+            exchanges.append(bucket.is_last())
+            return allreduce_hook(state, bucket)
+
+        model = DistributedDataParallel(timm.create_model("alt_gvt_tiny", num_classes=5))
+        model.register_comm_hook(None, exchange)
+        train(model, make_batches(6, 2, seed=rank), accumulation=accumulation)
+        counts.append(sum(exchanges))
+    return counts
+
+
+def test_accumulated_batches_exchange_gradients_once(tmp_path):
+    assert on_two_processes(count_exchanges, tmp_path) == [[6, 3, 2]] * 2
 
 
 def test_mixed_precision_trains(model):

@@ -305,9 +305,11 @@ def test_amp_choice(monkeypatch):
         choose_amp("fp16", cpu)
 
 
-def test_fp16_scales_its_losses():
-    model = timm.create_model("alt_gvt_tiny")
-    assert not build_state(parse("--amp", "bf16"), model, 64, torch.device("cpu")).scaler.is_enabled()
+@pytest.mark.parametrize(("dtype", "scales"), [(torch.float16, True), (torch.bfloat16, False), (None, False)])
+def test_only_fp16_scales_its_losses(monkeypatch, dtype, scales):
+    monkeypatch.setattr(main, "choose_amp", lambda name, device: dtype)
+    state = build_state(parse(), timm.create_model("alt_gvt_tiny"), 64, torch.device("cpu"))
+    assert state.scaler.is_enabled() == scales
 
 
 # ------------------------------------------------------------------------------------------------- arguments
@@ -437,7 +439,13 @@ def test_traceback_on_demand():
         main.main(["--traceback", "--device", "cpu"])
 
 
-def test_unknown_model_needs_no_import_of_ours():
-    parser = get_args_parser()
-    check_args(parser, parse("--model", "twins_svt_small.in1k"))
-    assert (ROOT / "main.py").is_file()
+def test_models_of_timm_may_bear_a_tag():
+    check_args(get_args_parser(), parse("--model", "twins_svt_small.in1k"))
+
+
+def test_commands_of_the_readme_are_understood():
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"main\.py (--(?!help)[^`\n]*)", text)
+    assert len(commands) > 12
+    for command in commands:
+        parse(*command.split("&&")[0].split())
