@@ -4,10 +4,11 @@ To add a data set, write a class with `classes` and `__getitem__ -> (image, clas
 `build_dataset`.
 """
 
+import errno
 import json
+import logging
 import os
 import random
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,13 +17,15 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from torch.utils.data import Dataset, get_worker_info
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 import shapes
 from samplers import SampleKey
+
+logger = logging.getLogger("twins")
 
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "SHAPES")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
@@ -34,6 +37,14 @@ SHAPES_RADII = (0.33, 0.45)  # share of the image's side: one object, rather lar
 
 class BadImageError(ValueError):
     """An image file that cannot be decoded."""
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
+    """timm's operation, which the published policy asks for 0 bits now and then; Pillow 13 refuses those."""
+    return auto_augment.posterize(image, bits_to_keep) if bits_to_keep > 0 else Image.new(image.mode, image.size)
+
+
+auto_augment.NAME_TO_OP.update({name: posterize for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")})
 
 
 def build_dataset(is_train: bool, args) -> Dataset:
@@ -48,8 +59,10 @@ def build_dataset(is_train: bool, args) -> Dataset:
     transform = build_transform(is_train, args)
     if args.data_set == "SHAPES":
         return Shapes(is_train, args.input_size, transform)
-    root = Path(args.data_path or "")
-    if not args.data_path or not root.is_dir():
+    if not args.data_path:
+        raise ValueError(f"--data-path is missing; name the folder that holds {args.data_set}")
+    root = Path(args.data_path)
+    if not root.is_dir():
         raise ValueError(f"--data-path {args.data_path!r} is no folder; name the one that holds {args.data_set}")
     if args.data_set == "CIFAR":
         return _open_cifar(root, is_train, transform)
@@ -61,23 +74,27 @@ def build_dataset(is_train: bool, args) -> Dataset:
 
 def build_transform(is_train: bool, args) -> Callable:
     """Build the transform from a PIL image to an ImageNet-normalised tensor `(3, input_size, input_size)`."""
+    shifts = args.data_set == "CIFAR" and args.input_size <= 32  # small images are shifted, not cropped
     if is_train:
-        transform = create_transform(
-            input_size=args.input_size,
-            is_training=True,
-            scale=args.scale,
-            color_jitter=args.color_jitter,
-            auto_augment=None if args.aa == "none" else args.aa,
-            interpolation=args.train_interpolation,
-            re_prob=args.reprob,
-            re_mode=args.remode,
-            re_count=args.recount,
-        )
-        if args.input_size <= 32:  # small images are shifted, not cropped
+        try:
+            transform = create_transform(
+                input_size=args.input_size,
+                is_training=True,
+                scale=args.scale,
+                color_jitter=args.color_jitter,
+                auto_augment=None if args.aa == "none" else args.aa,
+                interpolation=args.train_interpolation,
+                re_prob=args.reprob,
+                re_mode=args.remode,
+                re_count=args.recount,
+            )
+        except (AssertionError, ValueError, LookupError) as error:
+            raise ValueError(f"--aa {args.aa!r} is no policy of timm; use one such as rand-m9-mstd0.5-inc1") from error
+        if shifts:
             transform.transforms[0] = transforms.RandomCrop(args.input_size, padding=4)
         return transform
     # Shapes are drawn at the input size, objects up to the border, so nothing of them is cut off.
-    crops = args.input_size > 32 and args.data_set != "SHAPES"
+    crops = not shifts and args.data_set != "SHAPES"
     size = int(args.input_size / args.eval_crop_ratio) if crops else args.input_size
     return transforms.Compose(
         [
@@ -160,10 +177,10 @@ def load_image(path: str) -> Image.Image:
         with Image.open(path) as image:
             return image.convert("RGB")
     except Exception as error:  # decoders raise many kinds of errors on damaged files
+        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+            raise  # the machine is at fault, not the file
         reason = "it is not in a known format" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise BadImageError(
-            f"{path}: cannot be read as an image ({reason}); repair or remove it, or pass --bad-image skip"
-        ) from error
+        raise BadImageError(f"{path}: cannot be read as an image ({reason})") from error
 
 
 class Shapes(Dataset):
@@ -276,7 +293,7 @@ def _some(names: Sequence[str], limit: int = 5) -> str:
 
 
 def _tolerate(error: BadImageError, policy: str) -> None:
-    """Re-raise the error, or warn once for each file, as `--bad-image` says."""
+    """Raise the error with its remedy, or say that the image is skipped, as `--bad-image` asks."""
     if policy == "raise":
-        raise error
-    warnings.warn(f"skipped: {error}", stacklevel=2)
+        raise BadImageError(f"{error}; repair or remove it, or pass --bad-image skip") from error
+    logger.warning("skipped: %s", error)

@@ -56,7 +56,8 @@ def train_one_epoch(
         clip_grad: Largest norm of the gradient; None for no clipping.
         model_ema: timm's ModelEmaV3 of the bare model, updated after each step.
         lr_scheduler: timm's, told of each update; one that counts epochs ignores that.
-        print_freq: Steps between log lines, which are the only ones to wait for a GPU.
+        print_freq: Steps between log lines, which wait for a GPU; so does fp16, on each step, for the verdict of
+            its scaler, but nothing else.
 
     Returns:
         Means over the epoch and all processes: `loss`, its parts where there are several, and `lr`.
@@ -214,6 +215,7 @@ class TrainMeter:
     def add(self, loss: Tensor, losses: Losses) -> None:
         """Add the losses of one batch."""
         values = torch.stack([loss, *losses.values()]).detach().double()
+        assert "loss" not in losses or len(losses) == 1, "'loss' is the name of the sum of several losses"
         self.names = ["loss", *losses]
         self.sums = values if self.sums is None else self.sums + values
         self.batches += 1
@@ -238,8 +240,7 @@ class TrainMeter:
 
     def averages(self) -> dict[str, float]:
         """Return the means over the epoch and all processes."""
-        steps = max(self.batches, 1)
-        means = (all_reduce(self.sums / steps) / get_world_size()).tolist()
+        means = (all_reduce(self.sums / self.batches) / get_world_size()).tolist()
         parts = dict(zip(self.names, means, strict=True))
         if len(parts) == 2:  # the loss and its only part
             parts = {"loss": means[0]}
@@ -272,7 +273,8 @@ def _gradient_sync(model: nn.Module, last: bool):
 
 def _count_images(batch: Any) -> int:
     """Return the length of the first tensor or list in a batch."""
-    return len(batch[0]) if isinstance(batch, (list, tuple)) else len(batch)
+    first = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
+    return len(first)
 
 
 def _to_host(flag: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

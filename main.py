@@ -22,6 +22,7 @@ from typing import NoReturn
 import timm
 import torch
 from timm.data import Mixup
+from timm.models import get_arch_name
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler
 from timm.utils import ModelEmaV3
@@ -86,7 +87,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Shows the default of each option that has one."""
 
     def _get_help_string(self, action):
-        if action.default in (None, False) or action.default is argparse.SUPPRESS:
+        if action.default is None or action.default is False or action.default is argparse.SUPPRESS:
             return action.help
         return f"{action.help} (default: %(default)s)"
 
@@ -108,6 +109,7 @@ def _number(kind: type, low: float, high: float = float("inf"), above: bool = Fa
     return convert
 
 
+MODEL_NAMES = "{pcpvt,alt_gvt}_{tiny,small,base,large}"
 POSITIVE_INT, COUNT = _number(int, 1), _number(int, 0)
 POSITIVE, NON_NEGATIVE, SHARE = _number(float, 0, above=True), _number(float, 0), _number(float, 0, 1)
 
@@ -123,7 +125,7 @@ def get_args_parser() -> ArgumentParser:
     )
 
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="alt_gvt_base", metavar="NAME", help="a model of models/twins.py or of timm")
+    group.add_argument("--model", default="alt_gvt_base", metavar="NAME", help=f"{MODEL_NAMES}, or a model of timm")
     group.add_argument(
         "--pretrained", action="store_true", help="start from the published ImageNet weights on timm's hub"
     )
@@ -172,10 +174,12 @@ def get_args_parser() -> ArgumentParser:
         "--global-batch",
         type=POSITIVE_INT,
         metavar="N",
-        help="images a step, of all processes together; as many batches as that takes are accumulated (default: one)",
+        help="images a step, of all processes together, accumulated as needed (default: one batch of each process)",
     )
     group.add_argument("--epochs", default=300, type=POSITIVE_INT, metavar="N", help="passes over the training set")
-    group.add_argument("--opt", default="adamw", metavar="NAME", help="an optimizer of timm")
+    group.add_argument(
+        "--opt", default="adamw", metavar="NAME", help="an optimizer of timm, such as adamw, lamb, sgd or lion"
+    )
     group.add_argument(
         "--opt-eps", type=POSITIVE, metavar="EPS", help="epsilon of the optimizer (default: its own; 1e-8 for adamw)"
     )
@@ -187,7 +191,9 @@ def get_args_parser() -> ArgumentParser:
         help="betas of the optimizer (default: its own; 0.9 0.999 for adamw)",
     )
     group.add_argument("--momentum", default=0.9, type=SHARE, help="momentum of SGD")
-    group.add_argument("--weight-decay", default=0.05, type=NON_NEGATIVE, help="not applied to biases, norms and PEGs")
+    group.add_argument(
+        "--weight-decay", default=0.05, type=NON_NEGATIVE, metavar="RATE", help="not applied to biases, norms and PEGs"
+    )
     group.add_argument(
         "--layer-decay",
         type=SHARE,
@@ -279,9 +285,9 @@ def get_args_parser() -> ArgumentParser:
         "--aa",
         default="rand-m9-mstd0.5-inc1",
         metavar="NAME",
-        help="AutoAugment or RandAugment policy of timm; none: off",
+        help="policy of timm, such as rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original or v0; none: off",
     )
-    group.add_argument("--smoothing", default=0.1, type=SHARE, help="label smoothing, 0 to 1")
+    group.add_argument("--smoothing", default=0.1, type=SHARE, metavar="RATE", help="label smoothing, 0 to 1")
     group.add_argument(
         "--train-interpolation",
         default="bicubic",
@@ -329,8 +335,12 @@ def get_args_parser() -> ArgumentParser:
         "--teacher-model", default="regnety_160", metavar="NAME", help="a model of models/twins.py or of timm"
     )
     group.add_argument("--teacher-path", metavar="FILE", help="weights of the teacher")
-    group.add_argument("--distillation-alpha", default=0.5, type=SHARE, help="share of the teacher's part in the loss")
-    group.add_argument("--distillation-tau", default=1.0, type=POSITIVE, help="temperature of soft distillation")
+    group.add_argument(
+        "--distillation-alpha", default=0.5, type=SHARE, metavar="SHARE", help="share of the teacher's part in the loss"
+    )
+    group.add_argument(
+        "--distillation-tau", default=1.0, type=POSITIVE, metavar="T", help="temperature of soft distillation"
+    )
 
     group = parser.add_argument_group("fine-tuning")
     group.add_argument(
@@ -397,7 +407,11 @@ def get_args_parser() -> ArgumentParser:
     )
     group.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     group.add_argument(
-        "--seed", default=0, type=COUNT, metavar="N", help="seed of initialisation, order and augmentation"
+        "--seed",
+        default=0,
+        type=_number(int, 0, 2**32 - 1),
+        metavar="N",
+        help="seed of initialisation, order and augmentation",
     )
     group.add_argument("--print-freq", default=10, type=POSITIVE_INT, metavar="STEPS", help="steps between log lines")
     group.add_argument(
@@ -410,19 +424,21 @@ def get_args_parser() -> ArgumentParser:
 
 def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse combinations of arguments that cannot work."""
-    if uses_mixup(args) and args.batch_size % 2:
-        parser.error(f"--batch-size {args.batch_size}: mixup and CutMix pair images, so it must be even")
+    if uses_mixup(args) and args.batch_size % 2 and not args.eval:
+        parser.error(
+            f"--batch-size {args.batch_size}: mixup and CutMix pair images; make it even, or pass --mixup 0 --cutmix 0"
+        )
     if args.distillation_type != "none" and not args.teacher_path:
         parser.error(f"--distillation-type {args.distillation_type} needs --teacher-path, the weights of the teacher")
-    if args.pretrained and args.finetune:
-        parser.error("--pretrained and --finetune both give the first weights; choose one of them")
-    if args.resume and (args.pretrained or args.finetune):
-        parser.error("--resume continues from a checkpoint; it does not go with --pretrained or --finetune")
-    if args.scale[0] > args.scale[1]:
-        parser.error(f"--scale {args.scale[0]} {args.scale[1]}: the smaller share comes first")
+    if sum(map(bool, (args.pretrained, args.finetune, args.resume))) > 1:
+        parser.error("--pretrained, --finetune and --resume each give the first weights; choose one of them")
+    for option in ("scale", "cutmix_minmax"):
+        low, high = getattr(args, option) or (0, 1)
+        if low > high or (option == "cutmix_minmax" and low == high):
+            parser.error(f"--{option.replace('_', '-')} {low} {high}: the smaller share comes first")
     for option in ("model", "teacher_model"):
         name = getattr(args, option)
-        if not timm.is_model(timm.models.split_model_name_tag(name)[0]):
+        if not timm.is_model(get_arch_name(name)):
             near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
             parser.error(
                 f"--{option.replace('_', '-')} {name!r} is unknown"
@@ -431,6 +447,7 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def uses_mixup(args: argparse.Namespace) -> bool:
+    """Tell whether images are mixed, which makes targets soft."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
@@ -476,12 +493,15 @@ def build_model(name: str, nb_classes: int, **kwargs) -> nn.Module:
     """Build a model of ours or of timm, for the class count of the data."""
     try:
         return timm.create_model(name, num_classes=nb_classes, **kwargs)
-    except Exception as error:
-        if not kwargs.get("pretrained"):
-            raise
+    except Exception as error:  # timm and the hub raise many kinds of errors
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        if kwargs.get("pretrained"):
+            raise ValueError(
+                f"--pretrained: the weights of {name} cannot be had ({reason}); where there is no network, bring the "
+                "file and pass it to --finetune"
+            ) from error
         raise ValueError(
-            f"--pretrained: the weights of {name} cannot be fetched ({type(error).__name__}); without a network, "
-            "bring the file and pass it to --finetune"
+            f"model {name!r} cannot be built ({reason}); some models of timm need --drop-path 0 or --drop 0"
         ) from error
 
 
@@ -606,9 +626,14 @@ def run_evaluation(args: argparse.Namespace, processes: Processes) -> None:
     model = build_model(args.model, nb_classes, pretrained=args.pretrained)
     if path:
         logger.info("%s", models.load_weights(model, path, ema=args.model_ema))
+    elif nb_classes != model.pretrained_cfg["num_classes"]:
+        raise ValueError(
+            f"--pretrained: these weights are for {model.pretrained_cfg['num_classes']} classes and the data have "
+            f"{nb_classes}; fine-tune them first"
+        )
     model.to(processes.device)
-    if args.compile:
-        model.compile()
+    compile_if_asked(args, model)
+    logger.info("evaluating %s at %d pixels, %d classes", args.model, args.input_size, nb_classes)
     stats = evaluate(model, val_loader, processes.device, **evaluation_options(args, processes))
     report_evaluation(stats)
 
@@ -622,7 +647,8 @@ def run_training(args: argparse.Namespace, processes: Processes) -> None:
     train_loader = build_train_loader(args, processes, global_batch)
     nb_classes = check_classes(args, train_loader.dataset.dataset.classes)
     utils.seed_everything(args.seed)  # the same weights on every process
-    model = build_trained_model(args, nb_classes).to(device)
+    # The weights in the memory format of the tokens, so that convolutions and gradient exchange need no copies.
+    model = build_trained_model(args, nb_classes).to(device, memory_format=torch.channels_last)
     state = build_state(args, model, global_batch, device)
     compute_losses = build_compute_losses(args, nb_classes, device)
     utils.seed_everything(args.seed + processes.rank)  # but mixup and drop path of its own on each
@@ -630,10 +656,12 @@ def run_training(args: argparse.Namespace, processes: Processes) -> None:
         resume(args, state)
     parallel_model = parallelise(args, model, processes)
     if output_dir and processes.is_main:
-        write_args(args, output_dir)
+        start_output(args, output_dir)
     announce(args, processes, model, nb_classes, global_batch, len(train_loader) // accumulation)
 
-    start = time.perf_counter()
+    if state.epoch >= args.epochs:
+        logger.info("this run is complete; a larger --epochs goes on with it")
+    start, first_epoch = time.perf_counter(), state.epoch
     for epoch in range(state.epoch, args.epochs):
         train_loader.sampler.set_epoch(epoch)
         train_stats = train_one_epoch(
@@ -656,13 +684,16 @@ def run_training(args: argparse.Namespace, processes: Processes) -> None:
         finish_epoch(state, epoch, train_stats, test_stats, output_dir, args, processes)
     took = timedelta(seconds=int(time.perf_counter() - start))
     best = ", ".join(f"{name} {value:.3f}" for name, value in state.best.items())
-    logger.info("trained to epoch %d in %s; best %s", args.epochs, took, best)
+    logger.info("%d epochs done, %d of them now in %s; best %s", state.epoch, state.epoch - first_epoch, took, best)
 
 
 def build_trained_model(args: argparse.Namespace, nb_classes: int) -> nn.Module:
     """Build the model to train, with the weights that it starts from."""
     drops = {"drop_rate": args.drop, "drop_path_rate": args.drop_path}
+    drops = {name: rate for name, rate in drops.items() if rate > 0}  # not every model of timm knows them
     model = build_model(args.model, nb_classes, pretrained=args.pretrained, **drops)
+    if args.pretrained and nb_classes != model.pretrained_cfg["num_classes"]:
+        logger.info("the published weights are for other classes; the head is new")
     if args.finetune:
         logger.info("%s", models.load_weights(model, args.finetune, finetune=True))
     if args.grad_checkpointing:
@@ -673,7 +704,7 @@ def build_trained_model(args: argparse.Namespace, nb_classes: int) -> nn.Module:
 def resume(args: argparse.Namespace, state: TrainState) -> None:
     """Restore a run from its checkpoint, so that it goes on as if it had never stopped."""
     checkpoint = models.read_file(args.resume)
-    if not isinstance(checkpoint.get("optimizer"), dict) or "random_states" not in checkpoint:
+    if not set(checkpoint) >= utils.CHECKPOINT_KEYS:
         raise ValueError(
             f"{args.resume}: holds weights but no state of a training run of ours to continue; "
             "use --finetune to start a run from them, or --eval to evaluate them"
@@ -683,6 +714,8 @@ def resume(args: argparse.Namespace, state: TrainState) -> None:
             f"{args.resume}: its run was {'with' if checkpoint['model_ema'] else 'without'} a moving average (EMA); "
             f"{'add --model-ema' if checkpoint['model_ema'] else 'leave --model-ema out'}"
         )
+    if checkpoint["args"]["opt"] != args.opt:
+        raise ValueError(f"{args.resume}: its run used --opt {checkpoint['args']['opt']}; repeat that, not {args.opt}")
     models.load_state_dict(state.model, checkpoint["model"], source=args.resume)
     if state.model_ema is not None:
         models.load_state_dict(state.model_ema.module, checkpoint["model_ema"], source=args.resume)
@@ -691,6 +724,8 @@ def resume(args: argparse.Namespace, state: TrainState) -> None:
     except (KeyError, ValueError) as error:
         raise ValueError(f"{args.resume}: does not fit these options ({error}); repeat those of its run") from error
     logger.info("resumed %s, %d epochs done", args.resume, state.epoch)
+    if len(checkpoint["random_states"]) != utils.get_world_size():
+        logger.info("another number of processes: mixup, drop path and dropout go on with new random numbers")
     changed = {name: value for name, value in vars(args).items() if checkpoint["args"].get(name, value) != value}
     for name in sorted(set(changed) - {"resume", "output_dir", "num_workers", "print_freq", "traceback"}):
         logger.info("changed since: --%s %s, was %s", name.replace("_", "-"), changed[name], checkpoint["args"][name])
@@ -698,20 +733,29 @@ def resume(args: argparse.Namespace, state: TrainState) -> None:
 
 def parallelise(args: argparse.Namespace, model: nn.Module, processes: Processes) -> nn.Module:
     """Compile the model if asked to, and wrap it if there are several processes."""
-    if args.compile:
-        model.compile()  # in place, so the names of the parameters stay
+    compile_if_asked(args, model)
     if processes.world_size == 1:
         return model
     device_ids = [processes.device.index] if processes.device.type == "cuda" else None
     return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
+def compile_if_asked(args: argparse.Namespace, model: nn.Module) -> None:
+    """Compile a model in place, so that the names of its parameters stay."""
+    if args.compile:
+        logger.info("the model is compiled in its first steps, which can take minutes")
+        model.compile()
+
+
 def evaluation_options(args: argparse.Namespace, processes: Processes) -> dict:
+    """Return the arguments of `engine.evaluate` that are the same for every model of a run."""
     amp_dtype = choose_amp(args.amp, processes.device)
     return {"amp_dtype": amp_dtype, "sharded": args.dist_eval, "ignore_index": IGNORED_TARGET}
 
 
-def evaluate_state(state: TrainState, val_loader: DataLoader, args, processes: Processes) -> dict[str, float]:
+def evaluate_state(
+    state: TrainState, val_loader: DataLoader, args: argparse.Namespace, processes: Processes
+) -> dict[str, float]:
     """Evaluate the model and, if there is one, its moving average; return test_* and test_ema_* figures."""
     evaluated = {"test": ("network", state.model)}
     if state.model_ema is not None:
@@ -753,25 +797,28 @@ def finish_epoch(
 
 
 def check_output_dir(args: argparse.Namespace) -> Path | None:
-    """Return the output folder, refusing to start a new run over an old one."""
+    """Return the output folder, refusing to write over another run."""
     if not args.output_dir:
         return None
     output_dir = Path(args.output_dir)
     checkpoint = output_dir / utils.CHECKPOINT
-    if checkpoint.exists() and not args.resume:
+    continues_it = args.resume and Path(args.resume).resolve().parent == output_dir.resolve()
+    if checkpoint.exists() and not continues_it:
         raise ValueError(
-            f"{checkpoint} exists, and a new run would write over it; continue it with --resume {checkpoint}, "
+            f"{checkpoint} exists, and this run would write over it; continue it with --resume {checkpoint}, "
             "choose another --output_dir or remove it"
         )
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"--output_dir {output_dir}: cannot be made ({error.strerror})") from error
     return output_dir
 
 
-def write_args(args: argparse.Namespace, output_dir: Path) -> None:
-    """Write args.json: what the run was started with, and on which versions."""
+def start_output(args: argparse.Namespace, output_dir: Path) -> None:
+    """Make the output folder and write args.json: what the run was started with, and on which versions."""
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"--output_dir {output_dir}: cannot be made ({error.strerror}); choose a folder that you may write to"
+        ) from error
     content = json.dumps({"args": vars(args), "versions": utils.versions()}, indent=2) + "\n"
     utils.write_atomically(output_dir / "args.json", lambda file: file.write(content.encode()))
 
@@ -794,6 +841,12 @@ def announce(
         f"batch: {args.batch_size} images x {processes.world_size} processes x {accumulation} accumulated = global "
         f"batch {global_batch}; lr {peak_lr(args, global_batch):g}{scaling}; {steps} steps per epoch"
     )
+    if args.warmup_epochs >= args.epochs:
+        logger.info("note: the warm-up of %d epochs does not end in this run of %d", args.warmup_epochs, args.epochs)
+    if peak_lr(args, global_batch) <= args.min_lr:
+        logger.info(
+            "note: the learning rate is no higher than --min-lr %g; raise --lr or pass --unscale-lr", args.min_lr
+        )
     differing = differences_from_recipe(args, global_batch)
     if differing:
         logger.info("note: not the recipe that made the published %s: %s", args.model, ", ".join(differing))
@@ -801,7 +854,7 @@ def announce(
 
 def differences_from_recipe(args: argparse.Namespace, global_batch: int) -> list[str]:
     """Return how a run differs from the one that made the published model; nothing for an unpublished one."""
-    recipe = PUBLISHED_RECIPES.get(args.model.removesuffix("_v0"))
+    recipe = PUBLISHED_RECIPES.get(get_arch_name(args.model).removesuffix("_v0"))
     if recipe is None:
         return []
     parser = get_args_parser()
@@ -836,9 +889,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if args.traceback:
             raise
-        sys.exit(f"main.py: error: {one_line(error)}")
-    finally:
-        utils.end_processes()
+        # Leaving the group cleanly would wait for processes that wait for this one.
+        print(f"main.py: error: {one_line(error)}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    utils.end_processes()
 
 
 def one_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """Process set-up, logging, seeding and checkpoints, shared by the three tasks."""
 
+import functools
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torchvision
+from timm.scheduler import PlateauLRScheduler
 from torch import nn
 
 logger = logging.getLogger("twins")
@@ -33,7 +35,6 @@ class Processes:
     device: torch.device
     rank: int = 0
     world_size: int = 1
-    local_rank: int = 0
 
     @property
     def is_main(self) -> bool:
@@ -68,7 +69,7 @@ def init_processes(device: str = "auto", dist_url: str = "env://") -> Processes:
             world_size=world_size,
             device_id=chosen if chosen.type == "cuda" else None,
         )
-    return Processes(chosen, rank, world_size, local_rank)
+    return Processes(chosen, rank, world_size)
 
 
 def end_processes() -> None:
@@ -111,9 +112,11 @@ def _export_slurm_variables() -> None:
     env["RANK"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_LOCALID"]
     env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
     if "MASTER_ADDR" not in env:
-        listing = subprocess.run(
-            ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]], capture_output=True, text=True, check=True
-        )
+        command = ["scontrol", "show", "hostnames", env["SLURM_STEP_NODELIST"]]
+        try:
+            listing = subprocess.run(command, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise ValueError(f"{' '.join(command)} failed ({error}); export MASTER_ADDR, the first machine") from error
         env["MASTER_ADDR"] = listing.stdout.split()[0]
     env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
 
@@ -126,9 +129,13 @@ def _choose_device(name: str, local_rank: int | None) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"--device {name!r} is unknown; use auto, cuda, cuda:N or cpu") from error
-    if device.type != "cuda":
+    if device.type == "cpu":
         return device
+    if device.type != "cuda":
+        raise ValueError(f"--device {name!r} is not supported; use auto, cuda, cuda:N or cpu")
     index = local_rank if local_rank is not None else device.index or 0
+    if "SLURM_LOCALID" in os.environ and torch.cuda.device_count() == 1:
+        index = 0  # srun --gpus-per-task=1 shows each process its own GPU alone
     if index >= torch.cuda.device_count():
         raise ValueError(
             f"--device {name}: GPU {index} is asked for, but {torch.cuda.device_count()} are visible; "
@@ -146,7 +153,6 @@ def _set_up_logging(rank: int) -> None:
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[process {rank}] %(message)s"))
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    logger.propagate = False
 
 
 def seed_everything(seed: int) -> None:
@@ -189,24 +195,29 @@ def gather_random_states() -> list[dict[str, Any]]:
     return states
 
 
+@functools.cache
 def versions() -> dict[str, str | None]:
     """Return the versions that a result depends on, and the git revision of this code if it is known."""
-    revision = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        revision = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git on this machine
+        revision = None
     modules = {"torch": torch, "torchvision": torchvision, "timm": timm, "numpy": np, "pillow": PIL}
     return {
         "python": sys.version.split()[0],
         **{name: str(module.__version__) for name, module in modules.items()},
-        "git": revision.stdout.strip() or None,
+        "git": revision or None,
     }
 
 
 # -------------------------------------------------------------------------------------------------- checkpoints
+
+
+CHECKPOINT_KEYS = {
+    *("model", "model_ema", "optimizer", "scheduler", "scaler"),
+    *("epoch", "best", "history", "random_states", "args", "versions"),
+}
 
 
 @dataclass
@@ -240,10 +251,17 @@ class TrainState:
 
     def load_training(self, checkpoint: dict[str, Any]) -> None:
         """Restore everything but the weights, which `models.load_state_dict` loads with its checks."""
+        chosen = [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
         self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.lr_scheduler.load_state_dict(checkpoint["scheduler"])
-        self.scaler.load_state_dict(checkpoint["scaler"])
+        for group, options in zip(self.optimizer.param_groups, chosen, strict=True):
+            group.update(options)  # the options of this run; with those of the old run they are the same
+        if checkpoint["scaler"]:  # empty where the old run had no use for it
+            self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch = checkpoint["epoch"]
+        if isinstance(self.lr_scheduler, PlateauLRScheduler):
+            self.lr_scheduler.load_state_dict(checkpoint["scheduler"])
+        elif self.epoch > 0:  # every other schedule depends on the options and the epoch alone
+            self.lr_scheduler.step(self.epoch - 1)
         self.best = checkpoint["best"]
         self.history = checkpoint["history"]
         states = checkpoint["random_states"]

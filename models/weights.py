@@ -77,7 +77,8 @@ def read_file(path: str | Path) -> dict:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such file")
+        what = "this is a folder; name a file in it" if path.is_dir() else "there is no such file"
+        raise ValueError(f"{path}: {what}")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
@@ -167,7 +168,7 @@ def _remedy(model: nn.Module, lists: dict[str, list[str]]) -> str:
     """Say what to do about weights that do not fit."""
     heads = tuple(f"{name}." for name in (*_layer_names(model, "classifier"), *_layer_names(model, "first_conv")))
     if heads and not lists["missing"] + lists["unexpected"] and all(m.startswith(heads) for m in lists["mismatched"]):
-        return "To start from weights made for other classes or channels, fine-tune from them (--finetune)"
+        return "They were made for other classes or channels; only fine-tuning (--finetune) adapts them"
     return "Choose the model that the weights were made for"
 
 
@@ -181,8 +182,8 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     """Say in a few words why torch or safetensors refused a file."""
     foreign = re.search(r"GLOBAL (\S+)", str(error))
     if foreign or (isinstance(error, pickle.UnpicklingError) and _is_pickle(path)):
-        what = foreign[1] if foreign else "a plain pickle"
-        return f"refused, because loading it would execute code ({what}); a file of tensors is expected"
+        what = foreign[1] if foreign else "it is a plain pickle"
+        return f"refused, because loading it could execute code ({what}); a file of tensors is expected"
     return "cannot be read as weights; the file is damaged, cut short or of another kind. Fetch or copy it again"
 
 

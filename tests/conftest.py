@@ -31,18 +31,18 @@ def image_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_in_process(capsys):
-    """Run main.py in this process, on one core; return what it printed and its exit message, None if it ended well."""
+    """Run main.py in this process, on one core; return what it printed and its error, None if it ended well."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # sums depend on the number of threads, and runs are compared bit for bit
 
-    def run(*args) -> tuple[str, str | int | None]:
+    def run(*args) -> tuple[str, str | None]:
         try:
             main([str(arg) for arg in args])
-            message = None
+            code = 0
         except SystemExit as stop:
-            message = stop.code
+            code = stop.code
         out, err = capsys.readouterr()
-        return out + err, message
+        return out, err if code else None
 
     yield run
     torch.set_num_threads(threads)

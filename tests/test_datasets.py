@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
+from timm.data import auto_augment
 from torch.utils.data import DataLoader
 
 from datasets import IGNORED_TARGET, BadImageError, EvalSet, TrainSet, build_dataset, seeded_generators
@@ -222,16 +224,33 @@ def test_truncated_image_is_named(damaged_folder):
         dataset[1]
 
 
-def test_truncated_image_is_skipped(damaged_folder):
+def test_truncated_image_is_skipped(damaged_folder, caplog):
     train = TrainSet(build_dataset(True, options("--data-path", damaged_folder)), 0, bad_image="skip")
-    with pytest.warns(UserWarning, match=r"skipped: .*1\.JPEG"):
-        image, label = train[SampleKey(0, 1, 0)]
+    image, label = train[SampleKey(0, 1, 0)]
+    assert f"skipped: {damaged_folder / 'train/n01440764/1.JPEG'}: cannot be read as an image" in caplog.text
     with seeded_generators(0, *SampleKey(0, 1, 0)):
         expected, _ = train.dataset[2]
     assert label == 0
     assert torch.equal(image, expected)
     val = EvalSet(build_dataset(False, options("--data-path", damaged_folder)), bad_image="skip")
-    with pytest.warns(UserWarning, match="skipped"):
-        image, label = val[1]
+    caplog.clear()
+    image, label = val[1]
+    assert f"skipped: {damaged_folder / 'val/n01440764/1.JPEG'}" in caplog.text
     assert image.shape == (3, 48, 48)
     assert label == IGNORED_TARGET
+
+
+@pytest.mark.parametrize("name", ["Posterize", "PosterizeIncreasing", "PosterizeOriginal"])
+@pytest.mark.parametrize("magnitude", [0, 5, 10])
+def test_posterize_works_at_every_magnitude(name, magnitude):
+    """The published policy draws magnitudes up to 10, which ask for 0 bits."""
+    image = Image.effect_noise((32, 32), 80).convert("RGB")
+    result = np.asarray(auto_augment.AugmentOp(name, prob=1, magnitude=magnitude)(image))
+    assert result.shape == (32, 32, 3)
+    if name == "PosterizeIncreasing" and magnitude == 10:
+        assert result.max() == 0
+
+
+def test_the_published_augmentation_never_fails():
+    dataset = TrainSet(build_dataset(True, options("--data-set", "SHAPES")), seed=0)
+    assert all(torch.isfinite(dataset[SampleKey(0, i, 0)][0]).all() for i in range(1500))

@@ -26,7 +26,7 @@ PARAMETERS = {
     "alt_gvt_large": 99_271_400,
 }
 TIMM_NAMES = {name: f"twins_{name.replace('alt_gvt', 'svt')}" for name in PARAMETERS}
-MACS = {  # G, conv + linear + norm and with attention; FACTS of the original's README and paper
+MACS = {  # G, conv + linear + norm and with attention; the original's README and paper
     "pcpvt_small": (3.684, 3.827),
     "pcpvt_base": (6.463, 6.679),
     "pcpvt_large": (9.533, 9.844),

@@ -51,7 +51,7 @@ def test_plain_process(monkeypatch):
     # A batch script of SLURM that starts one process by hand, not through srun.
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_NTASKS", "8")
-    assert utils.init_processes("cpu") == utils.Processes(torch.device("cpu"), 0, 1, 0)
+    assert utils.init_processes("cpu") == utils.Processes(torch.device("cpu"), 0, 1)
 
 
 def test_srun_sets_what_torchrun_would(monkeypatch):
@@ -82,3 +82,17 @@ def test_versions():
     found = utils.versions()
     assert found["torch"] == torch.__version__
     assert set(found) == {"python", "torch", "torchvision", "timm", "numpy", "pillow", "git"}
+
+
+def test_versions_without_git(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    utils.versions.cache_clear()
+    assert utils.versions()["git"] is None
+    utils.versions.cache_clear()
+
+
+def test_srun_without_scontrol(monkeypatch):
+    srun = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "n[1-2]"}
+    monkeypatch.setattr(utils.os, "environ", {**srun, "PATH": ""})
+    with pytest.raises(ValueError, match=r"scontrol show hostnames .* failed .*; export MASTER_ADDR"):
+        utils._export_slurm_variables()
