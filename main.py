@@ -219,7 +219,7 @@ def get_args_parser() -> ArgumentParser:
     group.add_argument(
         "--sched",
         default="cosine",
-        choices=("cosine", "tanh", "step", "multistep", "poly", "plateau"),
+        choices=("cosine", "tanh", "step", "multistep", "poly"),
         help="schedule of timm",
     )
     group.add_argument(
@@ -229,16 +229,6 @@ def get_args_parser() -> ArgumentParser:
         "--min-lr", default=1e-5, type=NON_NEGATIVE, metavar="LR", help="learning rate that the schedule ends at"
     )
     group.add_argument("--warmup-epochs", default=5, type=COUNT, metavar="N", help="epochs of linear warm-up")
-    group.add_argument(
-        "--cooldown-epochs", default=10, type=COUNT, metavar="N", help="epochs without change behind a decay (plateau)"
-    )
-    group.add_argument(
-        "--patience-epochs",
-        default=10,
-        type=COUNT,
-        metavar="N",
-        help="epochs without a better accuracy before a decay (plateau)",
-    )
     group.add_argument("--decay-epochs", default=30, type=POSITIVE, metavar="N", help="epochs between decays (step)")
     group.add_argument(
         "--decay-milestones",
@@ -253,7 +243,7 @@ def get_args_parser() -> ArgumentParser:
         default=0.1,
         type=POSITIVE,
         metavar="RATE",
-        help="factor of a decay (step, multistep, plateau), power (poly)",
+        help="factor of a decay (step, multistep), power (poly)",
     )
     group.add_argument(
         "--lr-noise",
@@ -680,7 +670,7 @@ def run_training(args: argparse.Namespace, processes: Processes) -> None:
             print_freq=args.print_freq,
         )
         test_stats = evaluate_state(state, val_loader, args, processes)
-        state.lr_scheduler.step(epoch, test_stats["test_acc1"])
+        state.lr_scheduler.step(epoch)
         finish_epoch(state, epoch, train_stats, test_stats, output_dir, args, processes)
     took = timedelta(seconds=int(time.perf_counter() - start))
     best = ", ".join(f"{name} {value:.3f}" for name, value in state.best.items())

@@ -17,7 +17,6 @@ import timm
 import torch
 import torch.distributed as dist
 import torchvision
-from timm.scheduler import PlateauLRScheduler
 from torch import nn
 
 logger = logging.getLogger("twins")
@@ -258,9 +257,7 @@ class TrainState:
         if checkpoint["scaler"]:  # empty where the old run had no use for it
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch = checkpoint["epoch"]
-        if isinstance(self.lr_scheduler, PlateauLRScheduler):
-            self.lr_scheduler.load_state_dict(checkpoint["scheduler"])
-        elif self.epoch > 0:  # every other schedule depends on the options and the epoch alone
+        if self.epoch > 0:  # a schedule depends on the options and the epoch alone
             self.lr_scheduler.step(self.epoch - 1)
         self.best = checkpoint["best"]
         self.history = checkpoint["history"]

@@ -144,11 +144,11 @@ def test_a_longer_resumed_run_follows_its_new_options(image_folder, tmp_path, ru
     assert {group["weight_decay"] for group in groups} == {0.0, 0.2}
 
 
-@pytest.mark.parametrize("name", ["cosine", "tanh", "step", "multistep", "poly", "plateau"])
+@pytest.mark.parametrize("name", ["cosine", "tanh", "step", "multistep", "poly"])
 def test_every_schedule_can_be_built(name):
     args = parse("--sched", name)
     schedule = build_scheduler(args, build_optimizer(args, torch.nn.Linear(2, 2), 512))
-    schedule.step(0, 50.0)
+    schedule.step(0)
 
 
 def test_a_worse_epoch_does_not_replace_the_best_checkpoint(trained, image_folder, tmp_path, run_in_process):
@@ -260,7 +260,7 @@ def test_schedule_equals_the_published_logs(name):
     rates = []
     for epoch in range(args.epochs):
         rates.append(max(group["lr"] for group in optimizer.param_groups))
-        schedule.step(epoch, 50.0)
+        schedule.step(epoch)
     np.testing.assert_allclose(np.array(rates)[published["epoch"]], published["train_lr"], rtol=1e-12, atol=0)
     assert sum(parameter.numel() for parameter in model.parameters()) == published["n_parameters"]
 
