@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 Point = tuple[float, float]
 
 SUPERSAMPLING = 2  # pixels are drawn this many times finer a side, then averaged
-MIN_CONTRAST = 160  # least distance of an object's colour to the background's, in 0-255 RGB
+MIN_CONTRAST = 175  # least distance of an object's colour to the background's, in 0-255 RGB; up to 208 can be had
 
 
 @dataclass(frozen=True)
