@@ -376,7 +376,7 @@ def test_help_names_each_group():
         (["--data-path", "/nowhere"], "--data-path '/nowhere' is no folder"),
         ([], "--data-path is missing; name the folder that holds IMNET"),
         (["--data-set", "SHAPES", "--aa", "nonsense"], "--aa 'nonsense' is no policy of timm"),
-        (["--data-set", "SHAPES", "--resume", "tests"], "tests: this is a folder; name a file in it"),
+        (["--data-set", "SHAPES", "--resume", str(ROOT)], "this is a folder; name a file in it"),
         (["--data-set", "SHAPES", "--model", "densenet121"], "model 'densenet121' cannot be built (TypeError"),
         (["--data-set", "SHAPES", "--model", "twins_svt_small.bogus"], "model 'twins_svt_small.bogus' cannot be built"),
         (["--data-set", "SHAPES", "--device", "mps"], "--device 'mps' is not supported"),
