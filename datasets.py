@@ -186,12 +186,12 @@ def load_image(path: str) -> Image.Image:
 class Shapes(Dataset):
     """The embedded data set: one shape an image, drawn on demand at the input size; all classes equally often."""
 
-    def __init__(self, is_train: bool, size: int, transform: Callable | None = None):
+    def __init__(self, is_train: bool, size: int, transform: Callable):
         self.classes = list(shapes.CLASSES)
         self.split = 0 if is_train else 1
         self.length = SHAPES_TRAIN if is_train else SHAPES_VAL
         self.size = size
-        self.transform = transform or (lambda image: image)
+        self.transform = transform
 
     def __len__(self) -> int:
         return self.length
@@ -213,26 +213,28 @@ class INaturalist(Dataset):
         transform: Applied to each PIL image.
     """
 
-    def __init__(self, root: Path, is_train: bool, year: int, category: str, transform: Callable | None = None):
+    def __init__(self, root: Path, is_train: bool, year: int, category: str, transform: Callable):
         taxonomy = _read_json(root / "categories.json")
         train = _read_json(root / f"train{year}.json")
         part = train if is_train else _read_json(root / f"val{year}.json")
+
+        def class_name(annotation: dict) -> str:
+            return str(taxonomy[int(annotation["category_id"])][category])
+
         try:
             # Classes are numbered in the order in which the training annotations name them, as DeiT does.
-            names = [str(taxonomy[int(item["category_id"])][category]) for item in train["annotations"]]
-            self.classes = list(dict.fromkeys(names))
+            self.classes = list(dict.fromkeys(class_name(item) for item in train["annotations"]))
             numbers = {name: number for number, name in enumerate(self.classes)}
             files = {item["id"]: item["file_name"] for item in part["images"]}
             self.samples = [
-                (str(root / files[item["image_id"]]), numbers[str(taxonomy[int(item["category_id"])][category])])
-                for item in part["annotations"]
+                (str(root / files[item["image_id"]]), numbers[class_name(item)]) for item in part["annotations"]
             ]
         except (KeyError, IndexError, TypeError) as error:
             raise ValueError(
                 f"{root}: the JSON files do not fit together ({type(error).__name__}: {error}); they should be "
                 f"categories.json, train{year}.json and val{year}.json of iNaturalist {year}, with {category!r} given"
             ) from error
-        self.transform = transform or (lambda image: image)
+        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.samples)

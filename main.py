@@ -1,4 +1,4 @@
-"""Train and evaluate Twins, or any classifier of timm, on ImageNet-like data.
+"""Train and evaluate Twins, or a classifier of timm, on ImageNet-like data.
 
     python main.py --model alt_gvt_tiny --data-set SHAPES --input-size 64 --output_dir output/shapes
     torchrun --nproc_per_node=8 main.py --model alt_gvt_base --batch-size 128 --data-path path_to_imagenet \\
@@ -671,7 +671,7 @@ def run_training(args: argparse.Namespace, processes: Processes) -> None:
         )
         test_stats = evaluate_state(state, val_loader, args, processes)
         state.lr_scheduler.step(epoch)
-        finish_epoch(state, epoch, train_stats, test_stats, output_dir, args, processes)
+        finish_epoch(state, train_stats, test_stats, output_dir, args, processes)
     took = timedelta(seconds=int(time.perf_counter() - start))
     best = ", ".join(f"{name} {value:.3f}" for name, value in state.best.items())
     logger.info("%d epochs done, %d of them now in %s; best %s", state.epoch, state.epoch - first_epoch, took, best)
@@ -760,7 +760,6 @@ def evaluate_state(
 
 def finish_epoch(
     state: TrainState,
-    epoch: int,
     train_stats: dict[str, float],
     test_stats: dict[str, float],
     output_dir: Path | None,
@@ -770,8 +769,8 @@ def finish_epoch(
     """Count the epoch, note the best figures and write log and checkpoints."""
     n_parameters = sum(parameter.numel() for parameter in state.model.parameters())
     line = {f"train_{name}": value for name, value in train_stats.items()} | test_stats
-    state.history.append({**line, "epoch": epoch, "n_parameters": n_parameters})
-    state.epoch = epoch + 1
+    state.history.append({**line, "epoch": state.epoch, "n_parameters": n_parameters})
+    state.epoch += 1
     files = []
     for figure, file in (("test_acc1", utils.BEST_CHECKPOINT), ("test_ema_acc1", utils.BEST_EMA_CHECKPOINT)):
         if figure in line and line[figure] > state.best.get(figure, -1):
@@ -810,7 +809,7 @@ def start_output(args: argparse.Namespace, output_dir: Path) -> None:
             f"--output_dir {output_dir}: cannot be made ({error.strerror}); choose a folder that you may write to"
         ) from error
     content = json.dumps({"args": vars(args), "versions": utils.versions()}, indent=2) + "\n"
-    utils.write_atomically(output_dir / "args.json", lambda file: file.write(content.encode()))
+    utils.write_text(output_dir / "args.json", content)
 
 
 # ------------------------------------------------------------------------------------------------------- messages

@@ -54,8 +54,8 @@ def init_processes(device: str = "auto", dist_url: str = "env://") -> Processes:
         ValueError: If the device does not exist here.
     """
     _export_slurm_variables()
-    rank, world_size, local_rank = (int(os.environ.get(name, d)) for name, d in _LAUNCH_VARIABLES.items())
-    chosen = _choose_device(device, local_rank if world_size > 1 else None)
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    chosen = _choose_device(device, int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else None)
     _set_up_logging(rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -98,9 +98,6 @@ def cores_per_process() -> int:
     """Return this process's share of the cores, at least 1; torchrun tells how many processes share them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-_LAUNCH_VARIABLES = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
 
 
 def _export_slurm_variables() -> None:
@@ -273,7 +270,11 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
 
 def write_log(history: list[dict[str, Any]], path: Path) -> None:
     """Write log.txt: one JSON line for each epoch."""
-    text = "".join(json.dumps(line) + "\n" for line in history)
+    write_text(path, "".join(json.dumps(line) + "\n" for line in history))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file as `save_checkpoint` writes a checkpoint: the old one stays until the new one is whole."""
     write_atomically(path, lambda file: file.write(text.encode()))
 
 

@@ -169,9 +169,7 @@ def test_features_only(name):
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_pretrained_weights_come_from_timms_hub(name):
     cfg = timm.get_pretrained_cfg(name)
-    assert cfg.hf_hub_id == timm.get_pretrained_cfg(TIMM_NAMES[name]).hf_hub_id or cfg.hf_hub_id.endswith(
-        f"/{TIMM_NAMES[name]}.in1k"
-    )
+    assert cfg.hf_hub_id == timm.get_pretrained_cfg(TIMM_NAMES[name]).hf_hub_id == f"timm/{TIMM_NAMES[name]}.in1k"
     assert cfg.has_weights
 
 
