@@ -18,7 +18,7 @@ import torch
 import torchvision
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
-from torch.utils.data import Dataset, get_worker_info
+from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
@@ -121,12 +121,20 @@ class TrainSet(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, key: SampleKey) -> tuple[torch.Tensor, int]:
-        with seeded_generators(self.seed, *key):
-            for offset in range(len(self)):
-                try:
-                    return self.dataset[(key.index + offset) % len(self)]
-                except BadImageError as error:
-                    _tolerate(error, self.bad_image)
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[SampleKey]) -> list[tuple[torch.Tensor, int]]:
+        """Return a whole batch, as a loader asks for it: the generators are restored once, which takes longest."""
+        with restored_generators():
+            return [self._get_sample(key) for key in keys]
+
+    def _get_sample(self, key: SampleKey) -> tuple[torch.Tensor, int]:
+        seed_generators(self.seed, *key)
+        for offset in range(len(self)):
+            try:
+                return self.dataset[(key.index + offset) % len(self)]
+            except BadImageError as error:
+                _tolerate(error, self.bad_image)
         raise ValueError("the training set has no readable image")
 
 
@@ -148,27 +156,24 @@ class EvalSet(Dataset):
             return self.dataset.transform(Image.new("RGB", (256, 256))), IGNORED_TARGET
 
 
-@contextmanager
-def seeded_generators(*key: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's CPU generators from a key for the time of the block.
-
-    Afterwards they are as before, but in a data-loading process, where nothing else draws from them and to
-    restore NumPy's would take most of the time.
-    """
+def seed_generators(*key: int) -> None:
+    """Seed Python's, NumPy's and torch's CPU generators from a key."""
     seeds = np.random.SeedSequence(key).generate_state(3)
-    restore = get_worker_info() is None
-    if restore:
-        states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(int(seeds[0]))
     np.random.seed(seeds[1])
     torch.default_generator.manual_seed(int(seeds[2]))  # torch.manual_seed would also queue a CUDA seeding
+
+
+@contextmanager
+def restored_generators() -> Iterator[None]:
+    """Leave the generators as they were before the block."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
     finally:
-        if restore:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-            torch.set_rng_state(states[2])
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
 
 
 def load_image(path: str) -> Image.Image:

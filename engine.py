@@ -1,6 +1,7 @@
 """The training loop of all three tasks, and the evaluation of classifiers."""
 
 import logging
+import math
 import resource
 import sys
 import time
@@ -17,7 +18,16 @@ from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import all_reduce, get_rank, get_world_size
+from utils import (
+    EpochMeter,
+    Interrupted,
+    SharedError,
+    all_reduce,
+    get_rank,
+    get_world_size,
+    stop_if_requested,
+    stop_requested,
+)
 
 logger = logging.getLogger("twins")
 
@@ -39,6 +49,10 @@ def train_one_epoch(
     model_ema: nn.Module | None = None,
     lr_scheduler=None,
     print_freq: int = 10,
+    max_skipped: int = 0,
+    meter: EpochMeter | None = None,
+    save: Callable[[], None] | None = None,
+    save_every: int | None = None,
 ) -> dict[str, float]:
     """Train for one pass over the loader, in steps of `accumulation` batches.
 
@@ -46,7 +60,7 @@ def train_one_epoch(
         model: The network, in DistributedDataParallel if there are several processes.
         compute_losses: `(model, batch) -> {name: scalar}`; their sum is minimised.
         data_loader: Batches: tensors, or lists, tuples and dicts of them. Its length is a multiple of
-            `accumulation`.
+            `accumulation`. In an epoch that goes on it gives the batches that are left.
         optimizer: Its learning rates are those of the scheduler.
         device: Where the model is and the batches go.
         epoch: Number of this epoch, from 0.
@@ -55,46 +69,66 @@ def train_one_epoch(
         accumulation: Batches whose mean gradient makes one step; processes exchange gradients on the last.
         clip_grad: Largest norm of the gradient; None for no clipping.
         model_ema: timm's ModelEmaV3 of the bare model, updated after each step.
-        lr_scheduler: timm's, told of each update; one that counts epochs ignores that.
+        lr_scheduler: timm's, told of the updates done before each step; one that counts epochs ignores that.
         print_freq: Steps between log lines, which wait for a GPU; so does fp16, on each step, for the verdict of
-            its scaler, but nothing else.
+            its scaler, and so does each step with `max_skipped`, but nothing else.
+        max_skipped: Steps in a row that are skipped, if a loss or the gradient is not finite, before training stops.
+        meter: Counts the steps and losses; in an epoch that goes on, that of its beginning.
+        save: Called on all processes together after the last step of the epoch, and before a stop on a signal.
+        save_every: Steps of the epoch after each of which `save` is called, too; None for none.
 
     Returns:
-        Means over the epoch and all processes: `loss`, its parts where there are several, and `lr`.
+        Means over the steps of the epoch and all processes: `loss`, its parts where there are several, and `lr`.
 
     Raises:
-        FloatingPointError: On all processes together, if the loss of any of them is not finite.
+        NonFiniteError: On all processes together, if the loss of any of them, or the gradient, is not finite.
+        Interrupted: On all processes together, after the step in which any of them was asked to stop.
     """
     model.train()
-    steps = len(data_loader) // accumulation
-    guard = FiniteGuard(device, epoch)
-    meter = TrainMeter(device, epoch, steps, print_freq)
+    meter = EpochMeter() if meter is None else meter
+    steps = meter.step + len(data_loader) // accumulation
+    guard = StepGuard(device, epoch, max_skipped, meter)
+    log = StepLog(device, epoch, steps, print_freq, meter)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     optimizer.zero_grad(set_to_none=True)
-    batches = meter.timed(data_loader)
-    for step in range(steps):
+    batches = log.timed(data_loader)
+    for step in range(meter.step, steps):
+        if lr_scheduler is not None:
+            lr_scheduler.step_update(epoch * steps + step)
+        step_losses, finite = {}, True
         for micro_step in range(accumulation):
             batch = to_device(next(batches), device)
-            last = micro_step == accumulation - 1
-            with _gradient_sync(model, last):
+            if not finite:
+                continue  # the rest of a skipped step is loaded, but not computed
+            with _gradient_sync(model, last=micro_step == accumulation - 1):
                 with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
                     losses = compute_losses(model, batch)
                 loss = sum(losses.values())
-                guard.watch(loss, step)
-                scaler.scale(loss / accumulation).backward()
-            meter.add(loss, losses)
-        if clip_grad is not None:
+                finite = guard.watch(loss, "loss")
+                if finite:
+                    scaler.scale(loss / accumulation).backward()
+            step_losses = _add_losses(step_losses, loss, losses, accumulation)
+        if finite and clip_grad is not None:
             scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(parameters, clip_grad)
-        scaler.step(optimizer)
-        scaler.update()
+            norm = nn.utils.clip_grad_norm_(parameters, clip_grad)
+            finite = scaler.is_enabled() or guard.watch(norm, "gradient")  # the scaler skips by its own rule
+        lr = max(group["lr"] for group in optimizer.param_groups)
+        if finite:
+            scaler.step(optimizer)
+            scaler.update()
+            if model_ema is not None:
+                model_ema.update(unwrap_model(model))
+            meter.add(step_losses, lr)
+        else:
+            meter.add_skipped()
         optimizer.zero_grad(set_to_none=True)
-        if model_ema is not None:
-            model_ema.update(unwrap_model(model))
-        meter.end_step(step, batch, accumulation, optimizer)
-        if lr_scheduler is not None:
-            lr_scheduler.step_update(epoch * steps + step + 1)
-    guard.finish()
+        log.end_step(batch, accumulation, lr)
+        if guard.signal or meter.step == steps or (save_every and meter.step % save_every == 0):
+            guard.finish()
+            if save is not None:
+                save()
+        if guard.signal:
+            raise Interrupted(guard.signal)
     return meter.averages()
 
 
@@ -123,10 +157,13 @@ def evaluate(
 
     Raises:
         ValueError: If there is no image to evaluate.
+        Interrupted: On all processes together, soon after any of them was asked to stop.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # correct at 1, correct at 5, loss, images
     for images, targets in data_loader:
+        if stop_requested():
+            break
         images, targets = to_device((images, targets), device)
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             logits = model(images)
@@ -135,6 +172,7 @@ def evaluate(
         losses = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
         counts = hits[:, 0].sum(), hits.sum(), losses.double().sum(), (targets != ignore_index).sum()
         sums += torch.stack([count.double() for count in counts])
+    stop_if_requested(device)
     if sharded:
         all_reduce(sums)
     correct1, correct5, loss, images = sums.tolist()
@@ -148,54 +186,67 @@ def evaluate(
     }
 
 
-class FiniteGuard:
-    """Stops all processes together, at the same step, when any of them has a loss that is not finite.
+class NonFiniteError(SharedError, FloatingPointError):
+    """The loss or the gradient is infinite or not a number; all processes raise it together."""
 
-    On a GPU the verdict is read two steps late, when it has long been computed, so that the guard never
-    waits for the step under way.
+
+class StepGuard:
+    """Has all processes agree, at each step, on what concerns them all: is it finite, was any asked to stop?
+
+    On a GPU the verdict is read four values late, when it has long been computed, so that the guard never waits
+    for the step under way; unless steps are to be skipped, which needs the verdict before the update.
     """
 
-    def __init__(self, device: torch.device, epoch: int):
+    def __init__(self, device: torch.device, epoch: int, max_skipped: int, meter: EpochMeter):
         self.epoch = epoch
-        self.lag = 2 if device.type == "cuda" else 0
+        self.max_skipped = max_skipped
+        self.meter = meter
+        self.lag = 4 if device.type == "cuda" and not max_skipped else 0
         self.pending = deque()
+        self.signal = 0  # the number of the signal that asked any process to stop
 
-    def watch(self, loss: Tensor, step: int) -> None:
-        """Note the loss of a step, and read the verdict on one `lag` batches ago."""
-        culprit = torch.where(torch.isfinite(loss.detach()), 0, get_rank() + 1)
-        all_reduce(culprit, dist.ReduceOp.MAX)
-        self.pending.append((step, *_to_host(culprit)))
-        while len(self.pending) > self.lag:
-            self._read()
+    def watch(self, value: Tensor, what: str) -> bool:
+        """Note a value of the step under way; tell whether those read now, `lag` values late, are finite."""
+        culprit = torch.where(torch.isfinite(value.detach()), 0, get_rank() + 1)
+        verdict = all_reduce(torch.stack([culprit, torch.full_like(culprit, stop_requested())]), dist.ReduceOp.MAX)
+        self.pending.append((self.meter.step, what, *_to_host(verdict)))
+        return all([self._read() for _ in range(len(self.pending) - self.lag)])
 
     def finish(self) -> None:
         """Read the verdicts that are left."""
         while self.pending:
             self._read()
 
-    def _read(self) -> None:
-        step, culprit, arrived = self.pending.popleft()
+    def _read(self) -> bool:
+        """Read the oldest verdict: tell whether the value was finite, and raise where it may not be skipped."""
+        step, what, verdict, arrived = self.pending.popleft()
         if arrived is not None:
             arrived.synchronize()
-        if culprit:
-            raise FloatingPointError(
-                f"the loss is not finite in epoch {self.epoch}, step {step}, on process {int(culprit) - 1}; training "
-                "has stopped. A lower --lr, a longer --warmup-epochs, --clip-grad or --amp bf16 usually help"
-            )
+        culprit, number = verdict.tolist()
+        self.signal = max(self.signal, number)
+        if not culprit:
+            return True
+        found = f"the {what} is not finite in epoch {self.epoch}, step {step}, on process {culprit - 1}"
+        if self.meter.skipped_in_a_row < self.max_skipped:
+            logger.info("skipped: %s", found)
+            return False
+        row = f", after {self.meter.skipped_in_a_row} skipped steps in a row" if self.max_skipped else ""
+        raise NonFiniteError(
+            f"{found}{row}; training has stopped. A lower --lr, a longer --warmup-epochs, --clip-grad or --amp bf16 "
+            "usually help"
+        )
 
 
-class TrainMeter:
-    """Means of the losses, kept on the device, and the log lines of an epoch."""
+class StepLog:
+    """The log lines of an epoch, and the time between them."""
 
-    def __init__(self, device: torch.device, epoch: int, steps: int, print_freq: int):
+    def __init__(self, device: torch.device, epoch: int, steps: int, print_freq: int, meter: EpochMeter):
         self.device = device
         self.epoch = epoch
         self.steps = steps
         self.print_freq = print_freq
-        self.names: list[str] = []
-        self.sums: Tensor | None = None  # of the loss and its parts
-        self.batches = 0
-        self.lr_sum = 0.0
+        self.meter = meter
+        self.first_step = meter.step
         self.start = self.window_start = time.perf_counter()
         self.window_waiting = 0.0
         self.window_images = 0
@@ -212,39 +263,22 @@ class TrainMeter:
             self.window_waiting += time.perf_counter() - start
             yield batch
 
-    def add(self, loss: Tensor, losses: Losses) -> None:
-        """Add the losses of one batch."""
-        values = torch.stack([loss, *losses.values()]).detach().double()
-        assert "loss" not in losses or len(losses) == 1, "'loss' is the name of the sum of several losses"
-        self.names = ["loss", *losses]
-        self.sums = values if self.sums is None else self.sums + values
-        self.batches += 1
-
-    def end_step(self, step: int, batch: Any, accumulation: int, optimizer: torch.optim.Optimizer) -> None:
-        """Count a step, and print a line for each `print_freq`-th and the last."""
-        lr = max(group["lr"] for group in optimizer.param_groups)
-        self.lr_sum += lr
+    def end_step(self, batch: Any, accumulation: int, lr: float) -> None:
+        """Count the images of a step, and print a line after the first, each `print_freq`-th from it and the last."""
         self.window_images += _count_images(batch) * accumulation * get_world_size()
-        if step % self.print_freq and step != self.steps - 1:
+        done = self.meter.step
+        if (done - 1) % self.print_freq and done != self.steps:
             return
-        loss = self.sums[0].item() / self.batches  # waits for the GPU, so the times below are true
+        loss = self.meter.means().get("loss", math.nan)  # waits for the GPU, so the times below are true
         now = time.perf_counter()
         elapsed = max(now - self.window_start, 1e-9)
-        eta = timedelta(seconds=int((now - self.start) / (step + 1) * (self.steps - step - 1)))
+        eta = timedelta(seconds=int((now - self.start) / (done - self.first_step) * (self.steps - done)))
         logger.info(
-            f"epoch {self.epoch} [{step + 1:>{len(str(self.steps))}}/{self.steps}]  loss {loss:.4f}  lr {lr:.6f}  "
+            f"epoch {self.epoch} [{done:>{len(str(self.steps))}}/{self.steps}]  loss {loss:.4f}  lr {lr:.6f}  "
             f"{self.window_images / elapsed:.0f} images/s  waiting for data {self.window_waiting / elapsed:.0%}  "
             f"eta {eta}  peak memory {peak_memory(self.device) / 2**20:.0f} MiB"
         )
         self.window_start, self.window_waiting, self.window_images = now, 0.0, 0
-
-    def averages(self) -> dict[str, float]:
-        """Return the means over the epoch and all processes."""
-        means = (all_reduce(self.sums / self.batches) / get_world_size()).tolist()
-        parts = dict(zip(self.names, means, strict=True))
-        if len(parts) == 2:  # the loss and its only part
-            parts = {"loss": means[0]}
-        return {"lr": self.lr_sum / self.steps, **parts}
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -264,6 +298,13 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _add_losses(sums: Losses, loss: Tensor, parts: Losses, batches: int) -> Losses:
+    """Add the share that one of several batches has in the mean losses of a step: their sum, `loss`, and its parts."""
+    assert "loss" not in parts or len(parts) == 1, "'loss' is the name of the sum of several losses"
+    values = {"loss": loss} | (parts if len(parts) > 1 else {})
+    return {name: sums.get(name, 0.0) + value.detach().double() / batches for name, value in values.items()}
 
 
 def _gradient_sync(model: nn.Module, last: bool):

@@ -10,12 +10,14 @@ Bad input ends with one line that names it and a non-zero exit code; --traceback
 
 import argparse
 import difflib
-import json
 import logging
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -27,17 +29,17 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 import models
 import utils
+from checkpoints import BEST_CHECKPOINT, BEST_EMA_CHECKPOINT, CHECKPOINT_KEYS, RunFolder, TrainState
 from datasets import BAD_IMAGE_POLICIES, DATA_SETS, IGNORED_TARGET, INAT_CATEGORIES, EvalSet, TrainSet, build_dataset
 from engine import evaluate, train_one_epoch
 from losses import DISTILLATION_TYPES, DistillationLoss, choose_criterion
 from models.twins import MIN_INPUT_SIZE
 from samplers import EvalSampler, TrainSampler
-from utils import Processes, TrainState
+from utils import Processes
 
 logger = logging.getLogger("twins")
 
@@ -54,6 +56,11 @@ PUBLISHED_RECIPES = {
 # Groups of options that a recipe is made of; everything else does not change what is trained.
 RECIPE_GROUPS = ("model", "optimisation", "schedule", "augmentation", "mixup", "distillation", "fine-tuning")
 NOT_OF_THE_RECIPE = {"model", "batch_size", "global_batch", "grad_checkpointing", "compile", "amp"}
+# Options that may change from one start of a run to the next without a word.
+NOT_OF_THE_RUN = {
+    *("resume", "auto_resume", "output_dir", "save_every", "keep"),
+    *("num_workers", "loader_timeout", "pin_mem", "print_freq", "dist_url", "local_rank", "traceback"),
+}
 
 
 # ---------------------------------------------------------------------------------------------------- arguments
@@ -375,6 +382,13 @@ def get_args_parser() -> ArgumentParser:
         help="data-loading processes of each process, at most one for each core it has; 0: load in the process itself",
     )
     group.add_argument(
+        "--loader-timeout",
+        default=600,
+        type=COUNT,
+        metavar="SECONDS",
+        help="longest wait for a batch from a data-loading process; 0: for ever",
+    )
+    group.add_argument(
         "--pin-mem",
         action=argparse.BooleanOptionalAction,
         default=True,
@@ -387,6 +401,34 @@ def get_args_parser() -> ArgumentParser:
     )
     group.add_argument(
         "--resume", metavar="FILE", help="checkpoint to continue from or, with --eval, weights to evaluate"
+    )
+    group.add_argument(
+        "--auto-resume",
+        action="store_true",
+        help="continue from the newest checkpoint in --output_dir if there is one, else start",
+    )
+    group.add_argument(
+        "--save-every",
+        type=POSITIVE_INT,
+        metavar="STEPS",
+        help="write a checkpoint after each so many steps of an epoch, besides the one at its end",
+    )
+    group.add_argument(
+        "--keep",
+        default=2,
+        type=POSITIVE_INT,
+        metavar="N",
+        help="checkpoints to keep, besides those of the best epochs",
+    )
+    group.add_argument(
+        "--on-nonfinite",
+        default="stop",
+        choices=("stop", "skip"),
+        help="stop at a loss or gradient that is not finite, or skip that step on all processes; on a GPU skip waits "
+        "for each step",
+    )
+    group.add_argument(
+        "--max-skipped", default=10, type=POSITIVE_INT, metavar="N", help="skipped steps in a row before a stop"
     )
     group.add_argument("--eval", action="store_true", help="evaluate only")
     group.add_argument(
@@ -402,6 +444,11 @@ def get_args_parser() -> ArgumentParser:
         type=_number(int, 0, 2**32 - 1),
         metavar="N",
         help="seed of initialisation, order and augmentation",
+    )
+    group.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="the same results on the same GPU, too, which costs time there; on a CPU they are the same anyway",
     )
     group.add_argument("--print-freq", default=10, type=POSITIVE_INT, metavar="STEPS", help="steps between log lines")
     group.add_argument(
@@ -420,6 +467,8 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
         )
     if args.distillation_type != "none" and not args.teacher_path:
         parser.error(f"--distillation-type {args.distillation_type} needs --teacher-path, the weights of the teacher")
+    if args.auto_resume and not args.output_dir:
+        parser.error("--auto-resume needs --output_dir, where the checkpoints are")
     if sum(map(bool, (args.pretrained, args.finetune, args.resume))) > 1:
         parser.error("--pretrained, --finetune and --resume each give the first weights; choose one of them")
     for option in ("scale", "cutmix_minmax"):
@@ -473,6 +522,8 @@ def _build_loader(dataset, sampler, batch_size: int, args: argparse.Namespace, p
         batch_size=batch_size,
         sampler=sampler,
         num_workers=workers,
+        worker_init_fn=utils.outlive_signals,
+        timeout=args.loader_timeout if workers else 0,
         pin_memory=args.pin_mem and processes.device.type == "cuda",
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # the loader draws from it, not from the generator that the model uses
@@ -566,6 +617,7 @@ def build_state(args: argparse.Namespace, model: nn.Module, global_batch: int, d
         optimizer=optimizer,
         lr_scheduler=build_scheduler(args, optimizer),
         scaler=torch.amp.GradScaler(device.type, enabled=choose_amp(args.amp, device) == torch.float16),
+        global_batch=global_batch,
         model_ema=ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None,
     )
 
@@ -629,105 +681,119 @@ def run_evaluation(args: argparse.Namespace, processes: Processes) -> None:
 
 
 def run_training(args: argparse.Namespace, processes: Processes) -> None:
-    """Train, evaluating after each epoch and keeping the last and the best checkpoints."""
-    output_dir = check_output_dir(args)
-    device = processes.device
-    global_batch, accumulation = choose_global_batch(args, processes.world_size)
-    val_loader = build_val_loader(args, processes)
-    train_loader = build_train_loader(args, processes, global_batch)
-    nb_classes = check_classes(args, train_loader.dataset.dataset.classes)
-    utils.seed_everything(args.seed)  # the same weights on every process
-    # The weights in the memory format of the tokens, so that convolutions and gradient exchange need no copies.
-    model = build_trained_model(args, nb_classes).to(device, memory_format=torch.channels_last)
-    state = build_state(args, model, global_batch, device)
-    compute_losses = build_compute_losses(args, nb_classes, device)
-    utils.seed_everything(args.seed + processes.rank)  # but mixup and drop path of its own on each
-    if args.resume:
-        resume(args, state)
-    parallel_model = parallelise(args, model, processes)
-    if output_dir and processes.is_main:
-        start_output(args, output_dir)
-    announce(args, processes, model, nb_classes, global_batch, len(train_loader) // accumulation)
+    """Train, evaluating after each epoch and keeping the newest and the best checkpoints."""
+    run_folder = RunFolder(args.output_dir, args.keep) if args.output_dir else nullcontext()
+    with utils.signals_noted(), run_folder as folder:
+        checkpoint = choose_checkpoint(args, folder)
+        device = processes.device
+        global_batch, accumulation = choose_global_batch(args, processes.world_size)
+        val_loader = build_val_loader(args, processes)
+        train_loader = build_train_loader(args, processes, global_batch)
+        nb_classes = check_classes(args, train_loader.dataset.dataset.classes)
+        utils.seed_everything(args.seed)  # the same weights on every process
+        # The weights in the memory format of the tokens, so that convolutions and gradient exchange need no copies.
+        model = build_trained_model(args, nb_classes, new=not checkpoint)
+        state = build_state(args, model.to(device, memory_format=torch.channels_last), global_batch, device)
+        compute_losses = build_compute_losses(args, nb_classes, device)
+        utils.seed_everything(args.seed + processes.rank)  # but mixup and drop path of its own on each
+        if checkpoint:
+            resume(args, state, checkpoint)
+        compile_if_asked(args, model)
+        parallel_model = utils.parallelise(model, processes)
+        announce(args, processes, model, nb_classes, global_batch, len(train_loader) // accumulation)
+        if folder and processes.is_main:
+            folder.write_args(vars(args))
+            folder.write_log(state.history)  # as the checkpoint has it, whenever the last run was killed
+        start, first_epoch = time.perf_counter(), state.epoch
+        for epoch in range(state.epoch, args.epochs):
+            train_loader.sampler.set_epoch(epoch, state.position)
+            train_stats = train_one_epoch(
+                parallel_model,
+                compute_losses,
+                train_loader,
+                state.optimizer,
+                device,
+                epoch,
+                scaler=state.scaler,
+                amp_dtype=choose_amp(args.amp, device),
+                accumulation=accumulation,
+                clip_grad=args.clip_grad or None,
+                model_ema=state.model_ema,
+                lr_scheduler=state.lr_scheduler,
+                print_freq=args.print_freq,
+                max_skipped=args.max_skipped if args.on_nonfinite == "skip" else 0,
+                meter=state.meter,
+                save=partial(save_state, state, folder, args) if folder else None,
+                save_every=args.save_every,
+            )
+            test_stats = evaluate_state(state, val_loader, args, processes)
+            finish_epoch(state, train_stats, test_stats, folder, args)
+        report_end(args, state, state.epoch - first_epoch, time.perf_counter() - start)
 
-    if state.epoch >= args.epochs:
-        logger.info("this run is complete; a larger --epochs goes on with it")
-    start, first_epoch = time.perf_counter(), state.epoch
-    for epoch in range(state.epoch, args.epochs):
-        train_loader.sampler.set_epoch(epoch)
-        train_stats = train_one_epoch(
-            parallel_model,
-            compute_losses,
-            train_loader,
-            state.optimizer,
-            device,
-            epoch,
-            scaler=state.scaler,
-            amp_dtype=choose_amp(args.amp, device),
-            accumulation=accumulation,
-            clip_grad=args.clip_grad or None,
-            model_ema=state.model_ema,
-            lr_scheduler=state.lr_scheduler,
-            print_freq=args.print_freq,
+
+def choose_checkpoint(args: argparse.Namespace, folder: RunFolder | None) -> Path | None:
+    """Return the checkpoint to continue from, None for a new run.
+
+    Raises:
+        ValueError: If the folder holds another run, which this one would write over.
+    """
+    resumed = Path(args.resume) if args.resume else None
+    if folder is None:
+        return resumed
+    if args.auto_resume:
+        return utils.on_main(folder.find_checkpoint) or resumed
+    exists = utils.on_main(lambda: list(folder.generations().values()))
+    if exists and not (resumed and resumed.resolve().parent == folder.path.resolve()):
+        raise ValueError(
+            f"{exists[0]} exists, and this run would write over it; continue it with --auto-resume, choose another "
+            "--output_dir or remove it"
         )
-        test_stats = evaluate_state(state, val_loader, args, processes)
-        state.lr_scheduler.step(epoch)
-        finish_epoch(state, train_stats, test_stats, output_dir, args, processes)
-    took = timedelta(seconds=int(time.perf_counter() - start))
-    best = ", ".join(f"{name} {value:.3f}" for name, value in state.best.items())
-    logger.info("%d epochs done, %d of them now in %s; best %s", state.epoch, state.epoch - first_epoch, took, best)
+    return resumed
 
 
-def build_trained_model(args: argparse.Namespace, nb_classes: int) -> nn.Module:
-    """Build the model to train, with the weights that it starts from."""
+def build_trained_model(args: argparse.Namespace, nb_classes: int, new: bool) -> nn.Module:
+    """Build the model to train; in a new run, with the weights that it starts from."""
     drops = {"drop_rate": args.drop, "drop_path_rate": args.drop_path}
     drops = {name: rate for name, rate in drops.items() if rate > 0}  # not every model of timm knows them
-    model = build_model(args.model, nb_classes, pretrained=args.pretrained, **drops)
-    if args.pretrained and nb_classes != model.pretrained_cfg["num_classes"]:
+    model = build_model(args.model, nb_classes, pretrained=args.pretrained and new, **drops)
+    if args.pretrained and new and nb_classes != model.pretrained_cfg["num_classes"]:
         logger.info("the published weights are for other classes; the head is new")
-    if args.finetune:
+    if args.finetune and new:
         logger.info("%s", models.load_weights(model, args.finetune, finetune=True))
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     return model
 
 
-def resume(args: argparse.Namespace, state: TrainState) -> None:
-    """Restore a run from its checkpoint, so that it goes on as if it had never stopped."""
-    checkpoint = models.read_file(args.resume)
-    if not set(checkpoint) >= utils.CHECKPOINT_KEYS:
+def resume(args: argparse.Namespace, state: TrainState, path: Path) -> None:
+    """Restore a run from its checkpoint, so that it goes on as if it had never stopped; say what differs."""
+    checkpoint = models.read_file(path)
+    if not set(checkpoint) >= CHECKPOINT_KEYS:
         raise ValueError(
-            f"{args.resume}: holds weights but no state of a training run of ours to continue; "
+            f"{path}: holds weights but no state of a training run of ours to continue; "
             "use --finetune to start a run from them, or --eval to evaluate them"
         )
     if bool(checkpoint["model_ema"]) != args.model_ema:
         raise ValueError(
-            f"{args.resume}: its run was {'with' if checkpoint['model_ema'] else 'without'} a moving average (EMA); "
+            f"{path}: its run was {'with' if checkpoint['model_ema'] else 'without'} a moving average (EMA); "
             f"{'add --model-ema' if checkpoint['model_ema'] else 'leave --model-ema out'}"
         )
     if checkpoint["args"]["opt"] != args.opt:
-        raise ValueError(f"{args.resume}: its run used --opt {checkpoint['args']['opt']}; repeat that, not {args.opt}")
-    models.load_state_dict(state.model, checkpoint["model"], source=args.resume)
+        raise ValueError(f"{path}: its run used --opt {checkpoint['args']['opt']}; repeat that, not {args.opt}")
+    models.load_state_dict(state.model, checkpoint["model"], source=str(path))
     if state.model_ema is not None:
-        models.load_state_dict(state.model_ema.module, checkpoint["model_ema"], source=args.resume)
+        models.load_state_dict(state.model_ema.module, checkpoint["model_ema"], source=str(path))
     try:
-        state.load_training(checkpoint)
+        inexact = state.load_training(checkpoint, args.seed)
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{args.resume}: does not fit these options ({error}); repeat those of its run") from error
-    logger.info("resumed %s, %d epochs done", args.resume, state.epoch)
-    if len(checkpoint["random_states"]) != utils.get_world_size():
-        logger.info("another number of processes: mixup, drop path and dropout go on with new random numbers")
+        raise ValueError(f"{path}: does not fit these options ({error}); repeat those of its run") from error
+    place = f" and {state.position} images of the next" if state.position else ""
+    logger.info("resumed %s: %d epochs%s are done", path, state.epoch, place)
+    for what in inexact:
+        logger.info("not exactly as before: %s", what)
     changed = {name: value for name, value in vars(args).items() if checkpoint["args"].get(name, value) != value}
-    for name in sorted(set(changed) - {"resume", "output_dir", "num_workers", "print_freq", "traceback"}):
+    for name in sorted(set(changed) - NOT_OF_THE_RUN):
         logger.info("changed since: --%s %s, was %s", name.replace("_", "-"), changed[name], checkpoint["args"][name])
-
-
-def parallelise(args: argparse.Namespace, model: nn.Module, processes: Processes) -> nn.Module:
-    """Compile the model if asked to, and wrap it if there are several processes."""
-    compile_if_asked(args, model)
-    if processes.world_size == 1:
-        return model
-    device_ids = [processes.device.index] if processes.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 def compile_if_asked(args: argparse.Namespace, model: nn.Module) -> None:
@@ -762,54 +828,38 @@ def finish_epoch(
     state: TrainState,
     train_stats: dict[str, float],
     test_stats: dict[str, float],
-    output_dir: Path | None,
+    folder: RunFolder | None,
     args: argparse.Namespace,
-    processes: Processes,
 ) -> None:
     """Count the epoch, note the best figures and write log and checkpoints."""
     n_parameters = sum(parameter.numel() for parameter in state.model.parameters())
     line = {f"train_{name}": value for name, value in train_stats.items()} | test_stats
+    if args.on_nonfinite == "skip":
+        line["train_skipped"] = state.meter.skipped
     state.history.append({**line, "epoch": state.epoch, "n_parameters": n_parameters})
+    state.lr_scheduler.step(state.epoch)
     state.epoch += 1
-    files = []
-    for figure, file in (("test_acc1", utils.BEST_CHECKPOINT), ("test_ema_acc1", utils.BEST_EMA_CHECKPOINT)):
+    state.meter.start_epoch()
+    best = []
+    for figure, file in (("test_acc1", BEST_CHECKPOINT), ("test_ema_acc1", BEST_EMA_CHECKPOINT)):
         if figure in line and line[figure] > state.best.get(figure, -1):
             state.best[figure] = line[figure]
-            files.append(file)
-    if output_dir is None:
-        return
+            best.append(file)
+    if folder:
+        save_state(state, folder, args, best)
+
+
+def save_state(state: TrainState, folder: RunFolder, args: argparse.Namespace, best: Sequence[str] = ()) -> None:
+    """Write the checkpoint, before it those of the best epochs if this is one, and the log."""
     checkpoint = state.to_checkpoint(vars(args))
-    if processes.is_main:
-        for file in (*files, utils.CHECKPOINT):  # the best first: a kill in between repeats the epoch, losing nothing
-            utils.save_checkpoint(checkpoint, output_dir / file)
-        utils.write_log(state.history, output_dir / "log.txt")
 
+    def write() -> None:
+        for name in best:  # the best first: a kill in between repeats the evaluation, losing nothing
+            folder.save_best(checkpoint, name)
+        folder.save(checkpoint)
+        folder.write_log(state.history)
 
-def check_output_dir(args: argparse.Namespace) -> Path | None:
-    """Return the output folder, refusing to write over another run."""
-    if not args.output_dir:
-        return None
-    output_dir = Path(args.output_dir)
-    checkpoint = output_dir / utils.CHECKPOINT
-    continues_it = args.resume and Path(args.resume).resolve().parent == output_dir.resolve()
-    if checkpoint.exists() and not continues_it:
-        raise ValueError(
-            f"{checkpoint} exists, and this run would write over it; continue it with --resume {checkpoint}, "
-            "choose another --output_dir or remove it"
-        )
-    return output_dir
-
-
-def start_output(args: argparse.Namespace, output_dir: Path) -> None:
-    """Make the output folder and write args.json: what the run was started with, and on which versions."""
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(
-            f"--output_dir {output_dir}: cannot be made ({error.strerror}); choose a folder that you may write to"
-        ) from error
-    content = json.dumps({"args": vars(args), "versions": utils.versions()}, indent=2) + "\n"
-    utils.write_text(output_dir / "args.json", content)
+    utils.on_main(write)
 
 
 # ------------------------------------------------------------------------------------------------------- messages
@@ -858,6 +908,15 @@ def differences_from_recipe(args: argparse.Namespace, global_batch: int) -> list
     ]
 
 
+def report_end(args: argparse.Namespace, state: TrainState, epochs: int, seconds: float) -> None:
+    """Print what the run came to."""
+    if not epochs:
+        logger.info("this run is complete; a larger --epochs goes on with it")
+    best = ", ".join(f"{name} {value:.3f}" for name, value in state.best.items())
+    took = timedelta(seconds=int(seconds))
+    logger.info("%d epochs done, %d of them now in %s; best %s", state.epoch, epochs, took, best)
+
+
 def report_evaluation(stats: dict[str, float], what: str = "network") -> None:
     """Print the two lines of the original."""
     logger.info("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats))
@@ -868,20 +927,57 @@ def report_evaluation(stats: dict[str, float], what: str = "network") -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run from the command line; bad input ends with one line and exit code 1 or 2."""
+    """Run from the command line.
+
+    Bad input and known faults end with one line and exit code 1 or 2; a run that a signal stops ends with 128 plus
+    the signal's number.
+    """
     parser = get_args_parser()
     args = parser.parse_args(argv)
     check_args(parser, args)
     try:
         processes = utils.init_processes(args.device, args.dist_url)
+        if args.deterministic:
+            utils.make_deterministic()
         (run_evaluation if args.eval else run_training)(args, processes)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if args.traceback:
+    except utils.Interrupted as stop:
+        go_on = "run the same command with --auto-resume to go on" if args.output_dir else "nothing was kept"
+        end_run(f"main.py: stopped by {stop.signal.name}; {go_on}", 128 + stop.signal, shared=True)
+    except KeyboardInterrupt:
+        end_run("main.py: stopped at once", 128 + signal.SIGINT, shared=True)
+    except Exception as error:
+        cause = find_cause(error)
+        if cause is None or args.traceback:
             raise
         # Leaving the group cleanly would wait for processes that wait for this one.
-        print(f"main.py: error: {one_line(error)}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        end_run(f"main.py: error: {cause}", 1, shared=isinstance(error, utils.SharedError))
     utils.end_processes()
+
+
+def find_cause(error: Exception) -> str | None:
+    """Return in one line what is wrong and what to do; None if the fault may be in this code."""
+    message = one_line(error)
+    if isinstance(error, (ValueError, OSError, utils.SharedError)):
+        return message
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"{message}; lower --batch-size, keeping --global-batch, or pass --grad-checkpointing"
+    known = {
+        "DataLoader timed out": "raise --loader-timeout if the disk is that slow, or look for what blocks it",
+        "DataLoader worker": "a data-loading process has died, often for want of memory; lower --num_workers",
+        "does not have a deterministic implementation": "leave --deterministic out",
+        "gloo": "another process of the run has ended, and its message says why; continue with --auto-resume",
+        "NCCL": "another process of the run has ended, or its network failed; continue with --auto-resume",
+    }
+    remedy = next((known[part] for part in known if part in str(error)), None)
+    return f"{message}; {remedy}" if remedy and isinstance(error, RuntimeError) else None
+
+
+def end_run(message: str, code: int, shared: bool) -> NoReturn:
+    """Print why the run ends, once where all processes know it, and exit; nothing that hangs may keep it."""
+    if not shared or utils.get_rank() == 0:
+        print(message, file=sys.stderr, flush=True)
+    utils.kill_children()
+    sys.exit(code)
 
 
 def one_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The order of samples: a training order that is one for any number of processes, and exact evaluation shards."""
+"""The order of samples: a training order, one for any number of processes and from any step, and evaluation shards."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -60,17 +60,19 @@ class TrainSampler(Sampler[SampleKey]):
         self.seed = seed
         self.repeats = repeats
         self.epoch = 0
+        self.start = 0
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next."""
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch whose order comes next, and the images of it, whole steps, that are done already."""
         self.epoch = epoch
+        self.start = start
 
     def __len__(self) -> int:
-        return self.length // self.world_size
+        return max(0, self.length - self.start) // self.world_size
 
     def __iter__(self) -> Iterator[SampleKey]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples)
-        for position in range(self.rank, self.length, self.world_size):
+        for position in range(self.start + self.rank, self.length, self.world_size):
             index, copy = divmod(position, self.repeats)
             yield SampleKey(self.epoch, int(order[index]), copy)
 

@@ -1,15 +1,18 @@
-"""Process set-up, logging, seeding and checkpoints, shared by the three tasks."""
+"""Processes, signals, logging and seeding, shared by the three tasks."""
 
 import functools
-import json
 import logging
+import multiprocessing
 import os
 import random
+import signal
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import PIL
@@ -18,10 +21,11 @@ import torch
 import torch.distributed as dist
 import torchvision
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 logger = logging.getLogger("twins")
 
-CHECKPOINT, BEST_CHECKPOINT, BEST_EMA_CHECKPOINT = "checkpoint.pth", "checkpoint_best.pth", "checkpoint_best_ema.pth"
+T = TypeVar("T")
 
 
 # ---------------------------------------------------------------------------------------------------- processes
@@ -84,6 +88,65 @@ def all_reduce(tensor: torch.Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> t
     return tensor
 
 
+def gather(value: T) -> list[T]:
+    """Return every process's value, by rank. All processes must call it."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Call a function on the main process alone; return its result on all of them.
+
+    Raises:
+        SharedError: On all processes together, if the function raised a ValueError or OSError. Where there is
+            only one process the error comes as it is.
+    """
+    if not dist.is_initialized():
+        return function()
+    outcome = [(None, None)]
+    if get_rank() == 0:
+        try:
+            outcome = [(function(), None)]
+        except (ValueError, OSError) as error:
+            outcome = [(None, str(error))]
+    dist.broadcast_object_list(outcome)
+    result, message = outcome[0]
+    if message is not None:
+        raise SharedError(message)
+    return result
+
+
+class SharedError(Exception):
+    """An error that all processes raise together, so that one of them need report it."""
+
+
+def parallelise(model: nn.Module, processes: Processes) -> nn.Module:
+    """Wrap a model in DistributedDataParallel if there are several processes."""
+    if processes.world_size == 1:
+        return model
+    device_ids = [processes.device.index] if processes.device.type == "cuda" else None
+    parallel = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    if processes.device.type == "cpu":
+        parallel.register_comm_hook(None, _exchange_each_gradient)
+    return parallel
+
+
+def _exchange_each_gradient(_, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Average gradients between processes, each parameter by itself.
+
+    The order in which gloo adds three or more numbers depends on their place in the buffer, and the buffers are
+    laid out anew after the first step of every start: a resumed run would differ in the last bits.
+    """
+    for gradient in bucket.gradients():
+        all_reduce(gradient.div_(get_world_size()))
+    exchanged = torch.futures.Future()
+    exchanged.set_result(bucket.buffer())
+    return exchanged
+
+
 def get_rank() -> int:
     """Return the rank of this process, 0 where there is only one."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -140,7 +203,128 @@ def _choose_device(name: str, local_rank: int | None) -> torch.device:
     return torch.device("cuda", index)
 
 
-# ------------------------------------------------------------------------------------- logging, seeding, versions
+# ------------------------------------------------------------------------------------------------------ signals
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # schedulers, the keyboard, SLURM's --signal=USR1
+_received_signal = 0
+
+
+class Interrupted(Exception):  # noqa: N818  not an error: the run goes on another time
+    """Raised on all processes together when one of them was asked to stop and its work is safe."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.signal = signal.Signals(number)
+
+
+@contextmanager
+def signals_noted() -> Iterator[None]:
+    """Have signals that ask this process to stop only noted in the block, for `stop_requested` to tell."""
+    global _received_signal
+    _received_signal = 0
+    handlers = {each: signal.signal(each, _note_signal) for each in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for each, handler in handlers.items():
+            signal.signal(each, handler)
+
+
+def stop_requested() -> int:
+    """Return the number of the signal that asked this process to stop, 0 if none has."""
+    return _received_signal
+
+
+def stop_if_requested(device: torch.device) -> None:
+    """Raise `Interrupted` on all processes if any of them was asked to stop. All must call it."""
+    number = int(all_reduce(torch.tensor(stop_requested(), device=device), dist.ReduceOp.MAX))
+    if number:
+        raise Interrupted(number)
+
+
+def outlive_signals(_worker: int) -> None:
+    """Let a data-loading process live on when its whole group is signalled: the step under way needs its images."""
+    for each in STOP_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+
+
+def kill_children() -> None:
+    """End data-loading processes, even hanging ones, which this process would wait for at its exit."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # or the loader would raise an error at each death
+    for child in multiprocessing.active_children():
+        child.kill()
+
+
+def _note_signal(number: int, _frame) -> None:
+    global _received_signal
+    _received_signal = number
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if number == signal.SIGINT and get_rank() == 0:
+        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once\n")  # print may be what was interrupted
+
+
+# ----------------------------------------------------------------------------- meter, logging, seeding, versions
+
+
+@dataclass
+class EpochMeter:
+    """What one process has seen of an epoch: how far it has come, and the sums that its means are made of."""
+
+    step: int = 0  # optimizer steps behind it, skipped ones included
+    skipped: int = 0
+    skipped_in_a_row: int = 0  # just now, from the epochs before as well
+    lr_sum: float = 0.0
+    names: tuple[str, ...] = ()  # of the losses
+    sums: torch.Tensor | None = None  # of the losses, float64 on their device
+
+    def add(self, losses: dict[str, torch.Tensor], lr: float) -> None:
+        """Count a step with its losses and learning rate."""
+        values = torch.stack(list(losses.values()))
+        self.names = tuple(losses)
+        self.sums = values if self.sums is None else self.sums + values
+        self.lr_sum += lr
+        self.step += 1
+        self.skipped_in_a_row = 0
+
+    def add_skipped(self) -> None:
+        """Count a step that left the weights as they were."""
+        self.step += 1
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+
+    def means(self) -> dict[str, float]:
+        """Return the means of this process so far; nothing before the first step."""
+        steps = self.step - self.skipped
+        if not steps:
+            return {}
+        return {"lr": self.lr_sum / steps, **dict(zip(self.names, (self.sums / steps).tolist(), strict=True))}
+
+    def averages(self) -> dict[str, float]:
+        """Return the means over all processes. All must call it."""
+        means = gather(self.means())
+        return {name: sum(each[name] for each in means) / len(means) for name in means[0]}
+
+    def start_epoch(self) -> None:
+        """Count from the beginning again, but for a row of skipped steps that the last epoch ended with."""
+        self.load_state_dict({**EpochMeter().state_dict(), "skipped_in_a_row": self.skipped_in_a_row})
+
+    @staticmethod
+    def merge(states: list[dict[str, Any]]) -> dict[str, Any]:
+        """Return the state that each of another number of processes goes on from: the mean of the old ones."""
+        if states[0]["sums"] is None:
+            return states[0]
+        return {**states[0], "sums": torch.stack([state["sums"] for state in states]).mean(0)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the fields, in types that load without executing code."""
+        return {**vars(self), "sums": None if self.sums is None else self.sums.cpu()}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
+        """Restore what `state_dict` returned."""
+        vars(self).update(state)
+        if self.sums is not None:
+            self.sums = self.sums.to(device)
 
 
 def _set_up_logging(rank: int) -> None:
@@ -181,14 +365,12 @@ def set_random_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def gather_random_states() -> list[dict[str, Any]]:
-    """Return every process's generator states, by rank. All processes must call it."""
-    state = get_random_state()
-    if not dist.is_initialized():
-        return [state]
-    states = [None] * dist.get_world_size()
-    dist.all_gather_object(states, state)
-    return states
+def make_deterministic() -> None:
+    """Have torch use deterministic algorithms alone, and refuse operations that have none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+    torch.backends.cudnn.benchmark = False
 
 
 @functools.cache
@@ -205,93 +387,3 @@ def versions() -> dict[str, str | None]:
         **{name: str(module.__version__) for name, module in modules.items()},
         "git": revision or None,
     }
-
-
-# -------------------------------------------------------------------------------------------------- checkpoints
-
-
-CHECKPOINT_KEYS = {
-    *("model", "model_ema", "optimizer", "scheduler", "scaler"),
-    *("epoch", "best", "history", "random_states", "args", "versions"),
-}
-
-
-@dataclass
-class TrainState:
-    """Everything that a run changes as it goes: what a checkpoint holds beside arguments and versions."""
-
-    model: nn.Module  # bare: neither DistributedDataParallel nor anything else around it
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: Any  # one of timm's
-    scaler: torch.amp.GradScaler
-    model_ema: nn.Module | None = None  # timm's ModelEmaV3
-    epoch: int = 0  # epochs done
-    best: dict[str, float] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)  # the lines of log.txt
-
-    def to_checkpoint(self, args: dict[str, Any]) -> dict[str, Any]:
-        """Return a dict that loads with `weights_only=True`. All processes must call it together."""
-        return {
-            "model": self.model.state_dict(),
-            "model_ema": self.model_ema.module.state_dict() if self.model_ema else None,
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.lr_scheduler.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "epoch": self.epoch,
-            "best": self.best,
-            "history": self.history,
-            "random_states": gather_random_states(),
-            "args": args,
-            "versions": versions(),
-        }
-
-    def load_training(self, checkpoint: dict[str, Any]) -> None:
-        """Restore everything but the weights, which `models.load_state_dict` loads with its checks."""
-        chosen = [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        for group, options in zip(self.optimizer.param_groups, chosen, strict=True):
-            group.update(options)  # the options of this run; with those of the old run they are the same
-        if checkpoint["scaler"]:  # empty where the old run had no use for it
-            self.scaler.load_state_dict(checkpoint["scaler"])
-        self.epoch = checkpoint["epoch"]
-        if self.epoch > 0:  # a schedule depends on the options and the epoch alone
-            self.lr_scheduler.step(self.epoch - 1)
-        self.best = checkpoint["best"]
-        self.history = checkpoint["history"]
-        states = checkpoint["random_states"]
-        if len(states) == get_world_size():
-            set_random_state(states[get_rank()])
-
-
-def save_checkpoint(checkpoint: dict[str, Any], path: Path) -> None:
-    """Write a checkpoint so that a kill at any instant leaves the old file or the new one, whole."""
-    write_atomically(path, lambda file: torch.save(checkpoint, file))
-
-
-def write_log(history: list[dict[str, Any]], path: Path) -> None:
-    """Write log.txt: one JSON line for each epoch."""
-    write_text(path, "".join(json.dumps(line) + "\n" for line in history))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file as `save_checkpoint` writes a checkpoint: the old one stays until the new one is whole."""
-    write_atomically(path, lambda file: file.write(text.encode()))
-
-
-def write_atomically(path: Path, write) -> None:
-    """Call `write(file)` on a temporary file in the same folder, flush it to disk and rename it to `path`."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # makes the rename itself last
-    finally:
-        os.close(folder)

@@ -1,5 +1,6 @@
 """Small data on disk in the real formats, and ways to run main.py."""
 
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,12 @@ import shapes
 from main import main
 
 ROOT = Path(__file__).parents[1]
+TINY = ["--model", "alt_gvt_tiny", "--input-size", "32", "--batch-size", "4", "--num_workers", "0", "--device", "cpu"]
+LAUNCHERS = {
+    "torchrun": ["-m", "torch.distributed.run"],
+    "launch": ["-m", "torch.distributed.launch", "--use_env"],
+    "launch without --use_env": ["-m", "torch.distributed.launch"],
+}
 
 
 @pytest.fixture(scope="session")
@@ -64,3 +71,40 @@ def damage_jpeg(path: Path) -> None:
 def read_size(path: Path) -> tuple[int, int]:
     with Image.open(path) as image:
         return image.size
+
+
+def launch(launcher: str, processes: int, *argv, port: int = 29501, **kwargs):
+    options = [f"--nproc_per_node={processes}", f"--master_port={port}"]
+    return run_command([*LAUNCHERS[launcher], *options, "main.py", *argv], **kwargs)
+
+
+def read_log(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+CHECKPOINTS = ("checkpoint.pth", "checkpoint_best.pth", "checkpoint_best_ema.pth")
+
+
+def assert_same_run(folder: Path, other: Path, checkpoints=CHECKPOINTS) -> None:
+    """Compare what two runs have left, bit for bit."""
+    for name in checkpoints:
+        states = [torch.load(path / name, weights_only=True) for path in (folder, other)]
+        assert_equal(*({key: state[key] for key in set(state) - {"args", "versions"}} for state in states), name)
+    assert (folder / "log.txt").read_text() == (other / "log.txt").read_text()
+
+
+def assert_equal(a, b, where=""):
+    """Compare nested states bit for bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert set(a) == set(b), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_equal(*pair, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where

@@ -13,7 +13,15 @@ from PIL import Image
 from timm.data import auto_augment
 from torch.utils.data import DataLoader
 
-from datasets import IGNORED_TARGET, BadImageError, EvalSet, TrainSet, build_dataset, seeded_generators
+from datasets import (
+    IGNORED_TARGET,
+    BadImageError,
+    EvalSet,
+    TrainSet,
+    build_dataset,
+    restored_generators,
+    seed_generators,
+)
 from main import get_args_parser
 from samplers import SampleKey, TrainSampler
 from tests.conftest import damage_jpeg
@@ -56,13 +64,21 @@ def test_seeding_leaves_the_generators_as_they_were():
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = draw()
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
-    with seeded_generators(0, 1, 2):
+    with restored_generators():
+        seed_generators(0, 1, 2)
         inside = draw()
-    with seeded_generators(0, 1, 2):
+        seed_generators(0, 1, 2)
         assert draw() == inside
-    with seeded_generators(0, 1, 3):
+        seed_generators(0, 1, 3)
         assert draw() != inside
     assert draw() == expected
+
+
+def test_loading_leaves_the_generators_as_they_were(image_folder):
+    dataset = TrainSet(build_dataset(True, options("--data-path", image_folder)), seed=0)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    dataset.__getitems__([SampleKey(0, 5, 0), SampleKey(0, 6, 0)])
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
 
 
 def test_image_folder(image_folder):
@@ -228,8 +244,8 @@ def test_truncated_image_is_skipped(damaged_folder, caplog):
     train = TrainSet(build_dataset(True, options("--data-path", damaged_folder)), 0, bad_image="skip")
     image, label = train[SampleKey(0, 1, 0)]
     assert f"skipped: {damaged_folder / 'train/n01440764/1.JPEG'}: cannot be read as an image" in caplog.text
-    with seeded_generators(0, *SampleKey(0, 1, 0)):
-        expected, _ = train.dataset[2]
+    seed_generators(0, *SampleKey(0, 1, 0))
+    expected, _ = train.dataset[2]
     assert label == 0
     assert torch.equal(image, expected)
     val = EvalSet(build_dataset(False, options("--data-path", damaged_folder)), bad_image="skip")

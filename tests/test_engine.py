@@ -110,7 +110,7 @@ def test_updates_are_told_to_the_schedule(model):
 
     schedule = Schedule()
     train(model, make_batches(6, 2), lr_scheduler=schedule, accumulation=2)
-    assert schedule.seen == (1, 2, 3)
+    assert schedule.seen == (0, 1, 2)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_weights_change(model):

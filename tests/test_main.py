@@ -20,28 +20,22 @@ from main import (
     differences_from_recipe,
     get_args_parser,
 )
-from tests.conftest import ROOT, damage_jpeg, read_size, run_command
+from tests.conftest import (
+    LAUNCHERS,
+    ROOT,
+    TINY,
+    assert_same_run,
+    damage_jpeg,
+    launch,
+    read_log,
+    read_size,
+    run_command,
+)
 from tests.test_models import DATA
-
-TINY = ["--model", "alt_gvt_tiny", "--input-size", "32", "--batch-size", "4", "--num_workers", "0", "--device", "cpu"]
-LAUNCHERS = {
-    "torchrun": ["-m", "torch.distributed.run"],
-    "launch": ["-m", "torch.distributed.launch", "--use_env"],
-    "launch without --use_env": ["-m", "torch.distributed.launch"],
-}
 
 
 def parse(*argv):
     return get_args_parser().parse_args([str(arg) for arg in argv])
-
-
-def launch(launcher: str, processes: int, *argv, port: int = 29501, **kwargs):
-    options = [f"--nproc_per_node={processes}", f"--master_port={port}"]
-    return run_command([*LAUNCHERS[launcher], *options, "main.py", *argv], **kwargs)
-
-
-def read_log(folder) -> list[dict]:
-    return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
 
 
 def final_lines(output: str) -> list[str]:
@@ -67,7 +61,15 @@ def test_training_writes_what_it_should(trained):
     assert "batch: 4 images x 1 processes x 2 accumulated = global batch 8; lr 7.8125e-06" in output
     assert "(0.0005 x 8 / 512); 3 steps per epoch" in output
     assert final_lines(output)[1].startswith("Accuracy of the moving average on the 21 test images: ")
-    files = {"args.json", "checkpoint.pth", "checkpoint_best.pth", "checkpoint_best_ema.pth", "log.txt"}
+    files = {
+        ".lock",
+        "args.json",
+        "checkpoint.1.pth",
+        "checkpoint.pth",
+        "checkpoint_best.pth",
+        "checkpoint_best_ema.pth",
+        "log.txt",
+    }
     assert {file.name for file in folder.iterdir()} == files
     keys = {"train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"}
     keys |= {"test_ema_loss", "test_ema_acc1", "test_ema_acc5"}
@@ -107,27 +109,8 @@ def test_resuming_equals_an_uninterrupted_run(trained, image_folder, tmp_path, r
     assert message is None, output
     output, message = run_in_process(*TINY, *resumed, "--resume", tmp_path / "resumed/checkpoint.pth")
     assert message is None, output
-    assert "2 epochs done" in output
-    states = [torch.load(tmp_path / run / "checkpoint.pth", weights_only=True) for run in ("straight", "resumed")]
-    assert_equal(*({key: state[key] for key in state if key not in ("args", "versions")} for state in states))
-    assert (tmp_path / "straight/log.txt").read_text() == (tmp_path / "resumed/log.txt").read_text()
-
-
-def assert_equal(a, b, where=""):
-    """Compare nested states bit for bit."""
-    assert type(a) is type(b), where
-    if isinstance(a, dict):
-        assert set(a) == set(b), where
-        for key in a:
-            assert_equal(a[key], b[key], f"{where}.{key}")
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b), where
-        for i, pair in enumerate(zip(a, b, strict=True)):
-            assert_equal(*pair, f"{where}[{i}]")
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), where
-    else:
-        assert a == b, where
+    assert "2 epochs are done" in output
+    assert_same_run(tmp_path / "straight", tmp_path / "resumed", ["checkpoint.pth"])
 
 
 def test_a_longer_resumed_run_follows_its_new_options(image_folder, tmp_path, run_in_process):
@@ -372,6 +355,8 @@ def test_help_names_each_group():
         (["--data-set", "COCO"], "argument --data-set: invalid choice: 'COCO'"),
         (["--distillation-type", "hard"], "--distillation-type hard needs --teacher-path"),
         (["--pretrained", "--finetune", "x.pth"], "choose one of them"),
+        (["--auto-resume", "--output_dir", ""], "--auto-resume needs --output_dir"),
+        (["--save-every", "0"], "argument --save-every: '0' is no whole number of at least 1"),
         (["--eval"], "--eval needs weights: --resume FILE"),
         (["--data-path", "/nowhere"], "--data-path '/nowhere' is no folder"),
         ([], "--data-path is missing; name the folder that holds IMNET"),
@@ -432,13 +417,13 @@ def test_bad_checkpoints_end_with_one_line(trained, image_folder, tmp_path, run_
 
 def test_a_new_run_does_not_write_over_an_old_one(trained, image_folder, run_in_process):
     folder, _, _ = trained
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    before = {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"}
     other = folder.parent / "other.pth"
     shutil.copy(folder / "checkpoint.pth", other)
     for argv in ([], ["--resume", other]):
         _, error = run_in_process(*TINY, "--data-path", image_folder, "--output_dir", folder, *argv)
-        assert "checkpoint.pth exists, and this run would write over it; continue it with --resume" in error
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+        assert "checkpoint.pth exists, and this run would write over it; continue it with --auto-resume" in error
+    assert {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"} == before
 
 
 def test_a_truncated_image_ends_the_run_or_is_skipped(image_folder, tmp_path):

@@ -1,6 +1,5 @@
-"""Checkpoints that survive, generators that are restored, and launchers that are understood."""
+"""Generators that are restored, meters, signals, and launchers that are understood."""
 
-import json
 import random
 
 import numpy as np
@@ -17,32 +16,12 @@ def draw():
 def test_random_state_travels_through_a_checkpoint(tmp_path):
     utils.seed_everything(3)
     np.random.standard_normal()  # leaves a cached second value behind
-    utils.save_checkpoint({"states": utils.gather_random_states()}, tmp_path / "state.pth")
+    torch.save(utils.get_random_state(), tmp_path / "state.pth")
     expected = draw()
     utils.seed_everything(4)
     assert draw() != expected
-    utils.set_random_state(torch.load(tmp_path / "state.pth", weights_only=True)["states"][0])
+    utils.set_random_state(torch.load(tmp_path / "state.pth", weights_only=True))
     assert draw() == expected
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    utils.write_atomically(path, lambda file: file.write(b"old"))
-
-    def fail(file):
-        file.write(b"half of the new")
-        raise OSError("no space left on device")
-
-    with pytest.raises(OSError, match="no space"):
-        utils.write_atomically(path, fail)
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_log_is_one_json_line_for_each_epoch(tmp_path):
-    history = [{"epoch": 0, "test_acc1": 1.5}, {"epoch": 1, "test_acc1": 2.5}]
-    utils.write_log(history, tmp_path / "log.txt")
-    assert [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()] == history
 
 
 def test_plain_process(monkeypatch):

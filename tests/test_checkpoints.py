@@ -1,0 +1,193 @@
+"""Files that stay whole, older ones to fall back on, and a folder that only one run writes to."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import checkpoints
+from checkpoints import RunFolder, write_atomically
+from tests.conftest import ROOT
+
+
+def names(folder) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
+def load(path) -> int:
+    return torch.load(path, weights_only=True)["number"]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    with RunFolder(tmp_path / "run", keep=3) as folder:
+        yield folder
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    write_atomically(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"half of the new")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match=r"file: cannot be written \(no space left on device\); the file that was there"):
+        write_atomically(path, fail)
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == {"file"}
+
+
+def test_log_is_one_json_line_for_each_epoch(folder):
+    history = [{"epoch": 0, "test_acc1": 1.5}, {"epoch": 1, "test_acc1": 2.5}]
+    folder.write_log(history)
+    assert [json.loads(line) for line in (folder.path / "log.txt").read_text().splitlines()] == history
+
+
+def test_older_checkpoints_are_kept(folder):
+    for number in range(5):
+        folder.save({"number": number})
+    assert names(folder.path) == {".lock", "checkpoint.pth", "checkpoint.1.pth", "checkpoint.2.pth"}
+    assert [load(path) for path in folder.generations().values()] == [4, 3, 2]
+    folder.keep = 1  # a later start with another --keep
+    folder.save({"number": 5})
+    assert names(folder.path) == {".lock", "checkpoint.pth"}
+
+
+def test_older_checkpoints_are_kept_without_links(folder, monkeypatch):
+    def refuse(*_):
+        raise PermissionError("no links on this file system")
+
+    monkeypatch.setattr(os, "link", refuse)
+    for number in range(5):
+        folder.save({"number": number})
+    assert [load(path) for path in folder.generations().values()] == [4, 3, 2]
+
+
+@pytest.mark.parametrize("call", ["fsync", "link", "unlink", "replace"])
+def test_a_kill_at_any_call_leaves_a_newest_checkpoint(folder, monkeypatch, call):
+    """Each call on the file system in turn is the last."""
+    for number in range(3):
+        folder.save({"number": number})
+    real = getattr(os, call)
+
+    class Kill(BaseException):
+        pass
+
+    def kill(*args, **kwargs):
+        raise Kill
+
+    monkeypatch.setattr(os, call, kill)
+    with pytest.raises(Kill):
+        folder.save({"number": 3})
+    monkeypatch.setattr(os, call, real)
+    assert load(folder.find_checkpoint()) == 2
+    folder.save({"number": 3})
+    assert [load(path) for path in folder.generations().values()][:2] == [3, 2]
+
+
+DAMAGES = {
+    "truncated": lambda data: data[: len(data) // 2],
+    "cut by a byte": lambda data: data[:-1],
+    "empty": lambda data: b"",
+    "garbage": lambda data: bytes(range(256)) * 20,
+    "text": lambda data: b"garbage\n" * 20,
+    "zeros": lambda data: bytes(len(data)),
+    "a flipped bit": lambda data: data.replace(
+        b"\x00\x00\x80\x3f" * 8, b"\x00\x00\x80\x3e" + b"\x00\x00\x80\x3f" * 7, 1
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside(folder, damage, caplog):
+    for number in range(3):
+        folder.save({"number": number, "weights": torch.ones(1000)})
+    newest = folder.path / "checkpoint.pth"
+    data = newest.read_bytes()
+    newest.write_bytes(DAMAGES[damage](data))
+    assert newest.read_bytes() != data
+    assert folder.find_checkpoint() == folder.path / "checkpoint.1.pth"
+    assert f"{newest} is damaged; set aside as checkpoint.pth.damaged, going on from checkpoint.1.pth" in caplog.text
+    assert not newest.exists()
+    assert folder.find_checkpoint() == folder.path / "checkpoint.1.pth"  # after a kill just now
+    folder.save({"number": 3})
+    assert [load(path) for path in folder.generations().values()] == [3, 1, 0]
+
+
+def test_only_damaged_checkpoints_end_the_run_each_time(folder):
+    for name in ("checkpoint.pth", "checkpoint.1.pth"):
+        (folder.path / name).write_bytes(b"")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"checkpoint.pth, .*checkpoint.1.pth: damaged, and there is no older"):
+            folder.find_checkpoint()
+    assert names(folder.path) == {".lock", "checkpoint.pth", "checkpoint.1.pth"}
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_set_aside(folder, monkeypatch):
+    folder.save({"number": 0})
+
+    def fail(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(checkpoints.zipfile, "ZipFile", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        folder.find_checkpoint()
+    assert names(folder.path) == {".lock", "checkpoint.pth"}
+
+
+def test_a_new_run_finds_nothing(folder):
+    (folder.path / "checkpoint_best.pth").touch()
+    (folder.path / "checkpoint.old.pth").touch()
+    assert folder.find_checkpoint() is None
+
+
+HOLD = """
+import sys
+from checkpoints import RunFolder
+with RunFolder(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_is_held_until_its_process_ends(tmp_path):
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        try:
+            assert holder.stdout.readline() == b"held\n"
+            refusal = rf"{tmp_path} is in use by process {holder.pid} on {os.uname().nodename}; wait for its end"
+            for _ in range(2):
+                with pytest.raises(ValueError, match=refusal), RunFolder(tmp_path):
+                    pass
+        finally:
+            holder.kill()
+    with RunFolder(tmp_path):
+        pass
+
+
+def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(checkpoints.fcntl, "lockf", refuse)
+    with RunFolder(tmp_path):
+        assert f"{tmp_path} cannot be locked (No locks available); let no other run write there" in caplog.text
+
+
+def test_a_folder_that_stays_empty_is_removed(tmp_path):
+    with pytest.raises(ValueError, match="bad input"), RunFolder(tmp_path / "run"):
+        raise ValueError("bad input")
+    assert not (tmp_path / "run").exists()
+    with RunFolder(tmp_path / "run") as folder:
+        folder.write_log([])
+    assert names(tmp_path / "run") == {".lock", "log.txt"}
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="file/run: cannot be written to"), RunFolder(tmp_path / "file/run"):
+        pass
