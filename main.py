@@ -56,6 +56,15 @@ PUBLISHED_RECIPES = {
 # Groups of options that a recipe is made of; everything else does not change what is trained.
 RECIPE_GROUPS = ("model", "optimisation", "schedule", "augmentation", "mixup", "distillation", "fine-tuning")
 NOT_OF_THE_RECIPE = {"model", "batch_size", "global_batch", "grad_checkpointing", "compile", "amp"}
+# Parts of the messages of errors that torch raises where this code is not at fault, and what to do.
+LOST = "another process of the run has ended or cannot be reached; its message says why. Continue with --auto-resume"
+KNOWN_FAULTS = {
+    "DataLoader timed out": "{}; raise --loader-timeout if the disk is that slow, or look for what blocks it",
+    "DataLoader worker": "{}; a data-loading process has died, often for want of memory; lower --num_workers",
+    "does not have a deterministic implementation": "{}; leave --deterministic out",
+    "gloo": LOST,
+    "NCCL": LOST,
+}
 # Options that may change from one start of a run to the next without a word.
 NOT_OF_THE_RUN = {
     *("resume", "auto_resume", "output_dir", "save_every", "keep"),
@@ -961,15 +970,8 @@ def find_cause(error: Exception) -> str | None:
         return message
     if isinstance(error, torch.OutOfMemoryError):
         return f"{message}; lower --batch-size, keeping --global-batch, or pass --grad-checkpointing"
-    known = {
-        "DataLoader timed out": "raise --loader-timeout if the disk is that slow, or look for what blocks it",
-        "DataLoader worker": "a data-loading process has died, often for want of memory; lower --num_workers",
-        "does not have a deterministic implementation": "leave --deterministic out",
-        "gloo": "another process of the run has ended, and its message says why; continue with --auto-resume",
-        "NCCL": "another process of the run has ended, or its network failed; continue with --auto-resume",
-    }
-    remedy = next((known[part] for part in known if part in str(error)), None)
-    return f"{message}; {remedy}" if remedy and isinstance(error, RuntimeError) else None
+    texts = [text for part, text in KNOWN_FAULTS.items() if part in str(error) and isinstance(error, RuntimeError)]
+    return texts[0].format(message) if texts else None
 
 
 def end_run(message: str, code: int, shared: bool) -> NoReturn:

@@ -271,7 +271,8 @@ def _note_signal(number: int, _frame) -> None:
 class EpochMeter:
     """What one process has seen of an epoch: how far it has come, and the sums that its means are made of."""
 
-    step: int = 0  # optimizer steps behind it, skipped ones included
+    step: int = 0  # steps of the epoch behind it, skipped ones included
+    taken: int = 0  # steps that the sums are of
     skipped: int = 0
     skipped_in_a_row: int = 0  # just now, from the epochs before as well
     lr_sum: float = 0.0
@@ -285,6 +286,7 @@ class EpochMeter:
         self.sums = values if self.sums is None else self.sums + values
         self.lr_sum += lr
         self.step += 1
+        self.taken += 1
         self.skipped_in_a_row = 0
 
     def add_skipped(self) -> None:
@@ -295,10 +297,10 @@ class EpochMeter:
 
     def means(self) -> dict[str, float]:
         """Return the means of this process so far; nothing before the first step."""
-        steps = self.step - self.skipped
-        if not steps:
+        if not self.taken:
             return {}
-        return {"lr": self.lr_sum / steps, **dict(zip(self.names, (self.sums / steps).tolist(), strict=True))}
+        losses = (self.sums / self.taken).tolist()
+        return {"lr": self.lr_sum / self.taken, **dict(zip(self.names, losses, strict=True))}
 
     def averages(self) -> dict[str, float]:
         """Return the means over all processes. All must call it."""

@@ -1,6 +1,8 @@
 """The loop against updates computed by hand, and evaluation against counts by hand."""
 
 import copy
+import os
+import signal
 
 import pytest
 import timm
@@ -14,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import models  # noqa: F401  registers our models
 from engine import evaluate, to_device, train_one_epoch
+from utils import EpochMeter, Interrupted, Processes, parallelise, signals_noted
 
 CPU = torch.device("cpu")
 
@@ -123,20 +126,20 @@ def test_a_loss_that_is_not_finite_stops_before_the_weights_change(model):
     assert_close_weights(model, reference, atol=0, rtol=0)
 
 
-def in_process_group(rank: int, function, folder, results) -> None:
+def in_process_group(rank: int, world_size: int, function, folder, results) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size)
     results[rank] = function(rank)
     dist.destroy_process_group()
 
 
-def on_two_processes(function, folder) -> list:
-    """Call `function(rank)` in two processes that form a group; return what they returned."""
+def on_processes(world_size: int, function, folder) -> list:
+    """Call `function(rank)` in processes that form a group; return what they returned."""
     context = torch.multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         results = manager.dict()
-        torch.multiprocessing.spawn(in_process_group, (function, folder, results), nprocs=2)
-        return [results[rank] for rank in range(2)]
+        torch.multiprocessing.spawn(in_process_group, (world_size, function, folder, results), nprocs=world_size)
+        return [results[rank] for rank in range(world_size)]
 
 
 def train_into_nan(rank: int) -> str:
@@ -152,9 +155,130 @@ def train_into_nan(rank: int) -> str:
 
 
 def test_a_loss_that_is_not_finite_stops_all_processes_together(tmp_path):
-    messages = on_two_processes(train_into_nan, tmp_path)
+    messages = on_processes(2, train_into_nan, tmp_path)
     assert messages[0] == messages[1]
     assert "the loss is not finite in epoch 0, step 2, on process 1" in messages[0]
+
+
+def train_with_a_restart(rank: int) -> bool:
+    """Train four steps at a stretch, and two and two with DistributedDataParallel made anew; tell if they agree."""
+    batches = make_batches(4, 2, seed=rank)
+    torch.manual_seed(0)
+    straight = timm.create_model("alt_gvt_tiny", num_classes=5)
+    restarted = copy.deepcopy(straight)
+    processes = Processes(CPU, rank, dist.get_world_size())
+    train(parallelise(straight, processes), batches)
+    for part in (batches[:2], batches[2:]):
+        train(parallelise(restarted, processes), part)
+    states = straight.state_dict(), restarted.state_dict()
+    return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_gradients_are_added_in_one_order_whenever_a_run_was_restarted(tmp_path):
+    """It takes three numbers for their order to matter."""
+    assert on_processes(3, train_with_a_restart, tmp_path) == [True, True, True]
+
+
+def skip_on_one(rank: int) -> list:
+    """Train with one micro-batch that is not finite on process 1, skipping its step; return weights and meter."""
+    batches = make_batches(6, 2, seed=rank)
+    if rank == 1:
+        batches[2][0][0, 0, 0, 0] = float("nan")
+    torch.manual_seed(0)
+    model = timm.create_model("alt_gvt_tiny", num_classes=5)
+    reference = copy.deepcopy(model)
+    processes = Processes(CPU, rank, 2)
+    meter = EpochMeter()
+    stats = train(parallelise(model, processes), batches, accumulation=2, max_skipped=1, clip_grad=1.0, meter=meter)
+    expected = train(parallelise(reference, processes), batches[:2] + batches[4:], accumulation=2, clip_grad=1.0)
+    same = all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
+    return [same, stats == expected, meter.step, meter.taken, meter.skipped]
+
+
+def test_a_skipped_step_leaves_no_trace_on_any_process(tmp_path):
+    assert on_processes(2, skip_on_one, tmp_path) == [[True, True, 3, 2, 1]] * 2
+
+
+@pytest.mark.parametrize("max_skipped", [0, 1])
+def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(model, max_skipped):
+    batches = make_batches(3, 4)
+    reference = copy.deepcopy(model)
+    seen = []
+
+    def overflow(model, batch):
+        seen.append(batch)
+        loss = cross_entropy(model, batch)["loss"]
+        return {"loss": loss + (torch.sqrt((loss - loss.detach()) * 0) if len(seen) == 2 else 0)}  # finite itself
+
+    if max_skipped:
+        train(model, batches, overflow, clip_grad=1.0, max_skipped=1)
+        train(reference, [batches[0], batches[2]], clip_grad=1.0)
+    else:
+        with pytest.raises(FloatingPointError, match="the gradient is not finite in epoch 0, step 1, on process 0"):
+            train(model, batches, overflow, clip_grad=1.0)
+        train(reference, batches[:1], clip_grad=1.0)
+    assert_close_weights(model, reference, atol=0, rtol=0)
+
+
+def test_too_many_skipped_steps_in_a_row(model):
+    batches = make_batches(6, 4)
+    for i in (0, 2, 3, 4):
+        batches[i][0][0, 0, 0, 0] = float("nan")
+    meter = EpochMeter()
+    with pytest.raises(FloatingPointError, match="step 4, on process 0, after 2 skipped steps in a row"):
+        train(model, batches, max_skipped=2, meter=meter)
+    assert (meter.step, meter.skipped, meter.skipped_in_a_row) == (4, 3, 2)
+    meter.start_epoch()
+    assert (meter.step, meter.skipped, meter.skipped_in_a_row) == (0, 0, 2)
+
+
+def test_an_epoch_of_skipped_steps_has_no_loss(model):
+    batches = make_batches(2, 4)
+    for images, _ in batches:
+        images[0, 0, 0, 0] = float("nan")
+    assert train(model, batches, max_skipped=2) == {}
+
+
+def test_checkpoints_are_asked_for_between_steps_and_at_the_end(model):
+    meter = EpochMeter()
+    saved = []
+    train(model, make_batches(10, 2), accumulation=2, meter=meter, save=lambda: saved.append(meter.step), save_every=2)
+    assert saved == [2, 4, 5]
+    train(model, [], meter=meter, save=lambda: saved.append(meter.step))  # resumed at its end
+    assert saved == [2, 4, 5]
+
+
+def test_an_epoch_goes_on_with_its_meter(model):
+    batches = make_batches(4, 4)
+    other = copy.deepcopy(model)
+    expected = train(model, batches)
+    meter = EpochMeter()
+    train(other, batches[:2], meter=meter)
+    restored = EpochMeter()
+    restored.load_state_dict(meter.state_dict(), CPU)
+    assert train(other, batches[2:], meter=restored) == expected
+
+
+def stop_one(rank: int) -> tuple:
+    """Train, with process 1 asked to stop in its second step; return where both stopped."""
+    meter, saved = EpochMeter(), []
+
+    def compute_losses(model, batch):
+        if rank == 1 and meter.step == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return cross_entropy(model, batch)
+
+    model = DistributedDataParallel(timm.create_model("alt_gvt_tiny", num_classes=5))
+    with signals_noted():
+        try:
+            train(model, make_batches(4, 2), compute_losses, meter=meter, save=lambda: saved.append(meter.step))
+        except Interrupted as stop:
+            return saved, stop.signal
+    return saved, None
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
+    assert on_processes(2, stop_one, tmp_path) == [([2], signal.SIGUSR1)] * 2
 
 
 def count_exchanges(rank: int) -> list[int]:
@@ -175,7 +299,7 @@ def count_exchanges(rank: int) -> list[int]:
 
 
 def test_accumulated_batches_exchange_gradients_once(tmp_path):
-    assert on_two_processes(count_exchanges, tmp_path) == [[6, 3, 2]] * 2
+    assert on_processes(2, count_exchanges, tmp_path) == [[6, 3, 2]] * 2
 
 
 def test_mixed_precision_trains(model):

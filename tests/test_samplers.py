@@ -33,6 +33,19 @@ def test_a_step_covers_the_same_images_for_any_number_of_processes(world_size):
         assert sorted(together) == sorted(alone[step * 12 : (step + 1) * 12])
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("start", [0, 24, 96, 108])
+def test_an_epoch_goes_on_where_it_was(world_size, start):
+    whole = epoch_of(world_size, epoch=2)
+    for rank, part in enumerate(whole):
+        sampler = TrainSampler(103, global_batch=12, world_size=world_size, rank=rank)
+        sampler.set_epoch(2, start)
+        assert list(sampler) == part[start // world_size :]
+        assert len(sampler) == len(list(sampler))
+        sampler.set_epoch(3)
+        assert len(sampler) == 96 // world_size
+
+
 def test_order_depends_on_seed_and_epoch():
     orders = [epoch_of(1, epoch=epoch, seed=seed)[0] for epoch in (0, 1) for seed in (0, 1)]
     assert len({tuple(key.index for key in order) for order in orders}) == 4

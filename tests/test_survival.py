@@ -1,0 +1,410 @@
+"""Runs that are killed, preempted and broken in every way we could think of, against runs that are not."""
+
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import LAUNCHERS, ROOT, TINY, assert_same_run, launch, read_log, run_command
+
+EVERYTHING = [*TINY, "--batch-size", "2", "--global-batch", "8", "--epochs", "4", "--model-ema", "--repeated-aug"]
+EVERYTHING += ["--drop-path", "0.3", "--num_workers", "2", "--warmup-epochs", "1", "--lr", "1e-2", "--print-freq", "1"]
+EVERYTHING += ["--dist-eval"]
+RESUMABLE = ["--auto-resume", "--save-every", "1"]
+
+
+class Run:
+    """main.py in the background, on one process or under torchrun, with what it prints in a file."""
+
+    def __init__(self, processes: int, options: list, output_dir: Path, port: int = 29510, launcher_options=()):
+        torchrun = [*LAUNCHERS["torchrun"], f"--nproc_per_node={processes}", f"--master_port={port}", *launcher_options]
+        command = [sys.executable, *(torchrun if processes > 1 else []), "main.py", *map(str, options)]
+        command += ["--output_dir", str(output_dir)]
+        self.folder = output_dir
+        self.log = output_dir.with_name(f"{output_dir.name}-{time.monotonic_ns()}.out")
+        with open(self.log, "w") as file:
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
+            self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, condition, what: str, timeout: float = 120) -> None:
+        """Wait until `condition(self)` holds while the run lives."""
+        end = time.monotonic() + timeout
+        while not condition(self):
+            assert self.process.poll() is None, f"ended before {what}:\n{self.output}"
+            assert time.monotonic() < end, f"no {what} in {timeout} s:\n{self.output}"
+            time.sleep(0.001)
+
+    def processes(self) -> dict[int, int]:
+        """Return the ids of the processes of the run by rank."""
+        if self.process.args[1] == "main.py":
+            return {0: self.process.pid}
+        ranks = {}
+        for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            ranks |= {int(entry[5:]): int(pid) for entry in environment if entry.startswith(b"RANK=")}
+        return ranks
+
+    def kill(self) -> None:
+        """Kill everything at once, as a power cut or an out-of-memory killer would."""
+        for pid in {self.process.pid, *self.processes().values()}:
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+    def end(self, timeout: float = 240) -> int:
+        return self.process.wait(timeout)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(image_folder, tmp_path_factory):
+    """Runs at a stretch, by number of processes."""
+    folders = {}
+
+    def run(processes: int) -> Path:
+        if processes not in folders:
+            folder = tmp_path_factory.mktemp("uninterrupted") / "run"
+            straight = Run(processes, [*EVERYTHING, "--data-path", image_folder], folder)
+            assert straight.end() == 0, straight.output
+            folders[processes] = folder
+        return folders[processes]
+
+    return run
+
+
+def lines(run: Run, pattern: str) -> int:
+    return len(re.findall(pattern, run.output))
+
+
+INSTANTS = {
+    "in an epoch": lambda run: lines(run, r"\[[12]/3\]"),
+    "while a checkpoint is written": lambda run: (
+        lines(run, r"\[2/3\]") and (run.folder / ".checkpoint.pth.tmp").exists()
+    ),
+    "between epochs": lambda run: lines(run, "Accuracy of the network"),
+    "at any time": lambda run: lines(run, "global batch"),
+}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_killed_run_ends_as_an_uninterrupted_one(processes, uninterrupted, image_folder, tmp_path):
+    seed = random.randrange(10**6)
+    draw = random.Random(seed)
+    print(f"instants of seed {seed}")
+    command = [*EVERYTHING, *RESUMABLE, "--data-path", image_folder]
+    for instant, condition in INSTANTS.items():
+        run = Run(processes, command, tmp_path / "run")
+        run.wait_for(condition, instant)
+        if instant == "at any time":
+            time.sleep(draw.uniform(0, 1))
+        elif instant != "while a checkpoint is written":
+            time.sleep(draw.uniform(0, 0.05))
+        run.kill()
+        assert run.process.returncode == -signal.SIGKILL
+    run = Run(processes, command, tmp_path / "run")
+    assert run.end() == 0, run.output
+    assert "resumed" in run.output
+    assert_same_run(tmp_path / "run", uninterrupted(processes))
+    assert [line["epoch"] for line in read_log(tmp_path / "run")] == [0, 1, 2, 3]
+
+
+def test_a_signalled_run_ends_as_an_uninterrupted_one(uninterrupted, image_folder, tmp_path):
+    command = [*EVERYTHING, "--auto-resume", "--data-path", image_folder]  # saves in an epoch only when it is stopped
+    positions = []
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        run = Run(1, command, tmp_path / "run")
+        run.wait_for(lambda run: lines(run, r"\[[12]/3\]"), "step")
+        run.process.send_signal(number)
+        assert run.end() == 128 + number, run.output
+        message = f"main.py: stopped by {number.name}; run the same command with --auto-resume to go on"
+        assert run.output.splitlines()[-1] == message
+        checkpoint = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)
+        positions.append(24 * checkpoint["epoch"] + checkpoint["position"])
+    assert positions == sorted(positions)
+    assert any(position % 24 for position in positions)
+    run = Run(1, command, tmp_path / "run")
+    assert run.end() == 0, run.output
+    assert_same_run(tmp_path / "run", uninterrupted(1))
+
+
+def test_two_signalled_processes_end_as_uninterrupted_ones(uninterrupted, image_folder, tmp_path):
+    """The launcher is told once, and one of its processes alone the other time."""
+    command = [*EVERYTHING, "--auto-resume", "--data-path", image_folder]
+    for target in ("launcher", "process 1"):
+        run = Run(2, command, tmp_path / "run")
+        run.wait_for(lambda run: lines(run, r"\[[12]/3\]"), "step")
+        os.kill(run.process.pid if target == "launcher" else run.processes()[1], signal.SIGTERM)
+        assert run.end() != 0
+        assert lines(run, "main.py: stopped by SIGTERM; run the same command with --auto-resume to go on") == 1
+    run = Run(2, command, tmp_path / "run")
+    assert run.end() == 0, run.output
+    assert_same_run(tmp_path / "run", uninterrupted(2))
+
+
+def test_the_launcher_restarts_a_killed_process(uninterrupted, image_folder, tmp_path):
+    command = [*EVERYTHING, *RESUMABLE, "--data-path", image_folder]
+    run = Run(2, command, tmp_path / "run", launcher_options=["--max-restarts=3"])
+    run.wait_for(lambda run: lines(run, r"epoch 1 \[2/3\]"), "step")
+    os.kill(run.processes()[1], signal.SIGKILL)
+    assert run.end() == 0, run.output
+    assert lines(run, r"resumed .*checkpoint\.pth") == 1
+    assert_same_run(tmp_path / "run", uninterrupted(2))
+
+
+def test_a_signal_while_evaluating(uninterrupted, image_folder, tmp_path, monkeypatch):
+    """The checkpoint was written before; the evaluation is done again."""
+    script = write_script(
+        tmp_path,
+        """
+        import os, signal
+        def evaluate(*args, wrapped=main.evaluate, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return wrapped(*args, **kwargs)
+        main.evaluate = evaluate
+        """,
+    )
+    command = [*EVERYTHING, "--auto-resume", "--data-path", image_folder, "--output_dir", tmp_path / "run"]
+    result = run_command([script, *command])
+    assert result.returncode == 143, result.stderr
+    assert "Acc@1" not in result.stdout
+    result = run_command(["main.py", *command])
+    assert result.returncode == 0, result.stderr
+    assert "checkpoint.pth: 0 epochs and 24 images of the next are done" in result.stdout
+    assert_same_run(tmp_path / "run", uninterrupted(1))
+
+
+def test_another_number_of_processes_goes_on_near_the_same_place(uninterrupted, image_folder, tmp_path):
+    """Checkpoints hold the same number of images for one process and two; a last one is in the middle of an epoch."""
+    shutil.copytree(uninterrupted(2), tmp_path / "run")
+    checkpoint = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)
+    sums = torch.tensor([[6.0], [10.0]], dtype=torch.float64)  # of two steps
+    meters = [{**checkpoint["meters"][rank], "taken": 2, "names": ("loss",), "sums": sums[rank]} for rank in range(2)]
+    checkpoint |= {"epoch": 3, "position": 16, "meters": meters, "history": checkpoint["history"][:3]}
+    torch.save(checkpoint, tmp_path / "run/checkpoint.pth")
+    command = ["main.py", *EVERYTHING, "--auto-resume", "--data-path", image_folder, "--output_dir", tmp_path / "run"]
+    result = run_command([*command, "--global-batch", "12", "--lr", "1e-30", "--unscale-lr"])
+    assert result.returncode == 0, result.stderr
+    assert "checkpoint.pth: 3 epochs and 12 images of the next are done" in result.stdout
+    assert "not exactly as before: with this global batch the epoch goes on at image 12, not 16" in result.stdout
+    assert "not exactly as before: with 1 processes, not 2, mixup, drop path and dropout draw" in result.stdout
+    assert "changed since: --global-batch 12, was 8" in result.stdout
+    assert [line["epoch"] for line in read_log(tmp_path / "run")] == [0, 1, 2, 3]
+    # The mean of both processes for the two old steps, 4, and the loss of the step of 12 images that was left.
+    assert read_log(tmp_path / "run")[3]["train_loss"] == pytest.approx((4 + 4 + 1.1) / 3, abs=0.1)
+
+
+def test_a_file_size_limit_leaves_the_old_checkpoint(uninterrupted, image_folder, tmp_path):
+    shutil.copytree(uninterrupted(1), tmp_path / "run")
+    before = (tmp_path / "run/checkpoint.pth").read_bytes()
+    command = [*EVERYTHING, "--auto-resume", "--data-path", image_folder, "--output_dir", tmp_path / "run"]
+    command = [sys.executable, "main.py", *map(str, command), "--epochs", "5"]
+    limited = ["bash", "-c", 'ulimit -f 4000; exec "$@"', "limited", *command]  # KiB
+    result = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 1, result.stderr
+    (line,) = result.stderr.splitlines()
+    assert re.fullmatch(r"main\.py: error: .*checkpoint\.pth: cannot be written \(File too large\); the file .*", line)
+    assert (tmp_path / "run/checkpoint.pth").read_bytes() == before
+    assert torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)["epoch"] == 4
+    assert not list((tmp_path / "run").glob(".*.tmp"))
+
+
+def test_a_damaged_checkpoint_does_not_stop_a_run(uninterrupted, image_folder, tmp_path):
+    """The one before it was written before the last evaluation, which is done again with the same result."""
+    shutil.copytree(uninterrupted(1), tmp_path / "run")
+    (tmp_path / "run/checkpoint.pth").write_bytes(b"")
+    command = [*EVERYTHING, "--auto-resume", "--data-path", image_folder, "--output_dir", tmp_path / "run"]
+    result = run_command(["main.py", *command])
+    assert result.returncode == 0, result.stderr
+    assert "set aside as checkpoint.pth.damaged, going on from checkpoint.1.pth" in result.stdout
+    assert_same_run(tmp_path / "run", uninterrupted(1))
+    for path in (tmp_path / "run").glob("checkpoint*"):
+        path.write_bytes(b"garbage")
+    result = run_command(["main.py", *command])
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert "damaged, and there is no older checkpoint to go on from; remove them to start anew" in line
+
+
+def test_a_second_run_in_the_same_folder_is_refused(image_folder, tmp_path):
+    command = [*EVERYTHING, "--auto-resume", "--data-path", image_folder, "--epochs", 1000]
+    run = Run(1, command, tmp_path / "run")
+    try:
+        run.wait_for(lambda run: lines(run, "epoch 0"), "step")
+        for second in (run_command, lambda argv: launch("torchrun", 2, *argv[1:], port=29512)):
+            result = second(["main.py", *command, "--output_dir", tmp_path / "run"])
+            assert result.returncode == 1
+            (line,) = [line for line in result.stderr.splitlines() if line.startswith("main.py: error")]
+            holder = f"process {run.process.pid} on {os.uname().nodename}"
+            assert f"--output_dir {tmp_path / 'run'} is in use by {holder}; wait for its end" in line
+    finally:
+        run.kill()
+
+
+def test_a_finished_run_says_so(uninterrupted, image_folder, run_in_process, tmp_path):
+    shutil.copytree(uninterrupted(1), tmp_path / "run")
+    command = [*EVERYTHING, "--auto-resume", "--data-path", image_folder, "--output_dir", tmp_path / "run"]
+    output, message = run_in_process(*command)
+    assert message is None
+    assert "this run is complete; a larger --epochs goes on with it" in output
+    assert_same_run(tmp_path / "run", uninterrupted(1))
+
+
+# --------------------------------------------------------------------------------------------------------- faults
+
+
+def write_script(folder: Path, patch: str) -> Path:
+    """Write a main.py in which something has been replaced."""
+    indent = re.match(r"\n( *)", patch)[1]
+    body = patch.replace(f"\n{indent}", "\n")
+    path = folder / "patched_main.py"
+    path.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport main, datasets, torch\n{body}\nmain.main()\n"
+    )
+    return path
+
+
+NAN_ON_RANK_1 = """
+def build_compute_losses(*args, wrapped=main.build_compute_losses):
+    compute_losses, calls = wrapped(*args), []
+    def broken(model, batch):
+        calls.append(1)
+        losses = compute_losses(model, batch)
+        bad = main.utils.get_rank() == 1 and len(calls) in {steps}
+        return {{"loss": losses["loss"] * (float("nan") if bad else 1)}}
+    return broken
+main.build_compute_losses = build_compute_losses
+"""
+
+
+def launch_script(script: Path, *argv, port: int):
+    return run_command([*LAUNCHERS["torchrun"], "--nproc_per_node=2", f"--master_port={port}", script, *argv])
+
+
+def test_a_loss_that_is_not_finite_on_one_process_ends_both(image_folder, tmp_path):
+    script = write_script(tmp_path, NAN_ON_RANK_1.format(steps=[3]))
+    start = time.monotonic()
+    result = launch_script(script, *EVERYTHING, "--data-path", image_folder, port=29513)
+    assert result.returncode == 1
+    assert time.monotonic() - start < 60
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("main.py")]
+    assert "main.py: error: the loss is not finite in epoch 0, step 1, on process 1; training has stopped" in line
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(image_folder, tmp_path):
+    skipping = ["--on-nonfinite", "skip", "--max-skipped", 2, "--data-path", image_folder]
+    script = write_script(tmp_path, NAN_ON_RANK_1.format(steps=[1, 3]))
+    result = launch_script(script, *EVERYTHING, *skipping, "--output_dir", tmp_path / "two", port=29514)
+    assert result.returncode == 0, result.stderr
+    assert [line["train_skipped"] for line in read_log(tmp_path / "two")] == [2, 0, 0, 0]
+    assert "skipped: the loss is not finite in epoch 0, step 0, on process 1" in result.stdout
+    script = write_script(tmp_path, NAN_ON_RANK_1.format(steps=[1, 2, 3, 4, 5, 6]))
+    result = launch_script(script, *EVERYTHING, *skipping, "--output_dir", tmp_path / "three", port=29515)
+    assert result.returncode == 1
+    assert "epoch 0, step 2, on process 1, after 2 skipped steps in a row; training has stopped" in result.stderr
+
+
+FAULT_OF_ONE_IMAGE = """
+import os, signal, time
+def load_image(path, wrapped=datasets.load_image):
+    if path.endswith("n01443537/3.JPEG") and "/train/" in path:
+        {fault}
+    return wrapped(path)
+datasets.load_image = load_image
+"""
+FAULTS = {
+    "a worker is killed": (
+        "os.kill(os.getpid(), signal.SIGKILL)",
+        r"DataLoader worker \(pid.*\) (is killed by signal: Killed|exited unexpectedly).*; .* has died, often for want",
+    ),
+    "the loader hangs": (
+        "time.sleep(1000)",
+        "DataLoader timed out after 3 seconds; raise --loader-timeout if the disk is that slow",
+    ),
+    "an image is unreadable": (
+        "raise datasets.BadImageError(f'{path}: cannot be read as an image')",
+        "n01443537/3.JPEG: cannot be read as an image; repair or remove it, or pass --bad-image skip",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_fault_of_the_loader_ends_all_processes(fault, processes, image_folder, tmp_path):
+    patch, message = FAULTS[fault]
+    script = write_script(tmp_path, FAULT_OF_ONE_IMAGE.format(fault=patch))
+    command = [*TINY, "--num_workers", 1, "--loader-timeout", 3, "--data-path", image_folder]
+    start = time.monotonic()
+    if processes == 1:
+        result = run_command([script, *command])
+    else:
+        result = launch_script(script, *command, port=29516)
+    assert result.returncode == 1
+    assert time.monotonic() - start < 60
+    said = [line for line in result.stderr.splitlines() if line.startswith("main.py: error:")]
+    assert len(said) <= processes
+    assert len([line for line in said if re.search(message, line)]) == 1, result.stderr
+    for line in said:
+        assert re.search(message, line) or "another process of the run has ended or cannot be reached" in line
+    if processes == 1:
+        assert result.stderr.splitlines() == said
+
+
+def test_a_bad_validation_image_loses_no_epoch(image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "data")
+    path = tmp_path / "data/val/n01443537/3.JPEG"
+    data = path.read_bytes()
+    path.write_bytes(data[:100])
+    command = [
+        *TINY,
+        "--data-path",
+        tmp_path / "data",
+        "--epochs",
+        1,
+        "--auto-resume",
+        "--output_dir",
+        tmp_path / "run",
+    ]
+    result = run_command(["main.py", *command])
+    assert result.returncode == 1
+    assert f"{path}: cannot be read as an image" in result.stderr
+    path.write_bytes(data)
+    result = run_command(["main.py", *command])
+    assert result.returncode == 0, result.stderr
+    assert "checkpoint.pth: 0 epochs and 24 images of the next are done" in result.stdout
+    assert len(read_log(tmp_path / "run")) == 1
+
+
+# ---------------------------------------------------------------------------------------------------- determinism
+
+
+def test_the_same_seed_gives_the_same_run(uninterrupted, image_folder, tmp_path):
+    """With other numbers of workers, too, and nothing switched on for it."""
+    command = [*EVERYTHING, "--data-path", image_folder, "--output_dir", tmp_path / "run", "--num_workers", 0]
+    result = run_command(["main.py", *command])
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "run", uninterrupted(1))
+
+
+def test_deterministic_algorithms(uninterrupted, image_folder, tmp_path):
+    script = write_script(
+        tmp_path,
+        """
+        import atexit
+        atexit.register(lambda: print("deterministic", torch.are_deterministic_algorithms_enabled()))
+        """,
+    )
+    command = [*EVERYTHING, "--data-path", image_folder, "--output_dir", tmp_path / "run", "--deterministic"]
+    result = run_command([script, *command])
+    assert result.returncode == 0, result.stderr
+    assert "deterministic True" in result.stdout
+    assert_same_run(tmp_path / "run", uninterrupted(1))
