@@ -129,7 +129,7 @@ def parallelise(model: nn.Module, processes: Processes) -> nn.Module:
         return model
     device_ids = [processes.device.index] if processes.device.type == "cuda" else None
     parallel = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-    if processes.device.type == "cpu":
+    if processes.device.type == "cpu" and processes.world_size > 2:
         parallel.register_comm_hook(None, _exchange_each_gradient)
     return parallel
 
@@ -137,14 +137,14 @@ def parallelise(model: nn.Module, processes: Processes) -> nn.Module:
 def _exchange_each_gradient(_, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     """Average gradients between processes, each parameter by itself.
 
-    The order in which gloo adds three or more numbers depends on their place in the buffer, and the buffers are
-    laid out anew after the first step of every start: a resumed run would differ in the last bits.
+    The order in which gloo adds three or more numbers depends on their place in the buffer, and
+    DistributedDataParallel lays its buffers out anew after the first step of every start, so that a resumed run
+    would differ in the last bits. Alone, a parameter has one place always.
     """
     for gradient in bucket.gradients():
-        all_reduce(gradient.div_(get_world_size()))
-    exchanged = torch.futures.Future()
-    exchanged.set_result(bucket.buffer())
-    return exchanged
+        gradient.div_(get_world_size())
+    sums = [dist.all_reduce(gradient, async_op=True).get_future() for gradient in bucket.gradients()]
+    return torch.futures.collect_all(sums).then(lambda _: bucket.buffer())
 
 
 def get_rank() -> int:
@@ -373,6 +373,7 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
     torch.backends.cudnn.benchmark = False
+    logger.info("deterministic: slower on a GPU, where the fastest algorithms are ruled out; no different on a CPU")
 
 
 @functools.cache
