@@ -67,7 +67,7 @@ def init_processes(device: str = "auto", dist_url: str = "env://") -> Processes:
     if world_size > 1:
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
-            init_method=dist_url,
+            store=_meeting_place(dist_url, rank, world_size),
             rank=rank,
             world_size=world_size,
             device_id=chosen if chosen.type == "cuda" else None,
@@ -161,6 +161,15 @@ def cores_per_process() -> int:
     """Return this process's share of the cores, at least 1; torchrun tells how many processes share them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def _meeting_place(dist_url: str, rank: int, world_size: int) -> dist.Store:
+    """Return the store through which processes find each other, a clean one after each restart by torchrun."""
+    store, *_ = next(dist.rendezvous(dist_url, rank, world_size))
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return store  # several launchers do not agree on the number of restarts
+    # torchrun keeps its store, and with it the addresses of processes that are dead.
+    return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _export_slurm_variables() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -73,9 +74,16 @@ def read_size(path: Path) -> tuple[int, int]:
         return image.size
 
 
-def launch(launcher: str, processes: int, *argv, port: int = 29501, **kwargs):
-    options = [f"--nproc_per_node={processes}", f"--master_port={port}"]
-    return run_command([*LAUNCHERS[launcher], *options, "main.py", *argv], **kwargs)
+def launch(launcher: str, processes: int, *argv, script="main.py") -> subprocess.CompletedProcess:
+    """Run a script on several processes."""
+    options = [f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
+    return run_command([*LAUNCHERS[launcher], *options, script, *argv])
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]
 
 
 def read_log(folder) -> list[dict]:

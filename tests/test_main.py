@@ -164,7 +164,7 @@ def test_two_processes_take_the_same_steps_as_one(image_folder, tmp_path):
     """Without what is random on each process, one process with twice the batch is the same run."""
     plain = ["--data-path", image_folder, "--epochs", "1", "--warmup-epochs", "0", "--drop-path", "0", "--mixup", "0"]
     plain += ["--cutmix", "0", "--opt", "sgd", "--lr", "0.1", "--unscale-lr", "--model-ema", "--model-ema-decay", "0.5"]
-    two = launch("torchrun", 2, *TINY, *plain, "--dist-eval", "--output_dir", tmp_path / "two", port=29502)
+    two = launch("torchrun", 2, *TINY, *plain, "--dist-eval", "--output_dir", tmp_path / "two")
     one = run_command(["main.py", *TINY, *plain, "--batch-size", 8, "--output_dir", tmp_path / "one"])
     assert two.returncode == one.returncode == 0, two.stderr + one.stderr
     states = [torch.load(tmp_path / run / "checkpoint.pth", weights_only=True) for run in ("two", "one")]
@@ -180,8 +180,8 @@ def test_evaluation_is_exact_for_any_number_of_processes(trained, image_folder):
     command = ["--eval", "--resume", folder / "checkpoint.pth", *TINY, "--data-path", image_folder]
     outputs = [run_command(["main.py", *command]).stdout]
     for processes in (2, 3):
-        outputs.append(launch("torchrun", processes, *command, "--dist-eval", port=29502 + processes).stdout)
-    outputs.append(launch("torchrun", 2, *command, port=29506).stdout)  # each process evaluates everything
+        outputs.append(launch("torchrun", processes, *command, "--dist-eval").stdout)
+    outputs.append(launch("torchrun", 2, *command).stdout)  # each process evaluates everything
     lines = [final_lines(output) for output in outputs]
     assert lines[0][1].startswith("Accuracy of the network on the 21 test images: ")
     assert lines == [lines[0]] * 4
@@ -444,7 +444,7 @@ def test_a_truncated_image_ends_the_run_or_is_skipped(image_folder, tmp_path):
 
 
 def test_more_processes_than_images(image_folder, tmp_path):
-    result = launch("torchrun", 3, *TINY, "--batch-size", "10", "--data-path", image_folder, port=29507)
+    result = launch("torchrun", 3, *TINY, "--batch-size", "10", "--data-path", image_folder)
     assert result.returncode != 0
     message = "error: the training set has 24 images, fewer than one global batch of 30; lower --batch-size"
     assert f"main.py: {message}" in result.stderr

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import LAUNCHERS, ROOT, TINY, assert_same_run, launch, read_log, run_command
+from tests.conftest import LAUNCHERS, ROOT, TINY, assert_same_run, free_port, launch, read_log, run_command
 
 EVERYTHING = [*TINY, "--batch-size", "2", "--global-batch", "8", "--epochs", "4", "--model-ema", "--repeated-aug"]
 EVERYTHING += ["--drop-path", "0.3", "--num_workers", "2", "--warmup-epochs", "1", "--lr", "1e-2", "--print-freq", "1"]
@@ -24,8 +24,13 @@ RESUMABLE = ["--auto-resume", "--save-every", "1"]
 class Run:
     """main.py in the background, on one process or under torchrun, with what it prints in a file."""
 
-    def __init__(self, processes: int, options: list, output_dir: Path, port: int = 29510, launcher_options=()):
-        torchrun = [*LAUNCHERS["torchrun"], f"--nproc_per_node={processes}", f"--master_port={port}", *launcher_options]
+    def __init__(self, processes: int, options: list, output_dir: Path, launcher_options=()):
+        torchrun = [
+            *LAUNCHERS["torchrun"],
+            f"--nproc_per_node={processes}",
+            f"--master_port={free_port()}",
+            *launcher_options,
+        ]
         command = [sys.executable, *(torchrun if processes > 1 else []), "main.py", *map(str, options)]
         command += ["--output_dir", str(output_dir)]
         self.folder = output_dir
@@ -57,13 +62,29 @@ class Run:
         return ranks
 
     def kill(self) -> None:
-        """Kill everything at once, as a power cut or an out-of-memory killer would."""
+        """Kill everything that still runs at once, as a power cut would."""
+        if self.process.poll() is not None:
+            return
         for pid in {self.process.pid, *self.processes().values()}:
             os.kill(pid, signal.SIGKILL)
         self.process.wait()
 
     def end(self, timeout: float = 240) -> int:
         return self.process.wait(timeout)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start runs in one folder; whatever a failed test leaves of them is killed."""
+    runs = []
+
+    def start(processes: int, options: list, **kwargs) -> Run:
+        runs.append(Run(processes, options, tmp_path / "run", **kwargs))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.kill()
 
 
 @pytest.fixture(scope="session")
@@ -97,13 +118,13 @@ INSTANTS = {
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_killed_run_ends_as_an_uninterrupted_one(processes, uninterrupted, image_folder, tmp_path):
+def test_a_killed_run_ends_as_an_uninterrupted_one(processes, uninterrupted, image_folder, tmp_path, start):
     seed = random.randrange(10**6)
     draw = random.Random(seed)
     print(f"instants of seed {seed}")
     command = [*EVERYTHING, *RESUMABLE, "--data-path", image_folder]
     for instant, condition in INSTANTS.items():
-        run = Run(processes, command, tmp_path / "run")
+        run = start(processes, command)
         run.wait_for(condition, instant)
         if instant == "at any time":
             time.sleep(draw.uniform(0, 1))
@@ -111,18 +132,18 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(processes, uninterrupted, ima
             time.sleep(draw.uniform(0, 0.05))
         run.kill()
         assert run.process.returncode == -signal.SIGKILL
-    run = Run(processes, command, tmp_path / "run")
+    run = start(processes, command)
     assert run.end() == 0, run.output
     assert "resumed" in run.output
     assert_same_run(tmp_path / "run", uninterrupted(processes))
     assert [line["epoch"] for line in read_log(tmp_path / "run")] == [0, 1, 2, 3]
 
 
-def test_a_signalled_run_ends_as_an_uninterrupted_one(uninterrupted, image_folder, tmp_path):
+def test_a_signalled_run_ends_as_an_uninterrupted_one(uninterrupted, image_folder, tmp_path, start):
     command = [*EVERYTHING, "--auto-resume", "--data-path", image_folder]  # saves in an epoch only when it is stopped
     positions = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        run = Run(1, command, tmp_path / "run")
+        run = start(1, command)
         run.wait_for(lambda run: lines(run, r"\[[12]/3\]"), "step")
         run.process.send_signal(number)
         assert run.end() == 128 + number, run.output
@@ -132,28 +153,28 @@ def test_a_signalled_run_ends_as_an_uninterrupted_one(uninterrupted, image_folde
         positions.append(24 * checkpoint["epoch"] + checkpoint["position"])
     assert positions == sorted(positions)
     assert any(position % 24 for position in positions)
-    run = Run(1, command, tmp_path / "run")
+    run = start(1, command)
     assert run.end() == 0, run.output
     assert_same_run(tmp_path / "run", uninterrupted(1))
 
 
-def test_two_signalled_processes_end_as_uninterrupted_ones(uninterrupted, image_folder, tmp_path):
+def test_two_signalled_processes_end_as_uninterrupted_ones(uninterrupted, image_folder, tmp_path, start):
     """The launcher is told once, and one of its processes alone the other time."""
     command = [*EVERYTHING, "--auto-resume", "--data-path", image_folder]
     for target in ("launcher", "process 1"):
-        run = Run(2, command, tmp_path / "run")
+        run = start(2, command)
         run.wait_for(lambda run: lines(run, r"\[[12]/3\]"), "step")
         os.kill(run.process.pid if target == "launcher" else run.processes()[1], signal.SIGTERM)
         assert run.end() != 0
         assert lines(run, "main.py: stopped by SIGTERM; run the same command with --auto-resume to go on") == 1
-    run = Run(2, command, tmp_path / "run")
+    run = start(2, command)
     assert run.end() == 0, run.output
     assert_same_run(tmp_path / "run", uninterrupted(2))
 
 
-def test_the_launcher_restarts_a_killed_process(uninterrupted, image_folder, tmp_path):
+def test_the_launcher_restarts_a_killed_process(uninterrupted, image_folder, tmp_path, start):
     command = [*EVERYTHING, *RESUMABLE, "--data-path", image_folder]
-    run = Run(2, command, tmp_path / "run", launcher_options=["--max-restarts=3"])
+    run = start(2, command, launcher_options=["--max-restarts=3"])
     run.wait_for(lambda run: lines(run, r"epoch 1 \[2/3\]"), "step")
     os.kill(run.processes()[1], signal.SIGKILL)
     assert run.end() == 0, run.output
@@ -235,19 +256,16 @@ def test_a_damaged_checkpoint_does_not_stop_a_run(uninterrupted, image_folder, t
     assert "damaged, and there is no older checkpoint to go on from; remove them to start anew" in line
 
 
-def test_a_second_run_in_the_same_folder_is_refused(image_folder, tmp_path):
+def test_a_second_run_in_the_same_folder_is_refused(image_folder, tmp_path, start):
     command = [*EVERYTHING, "--auto-resume", "--data-path", image_folder, "--epochs", 1000]
-    run = Run(1, command, tmp_path / "run")
-    try:
-        run.wait_for(lambda run: lines(run, "epoch 0"), "step")
-        for second in (run_command, lambda argv: launch("torchrun", 2, *argv[1:], port=29512)):
-            result = second(["main.py", *command, "--output_dir", tmp_path / "run"])
-            assert result.returncode == 1
-            (line,) = [line for line in result.stderr.splitlines() if line.startswith("main.py: error")]
-            holder = f"process {run.process.pid} on {os.uname().nodename}"
-            assert f"--output_dir {tmp_path / 'run'} is in use by {holder}; wait for its end" in line
-    finally:
-        run.kill()
+    run = start(1, command)
+    run.wait_for(lambda run: lines(run, "epoch 0"), "step")
+    for second in (run_command, lambda argv: launch("torchrun", 2, *argv[1:])):
+        result = second(["main.py", *command, "--output_dir", tmp_path / "run"])
+        assert result.returncode == 1
+        (line,) = [line for line in result.stderr.splitlines() if line.startswith("main.py: error")]
+        holder = f"process {run.process.pid} on {os.uname().nodename}"
+        assert f"--output_dir {tmp_path / 'run'} is in use by {holder}; wait for its end" in line
 
 
 def test_a_finished_run_says_so(uninterrupted, image_folder, run_in_process, tmp_path):
@@ -286,14 +304,10 @@ main.build_compute_losses = build_compute_losses
 """
 
 
-def launch_script(script: Path, *argv, port: int):
-    return run_command([*LAUNCHERS["torchrun"], "--nproc_per_node=2", f"--master_port={port}", script, *argv])
-
-
 def test_a_loss_that_is_not_finite_on_one_process_ends_both(image_folder, tmp_path):
     script = write_script(tmp_path, NAN_ON_RANK_1.format(steps=[3]))
     start = time.monotonic()
-    result = launch_script(script, *EVERYTHING, "--data-path", image_folder, port=29513)
+    result = launch("torchrun", 2, *EVERYTHING, "--data-path", image_folder, script=script)
     assert result.returncode == 1
     assert time.monotonic() - start < 60
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("main.py")]
@@ -303,12 +317,12 @@ def test_a_loss_that_is_not_finite_on_one_process_ends_both(image_folder, tmp_pa
 def test_steps_that_are_not_finite_are_skipped_and_counted(image_folder, tmp_path):
     skipping = ["--on-nonfinite", "skip", "--max-skipped", 2, "--data-path", image_folder]
     script = write_script(tmp_path, NAN_ON_RANK_1.format(steps=[1, 3]))
-    result = launch_script(script, *EVERYTHING, *skipping, "--output_dir", tmp_path / "two", port=29514)
+    result = launch("torchrun", 2, *EVERYTHING, *skipping, "--output_dir", tmp_path / "two", script=script)
     assert result.returncode == 0, result.stderr
     assert [line["train_skipped"] for line in read_log(tmp_path / "two")] == [2, 0, 0, 0]
     assert "skipped: the loss is not finite in epoch 0, step 0, on process 1" in result.stdout
     script = write_script(tmp_path, NAN_ON_RANK_1.format(steps=[1, 2, 3, 4, 5, 6]))
-    result = launch_script(script, *EVERYTHING, *skipping, "--output_dir", tmp_path / "three", port=29515)
+    result = launch("torchrun", 2, *EVERYTHING, *skipping, "--output_dir", tmp_path / "three", script=script)
     assert result.returncode == 1
     assert "epoch 0, step 2, on process 1, after 2 skipped steps in a row; training has stopped" in result.stderr
 
@@ -347,7 +361,7 @@ def test_a_fault_of_the_loader_ends_all_processes(fault, processes, image_folder
     if processes == 1:
         result = run_command([script, *command])
     else:
-        result = launch_script(script, *command, port=29516)
+        result = launch("torchrun", 2, *command, script=script)
     assert result.returncode == 1
     assert time.monotonic() - start < 60
     said = [line for line in result.stderr.splitlines() if line.startswith("main.py: error:")]
