@@ -98,7 +98,9 @@ class TrainState:
         self.meter.step = checkpoint["position"] // self.global_batch
         if self.position == checkpoint["position"]:
             return []
-        return [f"with this global batch the epoch goes on at image {self.position}, not {checkpoint['position']}"]
+        return [
+            f"the global batch is another one, so the epoch goes on at image {self.position}, not {checkpoint['position']}"
+        ]
 
     def _load_randomness(self, checkpoint: dict[str, Any], seed: int) -> list[str]:
         """Restore the random states, or start new ones for other processes."""
@@ -181,7 +183,7 @@ class RunFolder:
         """Return the newest checkpoint that is whole, None if there is none; set newer, damaged ones aside.
 
         Raises:
-            ValueError: If there are checkpoints, but all are damaged.
+            ValueError: If all checkpoints are damaged, or there is none but a run has left other results.
         """
         damaged = []
         for path in self.generations().values():
@@ -195,10 +197,20 @@ class RunFolder:
             return path
         if damaged:
             raise ValueError(
-                f"{', '.join(map(str, damaged))}: damaged, and there is no older checkpoint to go on from; "
-                "remove them to start anew"
+                f"{', '.join(map(str, damaged))}: damaged, and there is no older checkpoint to go on from; remove them "
+                f"to start anew, or go on from {BEST_CHECKPOINT} with --resume instead of --auto-resume"
+            )
+        if self.results():
+            raise ValueError(
+                f"{self.results()[0]}: of a run whose checkpoint is gone; remove what it left to start anew, or go on "
+                f"from {BEST_CHECKPOINT} with --resume instead of --auto-resume"
             )
         return None
+
+    def results(self) -> list[Path]:
+        """Return what a run has left here that a new one would write over: checkpoints and a log with lines in it."""
+        best = [self.path / name for name in (BEST_CHECKPOINT, BEST_EMA_CHECKPOINT, "log.txt")]
+        return [*self.generations().values(), *(file for file in best if file.exists() and file.stat().st_size)]
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Write the state to go on from, keeping older ones."""
@@ -247,7 +259,7 @@ def write_atomically(path: Path, write: Callable, before_replacing: Callable[[],
         before_replacing: Called when that file is whole and on the disk.
 
     Raises:
-        OSError: If it cannot be written; the file that was there is intact.
+        OSError: If it cannot be written; what was there before is intact.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -263,7 +275,7 @@ def write_atomically(path: Path, write: Callable, before_replacing: Callable[[],
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind its own
         if isinstance(error, Exception) and isinstance(cause, OSError):
             raise OSError(
-                f"{path}: cannot be written ({cause.strerror or cause}); the file that was there is intact. See to "
+                f"{path}: cannot be written ({cause.strerror or cause}); what was there before is intact. Mend "
                 "that, then run the same command with --auto-resume"
             ) from error
         raise

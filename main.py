@@ -67,7 +67,7 @@ KNOWN_FAULTS = {
 }
 # Options that may change from one start of a run to the next without a word.
 NOT_OF_THE_RUN = {
-    *("resume", "auto_resume", "output_dir", "save_every", "keep"),
+    *("resume", "auto_resume", "finetune", "pretrained", "output_dir", "save_every", "keep"),
     *("num_workers", "loader_timeout", "pin_mem", "print_freq", "dist_url", "local_rank", "traceback"),
 }
 
@@ -414,7 +414,8 @@ def get_args_parser() -> ArgumentParser:
     group.add_argument(
         "--auto-resume",
         action="store_true",
-        help="continue from the newest checkpoint in --output_dir if there is one, else start",
+        help="continue from the newest checkpoint in --output_dir; --resume, --finetune and --pretrained then count only "
+        "for the first start, when there is none",
     )
     group.add_argument(
         "--save-every",
@@ -476,8 +477,11 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
         )
     if args.distillation_type != "none" and not args.teacher_path:
         parser.error(f"--distillation-type {args.distillation_type} needs --teacher-path, the weights of the teacher")
-    if args.auto_resume and not args.output_dir:
-        parser.error("--auto-resume needs --output_dir, where the checkpoints are")
+    for option in ("auto_resume", "save_every"):
+        if getattr(args, option) and not args.output_dir:
+            parser.error(f"--{option.replace('_', '-')} needs --output_dir, where the checkpoints are")
+    if args.auto_resume and args.eval:
+        parser.error("--auto-resume goes on with a training; name the file to --eval with --resume")
     if sum(map(bool, (args.pretrained, args.finetune, args.resume))) > 1:
         parser.error("--pretrained, --finetune and --resume each give the first weights; choose one of them")
     for option in ("scale", "cutmix_minmax"):
@@ -751,7 +755,7 @@ def choose_checkpoint(args: argparse.Namespace, folder: RunFolder | None) -> Pat
         return resumed
     if args.auto_resume:
         return utils.on_main(folder.find_checkpoint) or resumed
-    exists = utils.on_main(lambda: list(folder.generations().values()))
+    exists = utils.on_main(folder.results)
     if exists and not (resumed and resumed.resolve().parent == folder.path.resolve()):
         raise ValueError(
             f"{exists[0]} exists, and this run would write over it; continue it with --auto-resume, choose another "
@@ -787,8 +791,10 @@ def resume(args: argparse.Namespace, state: TrainState, path: Path) -> None:
             f"{path}: its run was {'with' if checkpoint['model_ema'] else 'without'} a moving average (EMA); "
             f"{'add --model-ema' if checkpoint['model_ema'] else 'leave --model-ema out'}"
         )
-    if checkpoint["args"]["opt"] != args.opt:
-        raise ValueError(f"{path}: its run used --opt {checkpoint['args']['opt']}; repeat that, not {args.opt}")
+    for option in ("model", "opt"):
+        used, asked = checkpoint["args"][option], getattr(args, option)
+        if used != asked:
+            raise ValueError(f"{path}: its run used --{option} {used}; repeat that, not {asked}")
     models.load_state_dict(state.model, checkpoint["model"], source=str(path))
     if state.model_ema is not None:
         models.load_state_dict(state.model_ema.module, checkpoint["model_ema"], source=str(path))

@@ -35,7 +35,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         file.write(b"half of the new")
         raise OSError("no space left on device")
 
-    with pytest.raises(OSError, match=r"file: cannot be written \(no space left on device\); the file that was there"):
+    with pytest.raises(OSError, match=r"file: cannot be written \(no space left on device\); what was there before"):
         write_atomically(path, fail)
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == {"file"}
@@ -140,9 +140,18 @@ def test_a_checkpoint_that_cannot_be_read_is_not_set_aside(folder, monkeypatch):
 
 
 def test_a_new_run_finds_nothing(folder):
-    (folder.path / "checkpoint_best.pth").touch()
     (folder.path / "checkpoint.old.pth").touch()
+    folder.write_log([])  # of a run that was killed before its first checkpoint
     assert folder.find_checkpoint() is None
+
+
+def test_a_run_whose_checkpoint_is_gone_is_not_written_over(folder):
+    folder.write_log([{"epoch": 0}])
+    with pytest.raises(ValueError, match=r"log.txt: of a run whose checkpoint is gone; remove what it left"):
+        folder.find_checkpoint()
+    folder.save_best({"number": 1}, "checkpoint_best.pth")
+    with pytest.raises(ValueError, match=r"checkpoint_best.pth: of a run whose checkpoint is gone"):
+        folder.find_checkpoint()
 
 
 HOLD = """

@@ -356,6 +356,8 @@ def test_help_names_each_group():
         (["--distillation-type", "hard"], "--distillation-type hard needs --teacher-path"),
         (["--pretrained", "--finetune", "x.pth"], "choose one of them"),
         (["--auto-resume", "--output_dir", ""], "--auto-resume needs --output_dir"),
+        (["--save-every", "5", "--output_dir", ""], "--save-every needs --output_dir"),
+        (["--auto-resume", "--eval"], "--auto-resume goes on with a training; name the file to --eval with --resume"),
         (["--save-every", "0"], "argument --save-every: '0' is no whole number of at least 1"),
         (["--eval"], "--eval needs weights: --resume FILE"),
         (["--data-path", "/nowhere"], "--data-path '/nowhere' is no folder"),
@@ -397,7 +399,9 @@ def test_bad_checkpoints_end_with_one_line(trained, image_folder, tmp_path, run_
     (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
     data = ["--data-path", image_folder, "--output_dir", tmp_path / "run", "--epochs", "3"]
     cases = {
-        "do not fit the model": ["--resume", folder / "checkpoint.pth", "--model", "pcpvt_tiny", "--model-ema"],
+        "its run used --model alt_gvt_tiny; repeat that, not pcpvt_tiny": [
+            *("--resume", folder / "checkpoint.pth", "--model", "pcpvt_tiny", "--model-ema"),
+        ],
         "was with a moving average (EMA); add --model-ema": ["--resume", folder / "checkpoint.pth"],
         "head.weight (3, 128) in the file, (10, 128) in the model": [
             *("--resume", folder / "checkpoint.pth", "--model-ema", "--data-set", "SHAPES"),

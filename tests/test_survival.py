@@ -216,8 +216,8 @@ def test_another_number_of_processes_goes_on_near_the_same_place(uninterrupted, 
     result = run_command([*command, "--global-batch", "12", "--lr", "1e-30", "--unscale-lr"])
     assert result.returncode == 0, result.stderr
     assert "checkpoint.pth: 3 epochs and 12 images of the next are done" in result.stdout
-    assert "not exactly as before: with this global batch the epoch goes on at image 12, not 16" in result.stdout
-    assert "not exactly as before: with 1 processes, not 2, mixup, drop path and dropout draw" in result.stdout
+    assert "not exactly as before: another global batch, so the epoch goes on at image 12, not 16" in result.stdout
+    assert "not exactly as before: 1 process(es), not 2, so mixup, drop path and dropout draw" in result.stdout
     assert "changed since: --global-batch 12, was 8" in result.stdout
     assert [line["epoch"] for line in read_log(tmp_path / "run")] == [0, 1, 2, 3]
     # The mean of both processes for the two old steps, 4, and the loss of the step of 12 images that was left.
@@ -233,7 +233,7 @@ def test_a_file_size_limit_leaves_the_old_checkpoint(uninterrupted, image_folder
     result = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 1, result.stderr
     (line,) = result.stderr.splitlines()
-    assert re.fullmatch(r"main\.py: error: .*checkpoint\.pth: cannot be written \(File too large\); the file .*", line)
+    assert re.fullmatch(r"main\.py: error: .*checkpoint\.pth: cannot be written \(File too large\); what was .*", line)
     assert (tmp_path / "run/checkpoint.pth").read_bytes() == before
     assert torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)["epoch"] == 4
     assert not list((tmp_path / "run").glob(".*.tmp"))
@@ -253,7 +253,7 @@ def test_a_damaged_checkpoint_does_not_stop_a_run(uninterrupted, image_folder, t
     result = run_command(["main.py", *command])
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
-    assert "damaged, and there is no older checkpoint to go on from; remove them to start anew" in line
+    assert "damaged, and there is no older checkpoint to go on from; remove them to start anew, or go on" in line
 
 
 def test_a_second_run_in_the_same_folder_is_refused(image_folder, tmp_path, start):
