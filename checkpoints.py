@@ -98,9 +98,7 @@ class TrainState:
         self.meter.step = checkpoint["position"] // self.global_batch
         if self.position == checkpoint["position"]:
             return []
-        return [
-            f"the global batch is another one, so the epoch goes on at image {self.position}, not {checkpoint['position']}"
-        ]
+        return [f"another global batch, so the epoch goes on at image {self.position}, not {checkpoint['position']}"]
 
     def _load_randomness(self, checkpoint: dict[str, Any], seed: int) -> list[str]:
         """Restore the random states, or start new ones for other processes."""
