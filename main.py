@@ -414,8 +414,8 @@ def get_args_parser() -> ArgumentParser:
     group.add_argument(
         "--auto-resume",
         action="store_true",
-        help="continue from the newest checkpoint in --output_dir; --resume, --finetune and --pretrained count only for "
-        "the first start, when there is none",
+        help="continue from the newest checkpoint in --output_dir; --resume, --finetune and --pretrained count only "
+        "for the first start, when there is none",
     )
     group.add_argument(
         "--save-every",
