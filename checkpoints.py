@@ -1,5 +1,6 @@
 """What a run leaves in its folder - checkpoints, log and lock - and how it goes on from there."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -25,7 +26,7 @@ logger = logging.getLogger("twins")
 CHECKPOINT, BEST_CHECKPOINT, BEST_EMA_CHECKPOINT = "checkpoint.pth", "checkpoint_best.pth", "checkpoint_best_ema.pth"
 CHECKPOINT_KEYS = {
     *("model", "model_ema", "optimizer", "scheduler", "scaler"),
-    *("epoch", "position", "meters", "best", "history", "random_states", "args", "versions"),
+    *("epoch", "position", "global_batch", "meters", "best", "history", "random_states", "args", "versions"),
 }
 
 
@@ -59,6 +60,7 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "position": self.position,
+            "global_batch": self.global_batch,
             "meters": utils.gather(self.meter.state_dict()),
             "best": self.best,
             "history": self.history,
@@ -77,7 +79,8 @@ class TrainState:
         Returns:
             What could not be restored exactly, in words; nothing for the same processes and global batch.
         """
-        chosen = [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
+        state = {"params", "lookahead_step"}  # the others are options
+        chosen = [{key: g[key] for key in g if key not in state} for g in self.optimizer.param_groups]
         self.optimizer.load_state_dict(checkpoint["optimizer"])
         for group, options in zip(self.optimizer.param_groups, chosen, strict=True):
             group.update(options)  # the options of this run; with those of the old run they are the same
@@ -96,9 +99,13 @@ class TrainState:
         same = len(meters) == utils.get_world_size()
         self.meter.load_state_dict(meters[utils.get_rank()] if same else EpochMeter.merge(meters), device)
         self.meter.step = checkpoint["position"] // self.global_batch
-        if self.position == checkpoint["position"]:
+        batch, place = checkpoint["global_batch"], checkpoint["position"]
+        if self.global_batch == batch:
             return []
-        return [f"another global batch, so the epoch goes on at image {self.position}, not {checkpoint['position']}"]
+        return [
+            f"the global batch is {self.global_batch}, not {batch}, and so are the steps of an epoch and the learning "
+            f"rate, unless --unscale-lr; the epoch goes on at image {self.position}, was at {place}"
+        ]
 
     def _load_randomness(self, checkpoint: dict[str, Any], seed: int) -> list[str]:
         """Restore the random states, or start new ones for other processes."""
@@ -139,8 +146,9 @@ class RunFolder:
     def __exit__(self, *_) -> None:
         if utils.get_rank() == 0:
             if self.is_new and [file.name for file in self.path.iterdir()] == [".lock"]:
-                (self.path / ".lock").unlink()
-                self.path.rmdir()
+                with contextlib.suppress(OSError):  # another start may just have come in
+                    (self.path / ".lock").unlink()
+                    self.path.rmdir()
             self.lock.close()
 
     def _claim(self) -> None:
@@ -148,12 +156,18 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.path / ".lock", "a+")  # noqa: SIM115  open for as long as the folder is held
+            self._take_lock()
+            self.lock.truncate(0)
+            self.lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            self.lock.flush()
         except OSError as error:
             raise ValueError(
                 f"--output_dir {self.path}: cannot be written to ({error.strerror}); choose one that you may write to"
             ) from error
+
+    def _take_lock(self) -> None:
+        """Lock the folder for this process; not for the open file, or children that outlive it would keep it."""
         try:
-            # A lock of this process, not of the open file: children that outlive it do not keep it.
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             self.lock.seek(0)
@@ -164,9 +178,6 @@ class RunFolder:
             ) from error
         except OSError as error:
             logger.warning("%s cannot be locked (%s); let no other run write there", self.path, error.strerror)
-        self.lock.truncate(0)
-        self.lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        self.lock.flush()
 
     def generation(self, age: int) -> Path:
         """Return the path of the newest checkpoint (age 0) or of an older one."""
@@ -205,6 +216,14 @@ class RunFolder:
             )
         return None
 
+    def refuse_results(self) -> None:
+        """Raise a ValueError if another run has left something here that this one would write over."""
+        if self.results():
+            raise ValueError(
+                f"{self.results()[0]} exists, and this run would write over it; continue it with --auto-resume, "
+                "choose another --output_dir or remove it"
+            )
+
     def results(self) -> list[Path]:
         """Return what a run has left here that a new one would write over: checkpoints and a log with lines in it."""
         best = [self.path / name for name in (BEST_CHECKPOINT, BEST_EMA_CHECKPOINT, "log.txt")]
@@ -220,10 +239,10 @@ class RunFolder:
         if 0 not in generations:
             return
         for age, path in reversed(generations.items()):
-            if age + 1 < self.keep:
-                _link_or_move(path, self.generation(age + 1))
-            if age > 0:
-                path.unlink(missing_ok=True)
+            if age >= max(self.keep, 1):
+                path.unlink()
+            elif age + 1 < self.keep:
+                (os.replace if age else _link_or_move)(path, self.generation(age + 1))
 
     def save_best(self, checkpoint: dict[str, Any], name: str) -> None:
         """Write one of the best checkpoints."""
@@ -297,8 +316,12 @@ def _is_whole(path: Path) -> bool:
 
 def _link_or_move(path: Path, other: Path) -> None:
     """Give a file another name too, or instead where the file system has no links."""
-    other.unlink(missing_ok=True)
+    temporary = other.with_name(f".{other.name}.tmp")
+    temporary.unlink(missing_ok=True)
     try:
-        os.link(path, other)
+        os.link(path, temporary)
     except OSError:
         os.replace(path, other)
+    else:
+        os.replace(temporary, other)
+        temporary.unlink(missing_ok=True)  # still there if both were names of one file already

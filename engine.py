@@ -23,6 +23,7 @@ from utils import (
     Interrupted,
     SharedError,
     all_reduce,
+    broadcast_buffers,
     get_rank,
     get_world_size,
     stop_if_requested,
@@ -78,7 +79,8 @@ def train_one_epoch(
         save_every: Steps of the epoch after each of which `save` is called, too; None for none.
 
     Returns:
-        Means over the steps of the epoch and all processes: `loss`, its parts where there are several, and `lr`.
+        Means over the steps of the epoch and all processes: `loss`, its parts where there are several, and `lr`;
+        nothing if all steps were skipped.
 
     Raises:
         NonFiniteError: On all processes together, if the loss of any of them, or the gradient, is not finite.
@@ -89,12 +91,14 @@ def train_one_epoch(
     steps = meter.step + len(data_loader) // accumulation
     guard = StepGuard(device, epoch, max_skipped, meter)
     log = StepLog(device, epoch, steps, print_freq, meter)
+    max_norm = math.inf if clip_grad is None else clip_grad
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     optimizer.zero_grad(set_to_none=True)
     batches = log.timed(data_loader)
     for step in range(meter.step, steps):
         if lr_scheduler is not None:
             lr_scheduler.step_update(epoch * steps + step)
+        buffers = [buffer.clone() for buffer in model.buffers()] if max_skipped else []
         step_losses, finite = {}, True
         for micro_step in range(accumulation):
             batch = to_device(next(batches), device)
@@ -108,9 +112,9 @@ def train_one_epoch(
                 if finite:
                     scaler.scale(loss / accumulation).backward()
             step_losses = _add_losses(step_losses, loss, losses, accumulation)
-        if finite and clip_grad is not None:
+        if finite:
             scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(parameters, clip_grad)
+            norm = nn.utils.clip_grad_norm_(parameters, max_norm)
             finite = scaler.is_enabled() or guard.watch(norm, "gradient")  # the scaler skips by its own rule
         lr = max(group["lr"] for group in optimizer.param_groups)
         if finite:
@@ -120,11 +124,15 @@ def train_one_epoch(
                 model_ema.update(unwrap_model(model))
             meter.add(step_losses, lr)
         else:
+            for buffer, before in zip(model.buffers(), buffers, strict=True):
+                buffer.copy_(before)  # running statistics of a loss that is not finite may not be either
             meter.add_skipped()
         optimizer.zero_grad(set_to_none=True)
         log.end_step(batch, accumulation, lr)
         if guard.signal or meter.step == steps or (save_every and meter.step % save_every == 0):
             guard.finish()
+            if meter.step == steps:
+                broadcast_buffers(model, *([] if model_ema is None else [model_ema]))
             if save is not None:
                 save()
         if guard.signal:
@@ -157,7 +165,7 @@ def evaluate(
 
     Raises:
         ValueError: If there is no image to evaluate.
-        Interrupted: On all processes together, soon after any of them was asked to stop.
+        Interrupted: On all processes together, if any of them was asked to stop; the others finish their share.
     """
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # correct at 1, correct at 5, loss, images
@@ -226,7 +234,9 @@ class StepGuard:
         self.signal = max(self.signal, number)
         if not culprit:
             return True
-        found = f"the {what} is not finite in epoch {self.epoch}, step {step}, on process {culprit - 1}"
+        found = f"the {what} is not finite in epoch {self.epoch}, step {step}"
+        if what == "loss":  # the gradient is that of all processes
+            found += f", on process {culprit - 1}"
         if self.meter.skipped_in_a_row < self.max_skipped:
             logger.info("skipped: %s", found)
             return False

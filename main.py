@@ -60,10 +60,11 @@ NOT_OF_THE_RECIPE = {"model", "batch_size", "global_batch", "grad_checkpointing"
 LOST = "another process of the run has ended or cannot be reached; its message says why. Continue with --auto-resume"
 KNOWN_FAULTS = {
     "DataLoader timed out": "{}; raise --loader-timeout if the disk is that slow, or look for what blocks it",
-    "DataLoader worker": "{}; a data-loading process has died, often for want of memory; lower --num_workers",
+    "DataLoader worker (pid": "{}; a data-loading process has died, often for want of memory; lower --num_workers",
     "does not have a deterministic implementation": "{}; leave --deterministic out",
-    "gloo": LOST,
-    "NCCL": LOST,
+    "Connection closed by peer": LOST,
+    "Connection reset by peer": LOST,
+    "NCCL": "{}; " + LOST,
 }
 # Options that may change from one start of a run to the next without a word.
 NOT_OF_THE_RUN = {
@@ -714,9 +715,8 @@ def run_training(args: argparse.Namespace, processes: Processes) -> None:
         compile_if_asked(args, model)
         parallel_model = utils.parallelise(model, processes)
         announce(args, processes, model, nb_classes, global_batch, len(train_loader) // accumulation)
-        if folder and processes.is_main:
-            folder.write_args(vars(args))
-            folder.write_log(state.history)  # as the checkpoint has it, whenever the last run was killed
+        if folder:
+            utils.on_main(lambda: start_folder(folder, args, state))
         start, first_epoch = time.perf_counter(), state.epoch
         for epoch in range(state.epoch, args.epochs):
             train_loader.sampler.set_epoch(epoch, state.position)
@@ -744,6 +744,12 @@ def run_training(args: argparse.Namespace, processes: Processes) -> None:
         report_end(args, state, state.epoch - first_epoch, time.perf_counter() - start)
 
 
+def start_folder(folder: RunFolder, args: argparse.Namespace, state: TrainState) -> None:
+    """Write what the run was started with, and the log as the checkpoint has it, whenever the last run was killed."""
+    folder.write_args(vars(args))
+    folder.write_log(state.history)
+
+
 def choose_checkpoint(args: argparse.Namespace, folder: RunFolder | None) -> Path | None:
     """Return the checkpoint to continue from, None for a new run.
 
@@ -755,12 +761,8 @@ def choose_checkpoint(args: argparse.Namespace, folder: RunFolder | None) -> Pat
         return resumed
     if args.auto_resume:
         return utils.on_main(folder.find_checkpoint) or resumed
-    exists = utils.on_main(folder.results)
-    if exists and not (resumed and resumed.resolve().parent == folder.path.resolve()):
-        raise ValueError(
-            f"{exists[0]} exists, and this run would write over it; continue it with --auto-resume, choose another "
-            "--output_dir or remove it"
-        )
+    if not resumed or resumed.resolve().parent != folder.path.resolve():
+        utils.on_main(folder.refuse_results)
     return resumed
 
 
@@ -951,21 +953,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_args(parser, args)
     try:
-        processes = utils.init_processes(args.device, args.dist_url)
+        # A process whose loader hangs tells so itself, before the others give it up.
+        patience = 600 + args.loader_timeout if args.loader_timeout else 86400
+        processes = utils.init_processes(args.device, args.dist_url, patience)
         if args.deterministic:
             utils.make_deterministic()
         (run_evaluation if args.eval else run_training)(args, processes)
     except utils.Interrupted as stop:
         go_on = "run the same command with --auto-resume to go on" if args.output_dir else "nothing was kept"
-        end_run(f"main.py: stopped by {stop.signal.name}; {go_on}", 128 + stop.signal, shared=True)
+        end_run(f"main.py: stopped by {stop.signal.name}; {go_on}", 128 + stop.signal, agreed=True)
     except KeyboardInterrupt:
-        end_run("main.py: stopped at once", 128 + signal.SIGINT, shared=True)
+        end_run("main.py: stopped at once", 128 + signal.SIGINT, agreed=False)
     except Exception as error:
         cause = find_cause(error)
         if cause is None or args.traceback:
+            utils.kill_children()
             raise
-        # Leaving the group cleanly would wait for processes that wait for this one.
-        end_run(f"main.py: error: {cause}", 1, shared=isinstance(error, utils.SharedError))
+        end_run(f"main.py: error: {cause}", 1, agreed=isinstance(error, utils.SharedError))
     utils.end_processes()
 
 
@@ -980,11 +984,13 @@ def find_cause(error: Exception) -> str | None:
     return texts[0].format(message) if texts else None
 
 
-def end_run(message: str, code: int, shared: bool) -> NoReturn:
-    """Print why the run ends, once where all processes know it, and exit; nothing that hangs may keep it."""
-    if not shared or utils.get_rank() == 0:
+def end_run(message: str, code: int, agreed: bool) -> NoReturn:
+    """Print why the run ends, once where all processes end it together, and exit; nothing that hangs may keep it."""
+    if not agreed or utils.get_rank() == 0:
         print(message, file=sys.stderr, flush=True)
     utils.kill_children()
+    if agreed:  # otherwise leaving the group would wait for processes that wait for this one
+        utils.end_processes()
     sys.exit(code)
 
 

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,7 +45,7 @@ class Processes:
         return self.rank == 0
 
 
-def init_processes(device: str = "auto", dist_url: str = "env://") -> Processes:
+def init_processes(device: str = "auto", dist_url: str = "env://", patience: float = 600) -> Processes:
     """Join the other processes of the run, if there are any, and choose the device.
 
     Understood are torchrun, `python -m torch.distributed.launch`, SLURM's srun and a plain process.
@@ -53,6 +54,7 @@ def init_processes(device: str = "auto", dist_url: str = "env://") -> Processes:
         device: `"auto"` (CUDA if there is a GPU), `"cuda"`, `"cuda:N"` or `"cpu"`. Several processes take the
             GPU of their local rank and talk through NCCL; on the CPU they talk through gloo.
         dist_url: Where the processes meet.
+        patience: Seconds that a process waits for the others before it gives them up.
 
     Raises:
         ValueError: If the device does not exist here.
@@ -70,6 +72,7 @@ def init_processes(device: str = "auto", dist_url: str = "env://") -> Processes:
             store=_meeting_place(dist_url, rank, world_size),
             rank=rank,
             world_size=world_size,
+            timeout=timedelta(seconds=patience),
             device_id=chosen if chosen.type == "cuda" else None,
         )
     return Processes(chosen, rank, world_size)
@@ -101,21 +104,21 @@ def on_main(function: Callable[[], T]) -> T:
     """Call a function on the main process alone; return its result on all of them.
 
     Raises:
-        SharedError: On all processes together, if the function raised a ValueError or OSError. Where there is
-            only one process the error comes as it is.
+        SharedError: On all processes together, if the function raised an error; it is the cause on the main one.
+            Where there is only one process the error comes as it is.
     """
     if not dist.is_initialized():
         return function()
-    outcome = [(None, None)]
+    outcome, cause = [(None, None)], None
     if get_rank() == 0:
         try:
             outcome = [(function(), None)]
-        except (ValueError, OSError) as error:
-            outcome = [(None, str(error))]
+        except Exception as error:
+            outcome, cause = [(None, str(error) or type(error).__name__)], error
     dist.broadcast_object_list(outcome)
     result, message = outcome[0]
     if message is not None:
-        raise SharedError(message)
+        raise SharedError(message) from cause
     return result
 
 
@@ -132,6 +135,14 @@ def parallelise(model: nn.Module, processes: Processes) -> nn.Module:
     if processes.device.type == "cpu" and processes.world_size > 2:
         parallel.register_comm_hook(None, _exchange_each_gradient)
     return parallel
+
+
+def broadcast_buffers(*models: nn.Module) -> None:
+    """Give the running statistics of the main process to all, which evaluate with them. All must call it."""
+    if dist.is_initialized():
+        for model in models:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
 
 
 def _exchange_each_gradient(_, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -167,7 +178,7 @@ def _meeting_place(dist_url: str, rank: int, world_size: int) -> dist.Store:
     """Return the store through which processes find each other, a clean one after each restart by torchrun."""
     store, *_ = next(dist.rendezvous(dist_url, rank, world_size))
     if os.environ.get("GROUP_WORLD_SIZE") != "1":
-        return store  # several launchers do not agree on the number of restarts
+        return store  # launchers on several machines may not agree on the number of restarts
     # torchrun keeps its store, and with it the addresses of processes that are dead.
     return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 

@@ -67,26 +67,47 @@ def test_older_checkpoints_are_kept_without_links(folder, monkeypatch):
     assert [load(path) for path in folder.generations().values()] == [4, 3, 2]
 
 
-@pytest.mark.parametrize("call", ["fsync", "link", "unlink", "replace"])
-def test_a_kill_at_any_call_leaves_a_newest_checkpoint(folder, monkeypatch, call):
-    """Each call on the file system in turn is the last."""
-    for number in range(3):
-        folder.save({"number": number})
-    real = getattr(os, call)
+def save_until(folder: RunFolder, last_call: int) -> bool:
+    """Save in a process of its own that dies at a certain call on the file system; tell whether it did."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    calls = 0
 
-    class Kill(BaseException):
-        pass
+    def counted(function):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == last_call:
+                os._exit(9)
+            return function(*args, **kwargs)
 
-    def kill(*args, **kwargs):
-        raise Kill
+        return call
 
-    monkeypatch.setattr(os, call, kill)
-    with pytest.raises(Kill):
-        folder.save({"number": 3})
-    monkeypatch.setattr(os, call, real)
-    assert load(folder.find_checkpoint()) == 2
-    folder.save({"number": 3})
-    assert [load(path) for path in folder.generations().values()][:2] == [3, 2]
+    for name in ("open", "fsync", "link", "unlink", "replace"):
+        setattr(os, name, counted(getattr(os, name)))
+    folder.save({"number": 10})
+    os._exit(0)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_a_kill_at_any_call_leaves_a_whole_checkpoint(tmp_path, keep):
+    for last_call in range(1, 100):
+        with RunFolder(tmp_path / str(last_call), keep) as folder:
+            for number in range(4):
+                folder.save({"number": number})
+            died = save_until(folder, last_call)
+            assert load(folder.path / "checkpoint.pth") in (3, 10)
+            kept = [load(path) for path in folder.generations().values()]
+            assert kept == sorted(kept, reverse=True)
+            assert len(set(kept)) >= keep - 1
+            folder.save({"number": 11})
+            assert load(folder.path / "checkpoint.pth") == 11
+            assert len(folder.generations()) == keep
+            assert not list(folder.path.glob(".*.tmp"))
+        if not died:
+            break
+    assert last_call > 3
 
 
 DAMAGES = {

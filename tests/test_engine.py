@@ -199,8 +199,9 @@ def test_a_skipped_step_leaves_no_trace_on_any_process(tmp_path):
     assert on_processes(2, skip_on_one, tmp_path) == [[True, True, 3, 2, 1]] * 2
 
 
+@pytest.mark.parametrize("clip_grad", [None, 1.0])
 @pytest.mark.parametrize("max_skipped", [0, 1])
-def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(model, max_skipped):
+def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(model, max_skipped, clip_grad):
     batches = make_batches(3, 4)
     reference = copy.deepcopy(model)
     seen = []
@@ -211,13 +212,39 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(model, max_ski
         return {"loss": loss + (torch.sqrt((loss - loss.detach()) * 0) if len(seen) == 2 else 0)}  # finite itself
 
     if max_skipped:
-        train(model, batches, overflow, clip_grad=1.0, max_skipped=1)
-        train(reference, [batches[0], batches[2]], clip_grad=1.0)
+        train(model, batches, overflow, clip_grad=clip_grad, max_skipped=1)
+        train(reference, [batches[0], batches[2]], clip_grad=clip_grad)
     else:
-        with pytest.raises(FloatingPointError, match="the gradient is not finite in epoch 0, step 1, on process 0"):
-            train(model, batches, overflow, clip_grad=1.0)
-        train(reference, batches[:1], clip_grad=1.0)
+        with pytest.raises(FloatingPointError, match="the gradient is not finite in epoch 0, step 1"):
+            train(model, batches, overflow, clip_grad=clip_grad)
+        train(reference, batches[:1], clip_grad=clip_grad)
     assert_close_weights(model, reference, atol=0, rtol=0)
+
+
+def test_running_statistics_do_not_see_a_skipped_step():
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=5)
+    batches = make_batches(3, 4)
+    reference = copy.deepcopy(model)
+    train(reference, [batches[0], batches[2]])
+    batches[1][0][0, 0, 0, 0] = float("nan")
+    train(model, batches, max_skipped=1)
+    assert_close_weights(model, reference, atol=0, rtol=0)
+
+
+def running_statistics(rank: int) -> list[float]:
+    """Train a network with BatchNorm on one of two processes; return its statistics and those of its average."""
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=5)
+    ema = ModelEmaV3(model, decay=0.5)
+    train(parallelise(model, Processes(CPU, rank, 2)), make_batches(2, 2, seed=rank), model_ema=ema)
+    return [buffer.double().sum().item() for module in (model, ema) for buffer in module.buffers()]
+
+
+def test_processes_evaluate_with_the_same_statistics(tmp_path):
+    statistics = on_processes(2, running_statistics, tmp_path)
+    assert statistics[0] == statistics[1]
+    assert any(value not in (0.0, 1.0) for value in statistics[0])
 
 
 def test_too_many_skipped_steps_in_a_row(model):

@@ -127,6 +127,16 @@ def test_a_longer_resumed_run_follows_its_new_options(image_folder, tmp_path, ru
     assert {group["weight_decay"] for group in groups} == {0.0, 0.2}
 
 
+def test_what_an_optimizer_keeps_beside_its_options_is_resumed(image_folder, tmp_path, run_in_process):
+    command = [*TINY, "--data-path", image_folder, "--opt", "lookahead_adamw", "--output_dir", tmp_path, "--epochs"]
+    run_in_process(*command, "1")
+    steps = [torch.load(tmp_path / "checkpoint.pth", weights_only=True)["optimizer"]["param_groups"][0]]
+    output, message = run_in_process(*command, "2", "--auto-resume")
+    assert message is None, output
+    steps += [torch.load(tmp_path / "checkpoint.pth", weights_only=True)["optimizer"]["param_groups"][0]]
+    assert [group["lookahead_step"] for group in steps] == [6, 12]
+
+
 @pytest.mark.parametrize("name", ["cosine", "tanh", "step", "multistep", "poly"])
 def test_every_schedule_can_be_built(name):
     args = parse("--sched", name)
