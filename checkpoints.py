@@ -115,9 +115,7 @@ class TrainState:
             return []
         place = np.random.SeedSequence((seed, self.epoch, self.position, rank))
         utils.seed_everything(int(place.generate_state(1)[0]))
-        return [
-            f"with {processes} processes, not {len(states)}, mixup, drop path and dropout draw other random numbers"
-        ]
+        return [f"{processes} process(es), not {len(states)}, so mixup, drop path and dropout draw other numbers"]
 
 
 class RunFolder:
