@@ -202,17 +202,14 @@ class RunFolder:
                 bad.rename(aside)
                 logger.warning("%s is damaged; set aside as %s, going on from %s", bad, aside.name, path.name)
             return path
-        if damaged:
-            raise ValueError(
-                f"{', '.join(map(str, damaged))}: damaged, and there is no older checkpoint to go on from; remove them "
-                f"to start anew, or go on from {BEST_CHECKPOINT} with --resume instead of --auto-resume"
-            )
-        if self.results():
-            raise ValueError(
-                f"{self.results()[0]}: of a run whose checkpoint is gone; remove what it left to start anew, or go on "
-                f"from {BEST_CHECKPOINT} with --resume instead of --auto-resume"
-            )
-        return None
+        results = self.results()
+        if not results:
+            return None
+        best = self.path / BEST_CHECKPOINT
+        raise ValueError(
+            f"{', '.join(map(str, damaged)) or results[0]}: there is no whole checkpoint to go on from; remove "
+            f"{self.path} to start anew" + f", or pass --resume {best} instead of --auto-resume" * (best in results)
+        )
 
     def refuse_results(self) -> None:
         """Raise a ValueError if another run has left something here that this one would write over."""
@@ -237,7 +234,7 @@ class RunFolder:
         if 0 not in generations:
             return
         for age, path in reversed(generations.items()):
-            if age >= max(self.keep, 1):
+            if age >= self.keep:
                 path.unlink()
             elif age + 1 < self.keep:
                 (os.replace if age else _link_or_move)(path, self.generation(age + 1))

@@ -143,7 +143,7 @@ def test_only_damaged_checkpoints_end_the_run_each_time(folder):
     for name in ("checkpoint.pth", "checkpoint.1.pth"):
         (folder.path / name).write_bytes(b"")
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"checkpoint.pth, .*checkpoint.1.pth: damaged, and there is no older"):
+        with pytest.raises(ValueError, match=r"checkpoint.pth, .*checkpoint.1.pth: there is no whole checkpoint"):
             folder.find_checkpoint()
     assert names(folder.path) == {".lock", "checkpoint.pth", "checkpoint.1.pth"}
 
@@ -168,10 +168,12 @@ def test_a_new_run_finds_nothing(folder):
 
 def test_a_run_whose_checkpoint_is_gone_is_not_written_over(folder):
     folder.write_log([{"epoch": 0}])
-    with pytest.raises(ValueError, match=r"log.txt: of a run whose checkpoint is gone; remove what it left"):
+    with pytest.raises(
+        ValueError, match=r"log.txt: there is no whole checkpoint .*; remove .*run to start anew$"
+    ):
         folder.find_checkpoint()
     folder.save_best({"number": 1}, "checkpoint_best.pth")
-    with pytest.raises(ValueError, match=r"checkpoint_best.pth: of a run whose checkpoint is gone"):
+    with pytest.raises(ValueError, match=r"whole .* anew, or pass --resume .*/run/checkpoint_best.pth instead of"):
         folder.find_checkpoint()
 
 

@@ -257,7 +257,7 @@ def test_a_damaged_checkpoint_does_not_stop_a_run(uninterrupted, image_folder, t
     result = run_command(["main.py", *command])
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
-    assert "damaged, and there is no older checkpoint to go on from; remove them to start anew, or go on" in line
+    assert "there is no whole checkpoint to go on from; remove" in line
 
 
 def test_a_second_run_in_the_same_folder_is_refused(image_folder, tmp_path, start):
