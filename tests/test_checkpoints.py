@@ -168,9 +168,7 @@ def test_a_new_run_finds_nothing(folder):
 
 def test_a_run_whose_checkpoint_is_gone_is_not_written_over(folder):
     folder.write_log([{"epoch": 0}])
-    with pytest.raises(
-        ValueError, match=r"log.txt: there is no whole checkpoint .*; remove .*run to start anew$"
-    ):
+    with pytest.raises(ValueError, match=r"log.txt: there is no whole checkpoint .*; remove .*run to start anew$"):
         folder.find_checkpoint()
     folder.save_best({"number": 1}, "checkpoint_best.pth")
     with pytest.raises(ValueError, match=r"whole .* anew, or pass --resume .*/run/checkpoint_best.pth instead of"):

@@ -1,0 +1,161 @@
+"""Decode heads and the FPN neck of semantic segmentation, under the names of the released weights.
+
+All take the maps of a backbone, `(B, C_i, H / s_i, W / s_i)` at strides s_i of 4, 8, 16 and 32, and give logits
+`(B, classes, H / s, W / s)`, which the segmentor enlarges.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class ConvBNReLU(nn.Module):
+    """Convolution without a bias, BatchNorm and ReLU; `(B, in_channels, H, W)` -> `(B, out_channels, H, W)`."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)), inplace=True)
+
+
+class DecodeHead(nn.Module):
+    """What the heads share: dropout, then a 1x1 convolution to the classes.
+
+    Args:
+        channels: Width of the features that are classified.
+        num_classes: Classes.
+        dropout: Probability that a whole channel is dropped in training.
+    """
+
+    def __init__(self, channels: int, num_classes: int, dropout: float):
+        super().__init__()
+        self.dropout = nn.Dropout2d(dropout)
+        self.conv_seg = nn.Conv2d(channels, num_classes, kernel_size=1)
+        nn.init.normal_(self.conv_seg.weight, std=0.01)
+        nn.init.zeros_(self.conv_seg.bias)
+
+    def features(self, maps: Sequence[Tensor]) -> Tensor:
+        """Return the features that are classified, `(B, channels, H / s, W / s)`."""
+        raise NotImplementedError
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        return self.conv_seg(self.dropout(self.features(maps)))
+
+
+class UPerHead(DecodeHead):
+    """Pyramid pooling of the coarsest map and a feature pyramid over all (https://arxiv.org/abs/1807.10221).
+
+    Gives logits at the stride of the finest map.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        num_classes: int,
+        channels: int = 512,
+        pool_scales: Sequence[int] = (1, 2, 3, 6),
+        dropout: float = 0.1,
+    ):
+        super().__init__(channels, num_classes, dropout)
+        self.psp_modules = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(scale), ConvBNReLU(in_channels[-1], channels, 1))
+            for scale in pool_scales
+        )
+        self.bottleneck = ConvBNReLU(in_channels[-1] + len(pool_scales) * channels, channels, 3)
+        self.lateral_convs = nn.ModuleList(ConvBNReLU(width, channels, 1) for width in in_channels[:-1])
+        self.fpn_convs = nn.ModuleList(ConvBNReLU(channels, channels, 3) for _ in in_channels[:-1])
+        self.fpn_bottleneck = ConvBNReLU(len(in_channels) * channels, channels, 3)
+
+    def features(self, maps: Sequence[Tensor]) -> Tensor:
+        laterals = [conv(x) for conv, x in zip(self.lateral_convs, maps[:-1], strict=True)]
+        pyramid = [self._pool(maps[-1])]
+        for lateral in reversed(laterals):
+            pyramid.insert(0, lateral + resize(pyramid[0], lateral))
+        levels = [conv(x) for conv, x in zip(self.fpn_convs, pyramid[:-1], strict=True)] + [pyramid[-1]]
+        return self.fpn_bottleneck(torch.cat([resize(level, levels[0]) for level in levels], dim=1))
+
+    def _pool(self, x: Tensor) -> Tensor:
+        """Average over grids of several sizes, to see the whole image; `(B, C, h, w)` -> `(B, channels, h, w)`."""
+        pooled = [resize(module(x), x) for module in self.psp_modules]
+        return self.bottleneck(torch.cat([x, *pooled], dim=1))
+
+
+class FCNHead(DecodeHead):
+    """One 3x3 convolution on one map, as an auxiliary head in training (https://arxiv.org/abs/1411.4038)."""
+
+    def __init__(self, in_channels: int, num_classes: int, channels: int = 256, index: int = 2, dropout: float = 0.1):
+        super().__init__(channels, num_classes, dropout)
+        self.index = index
+        self.convs = nn.Sequential(ConvBNReLU(in_channels, channels, 3))
+
+    def features(self, maps: Sequence[Tensor]) -> Tensor:
+        return self.convs(maps[self.index])
+
+
+class FPN(nn.Module):
+    """A feature pyramid: each map, at one width, with the coarser ones added (https://arxiv.org/abs/1612.03144)."""
+
+    def __init__(self, in_channels: Sequence[int], channels: int = 256):
+        super().__init__()
+        self.lateral_convs = nn.ModuleList(_NamedConv(width, channels, 1) for width in in_channels)
+        self.fpn_convs = nn.ModuleList(_NamedConv(channels, channels, 3) for _ in in_channels)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        laterals = [conv(x) for conv, x in zip(self.lateral_convs, maps, strict=True)]
+        pyramid = [laterals.pop()]
+        for lateral in reversed(laterals):
+            pyramid.insert(0, lateral + F.interpolate(pyramid[0], size=lateral.shape[2:], mode="nearest"))
+        return [conv(x) for conv, x in zip(self.fpn_convs, pyramid, strict=True)]
+
+
+class _NamedConv(nn.Module):
+    """A convolution whose parameters are called `conv.weight` and `conv.bias`, as in the released weights."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class FPNHead(DecodeHead):
+    """Semantic FPN: each level is enlarged to the finest in steps of two, then all are added.
+
+    Paper: https://arxiv.org/abs/1901.02446. Gives logits at the stride of the finest map.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        channels: int = 128,
+        strides: Sequence[int] = (4, 8, 16, 32),
+        dropout: float = 0.1,
+    ):
+        super().__init__(channels, num_classes, dropout)
+        self.scale_heads = nn.ModuleList(self._scale_head(in_channels, channels, s // strides[0]) for s in strides)
+
+    @staticmethod
+    def _scale_head(in_channels: int, channels: int, scale: int) -> nn.Sequential:
+        """Return convolutions, each but that of scale 1 with an enlargement by two behind it."""
+        layers: list[nn.Module] = []
+        for _ in range(max(1, scale.bit_length() - 1)):
+            layers.append(ConvBNReLU(in_channels if not layers else channels, channels, 3))
+            if scale > 1:
+                layers.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
+        return nn.Sequential(*layers)
+
+    def features(self, maps: Sequence[Tensor]) -> Tensor:
+        finest, *coarser = [head(x) for head, x in zip(self.scale_heads, maps, strict=True)]
+        return sum((resize(x, finest) for x in coarser), finest)
+
+
+def resize(x: Tensor, like: Tensor) -> Tensor:
+    """Enlarge or shrink a map `(B, C, h, w)` to the height and width of another, bilinearly."""
+    return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=False)

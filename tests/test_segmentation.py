@@ -1,0 +1,236 @@
+"""Segmentation networks against the original's outputs, inference and figures against naive loops."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from models.twins import Twins
+from segmentation.heads import FPN, FCNHead, FPNHead, UPerHead
+from segmentation.miou import ConfusionMatrix
+from segmentation.segmentor import IGNORED_LABEL, Segmentor, load_segmentor, pixel_cross_entropy, predict
+from tests import golden_rule
+from tests.test_engine import on_processes
+from tests.test_models import DATA, PARAMETERS
+
+GOLDEN = json.loads((DATA / "golden_segmentation.json").read_text())
+# Millions, of the backbone with its classifier, UPerHead and FCNHead, as the published counts add them up.
+PUBLISHED_PARAMETERS = {
+    "pcpvt_small": 54.60,
+    "pcpvt_base": 74.32,
+    "pcpvt_large": 91.48,
+    "alt_gvt_small": 54.37,
+    "alt_gvt_base": 88.49,
+    "alt_gvt_large": 133.81,
+}
+
+
+def build_upernet(backbone: Twins, classes: int = 150) -> Segmentor:
+    dims = backbone.embed_dims
+    return Segmentor(backbone, UPerHead(dims, classes), auxiliary_head=FCNHead(dims[2], classes))
+
+
+def build_fpn(backbone: Twins, classes: int = 150) -> Segmentor:
+    return Segmentor(backbone, FPNHead(256, classes), neck=FPN(backbone.embed_dims))
+
+
+BUILDERS = {"upernet": build_upernet, "fpn": build_fpn}
+
+
+@pytest.fixture(scope="module", params=BUILDERS)
+def golden(request, tmp_path_factory):
+    """A network with the golden weights, loaded from a file as the original's library writes it."""
+    kind = request.param
+    model = BUILDERS[kind](timm.create_model("pcpvt_small"))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()} | GOLDEN["state"][kind]
+    state = {name: torch.from_numpy(value) for name, value in golden_rule.state_from_shapes(shapes).items()}
+    path = tmp_path_factory.mktemp(kind) / "released.pth"
+    torch.save({"meta": {"epoch": 1}, "state_dict": state}, path)
+    report = load_segmentor(model, path)
+    assert report.loaded == len(model.state_dict())
+    assert set(report.skipped) == {
+        f"backbone.{name}" for name in ("norm.weight", "norm.bias", "head.weight", "head.bias")
+    }
+    return kind, model.eval(), np.load(DATA / "golden_segmentation.npz")
+
+
+def assert_golden(tensor: torch.Tensor, name: str, arrays) -> None:
+    tolerance = GOLDEN["tolerance"]["stage*, size_*, *_logits, fpn_neck*"]
+    assert list(tensor.shape) == GOLDEN["arrays"][name]["shape"]
+    sampled = tensor.reshape(-1)[:: GOLDEN["arrays"][name]["stride"]].numpy()
+    np.testing.assert_allclose(sampled, arrays[name], **tolerance)
+
+
+@torch.inference_mode()
+def test_outputs_equal_the_originals(golden):
+    kind, model, arrays = golden
+    given = GOLDEN["inputs"]["eval"]
+    images = torch.from_numpy(golden_rule.image(given["height"], given["width"], given["seed"]))
+    maps = model.backbone.forward_intermediates(images, intermediates_only=True)
+    for stage in range(4):
+        assert_golden(maps[stage], f"stage{stage}", arrays)
+        if kind == "fpn":
+            assert_golden(model.neck(maps)[stage], f"fpn_neck{stage}", arrays)
+    if kind == "upernet":
+        assert_golden(model.auxiliary_head(maps), "upernet_aux_logits", arrays)
+    logits = model.decode_head(model.neck(maps))
+    assert_golden(logits, f"{kind}_logits", arrays)
+    np.testing.assert_allclose(logits.mean((0, 2, 3)), arrays[f"{kind}_class_mean"], atol=1e-4, rtol=1e-4)
+    classes = predict(model, [images], (given["height"], given["width"]))
+    assert (classes.numpy() != arrays[f"{kind}_argmax"]).mean() <= 0.001
+
+
+@torch.inference_mode()
+def test_maps_of_other_sizes_equal_the_originals(golden):
+    _, model, arrays = golden
+    given = GOLDEN["inputs"]["other_sizes"]
+    for height, width in given["sizes"]:
+        images = torch.from_numpy(golden_rule.image(height, width, given["seed"]))
+        for stage, x in enumerate(model.backbone.forward_intermediates(images, intermediates_only=True)):
+            assert_golden(x, f"size_{height}x{width}_stage{stage}", arrays)
+
+
+@torch.no_grad()
+def test_losses_equal_the_originals(golden):
+    kind, model, arrays = golden
+    given = GOLDEN["inputs"]["train"]
+    images = torch.from_numpy(golden_rule.image(given["height"], given["width"], given["seed"], given["batch"]))
+    heads = [head for head in (model.decode_head, model.auxiliary_head) if head is not None]
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for head in heads:
+        head.train()
+        head.dropout.eval()
+    losses = model(images, torch.from_numpy(arrays["labels"]).long())
+    model.load_state_dict(state)  # the running statistics have seen a batch
+    model.eval()
+    expected = {name.removeprefix("loss_"): value for name, value in GOLDEN["losses"]["values"][kind].items()}
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts(name):
+    """The published ones less the classifier of 1000 classes and its norm, and with the norms between SVT's stages."""
+    with torch.device("meta"):
+        backbone = timm.create_model(name, stage_norm=name.startswith("alt_gvt"))
+        dims = backbone.embed_dims
+        model = build_upernet(backbone)
+    classifier = dims[-1] * 1000 + 1000 + 2 * dims[-1]
+    stage_norms = 2 * sum(dims) if name.startswith("alt_gvt") else 0
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert (count + classifier - stage_norms) / 1e6 == pytest.approx(PUBLISHED_PARAMETERS[name], abs=0.011)
+
+
+def test_weights_of_another_backbone_are_refused(tmp_path):
+    torch.save({"state_dict": build_fpn(timm.create_model("alt_gvt_tiny")).state_dict()}, tmp_path / "svt.pth")
+    with pytest.raises(ValueError, match=r"svt\.pth: these weights do not fit the model; .* missing: .*"):
+        load_segmentor(build_fpn(timm.create_model("pcpvt_tiny")), tmp_path / "svt.pth")
+
+
+def test_loss_divides_by_all_pixels():
+    logits = torch.randn(2, 5, 4, 6, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(5, (2, 4, 6), generator=torch.Generator().manual_seed(1))
+    labels[0, :2] = IGNORED_LABEL
+    shares = logits.log_softmax(dim=1)
+    expected = 0.0
+    for b, y, x in np.ndindex(2, 4, 6):
+        if labels[b, y, x] != IGNORED_LABEL:
+            expected -= shares[b, labels[b, y, x], y, x].item()
+    assert pixel_cross_entropy(logits, labels).item() == pytest.approx(expected / 48)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    torch.manual_seed(0)
+    return build_fpn(timm.create_model("alt_gvt_tiny"), classes=4).eval()
+
+
+def picture(height: int, width: int) -> torch.Tensor:
+    return torch.randn(1, 3, height, width, generator=torch.Generator().manual_seed(height))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (70, 101), (40, 130)])
+@torch.inference_mode()
+def test_sliding_window_equals_a_loop_over_pixels_and_windows(tiny, size):
+    image = picture(*size)
+    height, width = size
+    sums, counts = torch.zeros(4, height, width), torch.zeros(height, width)
+    starts = [sorted({min(start, max(0, side - 64)) for start in range(0, side, 48)}) for side in size]
+    for top in starts[0]:
+        for left in starts[1]:
+            part = tiny(image[:, :, top : top + 64, left : left + 64])[0]
+            for y, x in np.ndindex(*part.shape[1:]):
+                sums[:, top + y, left + x] += part[:, y, x]
+                counts[top + y, left + x] += 1
+    expected = (sums / counts).argmax(0)
+    assert counts.min() > 0
+    assert (predict(tiny, [image], size, window=64, stride=48) == expected).float().mean() > 0.999
+
+
+@torch.inference_mode()
+def test_sizes_and_mirror_images_are_averaged(tiny):
+    images = [picture(64, 96), picture(96, 144)]
+    shares = []
+    for image in images:
+        for view in (lambda x: x, lambda x: x.flip(-1)):
+            logits = torch.nn.functional.interpolate(tiny(view(image)), size=(50, 80), mode="bilinear")
+            shares.append(view(logits.softmax(1)))
+    expected = (sum(shares) / 4).argmax(1)[0]
+    assert torch.equal(predict(tiny, images, (50, 80), flip=True), expected)
+
+
+# ------------------------------------------------------------------------------------------------------------ mIoU
+
+
+def labelled(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return predictions and labels of six classes, of which the last occurs in neither."""
+    generator = torch.Generator().manual_seed(seed)
+    size = (20 + seed, 31)
+    predictions, labels = (torch.randint(5, size, generator=generator) for _ in range(2))
+    labels[torch.rand(size, generator=generator) < 0.5] = predictions[0, 0]
+    labels[0] = IGNORED_LABEL
+    return predictions, labels
+
+
+def naive_figures(images: list) -> dict[str, float]:
+    """Count each class by itself."""
+    predictions = np.concatenate([p.numpy().ravel() for p, _ in images])
+    labels = np.concatenate([t.numpy().ravel() for _, t in images])
+    predictions, labels = predictions[labels != IGNORED_LABEL], labels[labels != IGNORED_LABEL]
+    ious, accuracies = [], []
+    for label in range(6):
+        hits = np.sum((predictions == label) & (labels == label))
+        union = np.sum((predictions == label) | (labels == label))
+        if union:
+            ious.append(hits / union)
+        if np.sum(labels == label):
+            accuracies.append(hits / np.sum(labels == label))
+    return {"mIoU": np.mean(ious), "mAcc": np.mean(accuracies), "aAcc": np.mean(predictions == labels)}
+
+
+def test_figures_equal_naive_counts():
+    images = [labelled(seed) for seed in range(5)]
+    matrix = ConfusionMatrix(6)
+    for image in images:
+        matrix.update(*image)
+    assert matrix.summary() == pytest.approx(naive_figures(images), rel=1e-12)
+    table = matrix.table(["wall", "building", "sky", "floor", "tree", "ceiling"]).splitlines()
+    assert len(table) == 7
+    assert table[6].split() == ["ceiling", "nan", "nan"]
+    assert float(table[1].split()[1]) == pytest.approx(100 * matrix.per_class()["IoU"][0].item(), abs=0.005)
+
+
+def figures_of_a_share(rank: int) -> dict[str, float]:
+    matrix = ConfusionMatrix(6)
+    for seed in range(rank, 5, 2):
+        matrix.update(*labelled(seed))
+    matrix.reduce()
+    return matrix.summary()
+
+
+def test_figures_are_exact_for_two_processes(tmp_path):
+    matrix = ConfusionMatrix(6)
+    for seed in range(5):
+        matrix.update(*labelled(seed))
+    assert on_processes(2, figures_of_a_share, tmp_path) == [matrix.summary()] * 2
