@@ -741,7 +741,7 @@ def run_training(args: argparse.Namespace, processes: Processes) -> None:
             )
             test_stats = evaluate_state(state, val_loader, args, processes)
             finish_epoch(state, train_stats, test_stats, folder, args)
-        report_end(args, state, state.epoch - first_epoch, time.perf_counter() - start)
+        report_end(state, state.epoch - first_epoch, time.perf_counter() - start)
 
 
 def start_folder(folder: RunFolder, args: argparse.Namespace, state: TrainState) -> None:
@@ -864,17 +864,17 @@ def finish_epoch(
             best.append(file)
     if folder:
         save_state(state, folder, args, best)
+        utils.on_main(lambda: folder.write_log(state.history))
 
 
 def save_state(state: TrainState, folder: RunFolder, args: argparse.Namespace, best: Sequence[str] = ()) -> None:
-    """Write the checkpoint, before it those of the best epochs if this is one, and the log."""
+    """Write the checkpoint and, before it, those of the best epochs if this is one."""
     checkpoint = state.to_checkpoint(vars(args))
 
     def write() -> None:
         for name in best:  # the best first: a kill in between repeats the evaluation, losing nothing
             folder.save_best(checkpoint, name)
         folder.save(checkpoint)
-        folder.write_log(state.history)
 
     utils.on_main(write)
 
@@ -925,7 +925,7 @@ def differences_from_recipe(args: argparse.Namespace, global_batch: int) -> list
     ]
 
 
-def report_end(args: argparse.Namespace, state: TrainState, epochs: int, seconds: float) -> None:
+def report_end(state: TrainState, epochs: int, seconds: float) -> None:
     """Print what the run came to."""
     if not epochs:
         logger.info("this run is complete; a larger --epochs goes on with it")
