@@ -4,16 +4,12 @@ To add a data set, write a class with `classes` and `__getitem__ -> (image, clas
 `build_dataset`.
 """
 
-import errno
 import json
 import logging
 import os
-import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import torchvision
 from PIL import Image
@@ -23,7 +19,8 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 import shapes
-from samplers import SampleKey
+from images import BadImageError, load_image
+from samplers import SampleKey, SeededSet
 
 logger = logging.getLogger("twins")
 
@@ -33,10 +30,6 @@ BAD_IMAGE_POLICIES = ("raise", "skip")
 IGNORED_TARGET = -1  # target of an image that evaluation must not count
 SHAPES_TRAIN, SHAPES_VAL = 10000, 1000  # images
 SHAPES_RADII = (0.33, 0.45)  # share of the image's side: one object, rather large
-
-
-class BadImageError(ValueError):
-    """An image file that cannot be decoded."""
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
@@ -106,30 +99,17 @@ def build_transform(is_train: bool, args) -> Callable:
     )
 
 
-class TrainSet(Dataset):
+class TrainSet(SeededSet):
     """A training set asked by `SampleKey`: augmentation depends on (seed, epoch, index, copy) alone.
 
     With `bad_image="skip"` the next readable image takes the place of one that cannot be decoded.
     """
 
     def __init__(self, dataset: Dataset, seed: int, bad_image: str = "raise"):
-        self.dataset = dataset
-        self.seed = seed
+        super().__init__(dataset, seed)
         self.bad_image = bad_image
 
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, key: SampleKey) -> tuple[torch.Tensor, int]:
-        return self.__getitems__([key])[0]
-
-    def __getitems__(self, keys: Sequence[SampleKey]) -> list[tuple[torch.Tensor, int]]:
-        """Return a whole batch, as a loader asks for it: the generators are restored once, which takes longest."""
-        with restored_generators():
-            return [self._get_sample(key) for key in keys]
-
-    def _get_sample(self, key: SampleKey) -> tuple[torch.Tensor, int]:
-        seed_generators(self.seed, *key)
+    def get(self, key: SampleKey) -> tuple[torch.Tensor, int]:
         for offset in range(len(self)):
             try:
                 return self.dataset[(key.index + offset) % len(self)]
@@ -154,38 +134,6 @@ class EvalSet(Dataset):
         except BadImageError as error:
             _tolerate(error, self.bad_image)
             return self.dataset.transform(Image.new("RGB", (256, 256))), IGNORED_TARGET
-
-
-def seed_generators(*key: int) -> None:
-    """Seed Python's, NumPy's and torch's CPU generators from a key."""
-    seeds = np.random.SeedSequence(key).generate_state(3)
-    random.seed(int(seeds[0]))
-    np.random.seed(seeds[1])
-    torch.default_generator.manual_seed(int(seeds[2]))  # torch.manual_seed would also queue a CUDA seeding
-
-
-@contextmanager
-def restored_generators() -> Iterator[None]:
-    """Leave the generators as they were before the block."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try:
-        yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-
-
-def load_image(path: str) -> Image.Image:
-    """Decode an image file to RGB; raise `BadImageError`, naming the file, if that fails."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except Exception as error:  # decoders raise many kinds of errors on damaged files
-        if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
-            raise  # the machine is at fault, not the file
-        reason = "it is not in a known format" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise BadImageError(f"{path}: cannot be read as an image ({reason})") from error
 
 
 class Shapes(Dataset):

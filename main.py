@@ -9,17 +9,10 @@ Bad input ends with one line that names it and a non-zero exit code; --traceback
 """
 
 import argparse
-import difflib
 import logging
-import signal
-import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from datetime import timedelta
 from functools import partial
-from pathlib import Path
-from typing import NoReturn
 
 import timm
 import torch
@@ -33,11 +26,31 @@ from torch.utils.data import DataLoader
 
 import models
 import utils
-from checkpoints import BEST_CHECKPOINT, BEST_EMA_CHECKPOINT, CHECKPOINT_KEYS, RunFolder, TrainState
+from checkpoints import BEST_CHECKPOINT, BEST_EMA_CHECKPOINT, RunFolder, TrainState
+from command_line import (
+    COUNT,
+    NON_NEGATIVE,
+    POSITIVE,
+    POSITIVE_INT,
+    SHARE,
+    ArgumentParser,
+    add_compute_options,
+    add_loader_options,
+    add_process_options,
+    add_training_options,
+    choose_amp,
+    engine_options,
+    loader_options,
+    nearest,
+    number,
+    one_line,
+    run_script,
+)
 from datasets import BAD_IMAGE_POLICIES, DATA_SETS, IGNORED_TARGET, INAT_CATEGORIES, EvalSet, TrainSet, build_dataset
 from engine import evaluate, train_one_epoch
 from losses import DISTILLATION_TYPES, DistillationLoss, choose_criterion
 from models.twins import MIN_INPUT_SIZE
+from runs import choose_accumulation, choose_checkpoint, describe_batch, resume, run_epochs
 from samplers import EvalSampler, TrainSampler
 from utils import Processes
 
@@ -56,79 +69,11 @@ PUBLISHED_RECIPES = {
 # Groups of options that a recipe is made of; everything else does not change what is trained.
 RECIPE_GROUPS = ("model", "optimisation", "schedule", "augmentation", "mixup", "distillation", "fine-tuning")
 NOT_OF_THE_RECIPE = {"model", "batch_size", "global_batch", "grad_checkpointing", "compile", "amp"}
-# Parts of the messages of errors that torch raises where this code is not at fault, and what to do.
-LOST = "another process of the run has ended or cannot be reached; its message says why. Continue with --auto-resume"
-KNOWN_FAULTS = {
-    "DataLoader timed out": "{}; raise --loader-timeout if the disk is that slow, or look for what blocks it",
-    "DataLoader worker (pid": "{}; a data-loading process has died, often for want of memory; lower --num_workers",
-    "does not have a deterministic implementation": "{}; leave --deterministic out",
-    "Connection closed by peer": LOST,
-    "Connection reset by peer": LOST,
-    "NCCL": "{}; " + LOST,
-}
-# Options that may change from one start of a run to the next without a word.
-NOT_OF_THE_RUN = {
-    *("resume", "auto_resume", "finetune", "pretrained", "output_dir", "save_every", "keep"),
-    *("num_workers", "loader_timeout", "pin_mem", "print_freq", "dist_url", "local_rank", "traceback"),
-}
 
 
 # ---------------------------------------------------------------------------------------------------- arguments
 
-
-class ArgumentParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and whose options may be written with hyphens or underscores."""
-
-    def parse_known_args(self, args=None, namespace=None):
-        spellings = {option.replace("_", "-"): option for option in self._option_string_actions}
-        args = [self._spell(arg, spellings) for arg in (sys.argv[1:] if args is None else args)]
-        return super().parse_known_args(args, namespace)
-
-    def parse_args(self, args=None, namespace=None):
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            near = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=3)
-            self.error(f"unknown argument {unknown[0]}" + (f"; did you mean {' or '.join(near)}?" if near else ""))
-        return parsed
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-    @staticmethod
-    def _spell(arg: str, spellings: dict[str, str]) -> str:
-        name, equals, value = arg.partition("=")
-        return spellings.get(name.replace("_", "-"), name) + equals + value if arg.startswith("--") else arg
-
-
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows the default of each option that has one."""
-
-    def _get_help_string(self, action):
-        if action.default is None or action.default is False or action.default is argparse.SUPPRESS:
-            return action.help
-        return f"{action.help} (default: %(default)s)"
-
-
-def _number(kind: type, low: float, high: float = float("inf"), above: bool = False) -> Callable[[str], float]:
-    """Return an argument type: a number from `low` (or above it) to `high`."""
-
-    def convert(text: str):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = None
-        if value is None or not (low < value if above else low <= value) or value > high:
-            what = "whole number" if kind is int else "number"
-            limits = f"{'above' if above else 'of at least'} {low:g}" + (f" and at most {high:g}" if high < 1e9 else "")
-            raise argparse.ArgumentTypeError(f"{text!r} is no {what} {limits}")
-        return value
-
-    return convert
-
-
 MODEL_NAMES = "{pcpvt,alt_gvt}_{tiny,small,base,large}"
-POSITIVE_INT, COUNT = _number(int, 1), _number(int, 0)
-POSITIVE, NON_NEGATIVE, SHARE = _number(float, 0, above=True), _number(float, 0), _number(float, 0, 1)
 
 
 def get_args_parser() -> ArgumentParser:
@@ -137,8 +82,6 @@ def get_args_parser() -> ArgumentParser:
         prog="main.py",
         usage="python main.py [options]",
         description=__doc__,
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
     )
 
     group = parser.add_argument_group("model")
@@ -149,17 +92,17 @@ def get_args_parser() -> ArgumentParser:
     group.add_argument(
         "--input-size",
         default=224,
-        type=_number(int, MIN_INPUT_SIZE),
+        type=number(int, MIN_INPUT_SIZE),
         metavar="PIXELS",
         help="pixels a side, 32 or more",
     )
     group.add_argument(
-        "--drop", default=0.0, type=_number(float, 0, 0.99), metavar="RATE", help="dropout before the head, 0 to 0.99"
+        "--drop", default=0.0, type=number(float, 0, 0.99), metavar="RATE", help="dropout before the head, 0 to 0.99"
     )
     group.add_argument(
         "--drop-path",
         default=0.1,
-        type=_number(float, 0, 0.99),
+        type=number(float, 0, 0.99),
         metavar="RATE",
         help="stochastic depth of the last block, 0 to 0.99; the paper: 0.2 / 0.3 / 0.5 for S / B / L",
     )
@@ -177,13 +120,7 @@ def get_args_parser() -> ArgumentParser:
         help="weight of the old average at each step, 0 to 1",
     )
     group.add_argument("--grad-checkpointing", action="store_true", help="less memory for about a third more time")
-    group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
-    group.add_argument(
-        "--amp",
-        default="auto",
-        choices=("auto", "off", "bf16", "fp16"),
-        help="mixed precision; auto: bf16 where the GPU has it, fp16 on older ones, off on a CPU",
-    )
+    add_compute_options(group)
 
     group = parser.add_argument_group("optimisation")
     group.add_argument("--batch-size", default=64, type=POSITIVE_INT, metavar="N", help="images a process and batch")
@@ -276,7 +213,7 @@ def get_args_parser() -> ArgumentParser:
     group.add_argument(
         "--scale",
         default=[0.08, 1.0],
-        type=_number(float, 0, 1, above=True),
+        type=number(float, 0, 1, above=True),
         nargs=2,
         metavar=("MIN", "MAX"),
         help="share of the image that a random crop covers",
@@ -380,93 +317,21 @@ def get_args_parser() -> ArgumentParser:
     group.add_argument(
         "--eval-crop-ratio",
         default=0.875,
-        type=_number(float, 0, 1, above=True),
+        type=number(float, 0, 1, above=True),
         metavar="RATIO",
         help="side of the evaluated centre crop over the resized image's shorter side",
     )
-    group.add_argument(
-        "--num_workers",
-        default=10,
-        type=COUNT,
-        metavar="N",
-        help="data-loading processes of each process, at most one for each core it has; 0: load in the process itself",
-    )
-    group.add_argument(
-        "--loader-timeout",
-        default=600,
-        type=COUNT,
-        metavar="SECONDS",
-        help="longest wait for a batch from a data-loading process; 0: for ever",
-    )
-    group.add_argument(
-        "--pin-mem",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="page-locked memory for faster transfers to the GPU",
-    )
+    add_loader_options(group)
 
-    group = parser.add_argument_group("run")
-    group.add_argument(
-        "--output_dir", metavar="FOLDER", help="where args.json, log.txt and checkpoints go; nothing is kept without it"
-    )
-    group.add_argument(
-        "--resume", metavar="FILE", help="checkpoint to continue from or, with --eval, weights to evaluate"
-    )
-    group.add_argument(
-        "--auto-resume",
-        action="store_true",
-        help="continue from the newest checkpoint in --output_dir; --resume, --finetune and --pretrained count only "
-        "for the first start, when there is none",
-    )
-    group.add_argument(
-        "--save-every",
-        type=POSITIVE_INT,
-        metavar="STEPS",
-        help="write a checkpoint after each so many steps of an epoch, besides the one at its end",
-    )
-    group.add_argument(
-        "--keep",
-        default=2,
-        type=POSITIVE_INT,
-        metavar="N",
-        help="checkpoints to keep, besides those of the best epochs",
-    )
-    group.add_argument(
-        "--on-nonfinite",
-        default="stop",
-        choices=("stop", "skip"),
-        help="stop at a loss or gradient that is not finite, or skip that step on all processes; on a GPU skip waits "
-        "for each step",
-    )
-    group.add_argument(
-        "--max-skipped", default=10, type=POSITIVE_INT, metavar="N", help="skipped steps in a row before a stop"
-    )
-    group.add_argument("--eval", action="store_true", help="evaluate only")
+    group = add_training_options(parser)
+    group.add_argument("--eval", action="store_true", help="only evaluate the weights that --resume names")
     group.add_argument(
         "--dist-eval",
         action=argparse.BooleanOptionalAction,
         default=False,
         help="share the evaluation between the processes; the figures are the same",
     )
-    group.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
-    group.add_argument(
-        "--seed",
-        default=0,
-        type=_number(int, 0, 2**32 - 1),
-        metavar="N",
-        help="seed of initialisation, order and augmentation",
-    )
-    group.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="the same results on the same GPU, too, which costs time there; on a CPU they are the same anyway",
-    )
-    group.add_argument("--print-freq", default=10, type=POSITIVE_INT, metavar="STEPS", help="steps between log lines")
-    group.add_argument(
-        "--dist_url", default="env://", metavar="URL", help="where the processes of a distributed run meet"
-    )
-    group.add_argument("--local-rank", type=COUNT, help=argparse.SUPPRESS)  # set by torch.distributed.launch, unused
-    group.add_argument("--traceback", action="store_true", help="show the whole traceback of an error in the input")
+    add_process_options(parser)
     return parser
 
 
@@ -492,11 +357,8 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
     for option in ("model", "teacher_model"):
         name = getattr(args, option)
         if not timm.is_model(get_arch_name(name)):
-            near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.4)
-            parser.error(
-                f"--{option.replace('_', '-')} {name!r} is unknown"
-                + f"; the nearest are {', '.join(near)}" * bool(near)
-            )
+            near = nearest(name, timm.list_models(), cutoff=0.4)
+            parser.error(f"--{option.replace('_', '-')} {name!r} is unknown{near}")
 
 
 def uses_mixup(args: argparse.Namespace) -> bool:
@@ -512,7 +374,8 @@ def build_val_loader(args: argparse.Namespace, processes: Processes) -> DataLoad
     dataset = EvalSet(build_dataset(False, args), args.bad_image)
     share = {"world_size": processes.world_size, "rank": processes.rank} if args.dist_eval else {}
     sampler = EvalSampler(len(dataset), **share)
-    return _build_loader(dataset, sampler, int(1.5 * args.batch_size), args, processes)
+    loading = loader_options(args, processes.device)
+    return DataLoader(dataset, batch_size=int(1.5 * args.batch_size), sampler=sampler, **loading)
 
 
 def build_train_loader(args: argparse.Namespace, processes: Processes, global_batch: int) -> DataLoader:
@@ -526,22 +389,8 @@ def build_train_loader(args: argparse.Namespace, processes: Processes, global_ba
         seed=args.seed,
         repeats=3 if args.repeated_aug else 1,
     )
-    return _build_loader(dataset, sampler, args.batch_size, args, processes)
-
-
-def _build_loader(dataset, sampler, batch_size: int, args: argparse.Namespace, processes: Processes) -> DataLoader:
-    workers = min(args.num_workers, utils.cores_per_process())
-    return DataLoader(
-        dataset,
-        batch_size=batch_size,
-        sampler=sampler,
-        num_workers=workers,
-        worker_init_fn=utils.outlive_signals,
-        timeout=args.loader_timeout if workers else 0,
-        pin_memory=args.pin_mem and processes.device.type == "cuda",
-        persistent_workers=workers > 0,
-        generator=torch.Generator(),  # the loader draws from it, not from the generator that the model uses
-    )
+    loading = loader_options(args, processes.device)
+    return DataLoader(dataset, batch_size=args.batch_size, sampler=sampler, **loading)
 
 
 def build_model(name: str, nb_classes: int, **kwargs) -> nn.Module:
@@ -636,32 +485,6 @@ def build_state(args: argparse.Namespace, model: nn.Module, global_batch: int, d
     )
 
 
-def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
-    """Return the autocast type that `--amp` means on a device, None for full precision."""
-    if name == "fp16" and device.type == "cpu":
-        raise ValueError("--amp fp16 needs a GPU; use --amp bf16 or off on a CPU")
-    if name == "auto" and device.type == "cuda":
-        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
-
-
-def choose_global_batch(args: argparse.Namespace, world_size: int) -> tuple[int, int]:
-    """Return the images of a step and the batches that it is accumulated from.
-
-    Raises:
-        ValueError: If `--global-batch` is no multiple of what all processes take in one batch.
-    """
-    per_batch = args.batch_size * world_size
-    global_batch = args.global_batch or per_batch
-    if global_batch % per_batch:
-        nearest = max(1, round(global_batch / per_batch)) * per_batch
-        raise ValueError(
-            f"--global-batch {global_batch} is no multiple of {per_batch} ({args.batch_size} images x {world_size} "
-            f"processes); {nearest} is, or change --batch-size"
-        )
-    return global_batch, global_batch // per_batch
-
-
 def check_classes(args: argparse.Namespace, classes: Sequence[str]) -> int:
     """Return the class count of the data, which `--nb-classes` must not contradict."""
     if args.nb_classes not in (None, len(classes)):
@@ -698,9 +521,10 @@ def run_training(args: argparse.Namespace, processes: Processes) -> None:
     """Train, evaluating after each epoch and keeping the newest and the best checkpoints."""
     run_folder = RunFolder(args.output_dir, args.keep) if args.output_dir else nullcontext()
     with utils.signals_noted(), run_folder as folder:
-        checkpoint = choose_checkpoint(args, folder)
+        checkpoint = choose_checkpoint(folder, args.resume, args.auto_resume)
         device = processes.device
-        global_batch, accumulation = choose_global_batch(args, processes.world_size)
+        global_batch = args.global_batch or args.batch_size * processes.world_size
+        accumulation = choose_accumulation(args.batch_size, global_batch, processes.world_size)
         val_loader = build_val_loader(args, processes)
         train_loader = build_train_loader(args, processes, global_batch)
         nb_classes = check_classes(args, train_loader.dataset.dataset.classes)
@@ -711,16 +535,14 @@ def run_training(args: argparse.Namespace, processes: Processes) -> None:
         compute_losses = build_compute_losses(args, nb_classes, device)
         utils.seed_everything(args.seed + processes.rank)  # but mixup and drop path of its own on each
         if checkpoint:
-            resume(args, state, checkpoint)
+            resume(state, checkpoint, vars(args), same=("model", "opt"))
         compile_if_asked(args, model)
         parallel_model = utils.parallelise(model, processes)
-        announce(args, processes, model, nb_classes, global_batch, len(train_loader) // accumulation)
-        if folder:
-            utils.on_main(lambda: start_folder(folder, args, state))
-        start, first_epoch = time.perf_counter(), state.epoch
-        for epoch in range(state.epoch, args.epochs):
+        announce(args, processes, model, nb_classes, accumulation, len(train_loader) // accumulation)
+
+        def train(epoch: int, save: Callable[[], None] | None) -> dict[str, float]:
             train_loader.sampler.set_epoch(epoch, state.position)
-            train_stats = train_one_epoch(
+            return train_one_epoch(
                 parallel_model,
                 compute_losses,
                 train_loader,
@@ -728,42 +550,25 @@ def run_training(args: argparse.Namespace, processes: Processes) -> None:
                 device,
                 epoch,
                 scaler=state.scaler,
-                amp_dtype=choose_amp(args.amp, device),
                 accumulation=accumulation,
                 clip_grad=args.clip_grad or None,
                 model_ema=state.model_ema,
                 lr_scheduler=state.lr_scheduler,
-                print_freq=args.print_freq,
-                max_skipped=args.max_skipped if args.on_nonfinite == "skip" else 0,
                 meter=state.meter,
-                save=partial(save_state, state, folder, args) if folder else None,
-                save_every=args.save_every,
+                save=save,
+                **engine_options(args, device),
             )
-            test_stats = evaluate_state(state, val_loader, args, processes)
-            finish_epoch(state, train_stats, test_stats, folder, args)
-        report_end(state, state.epoch - first_epoch, time.perf_counter() - start)
 
-
-def start_folder(folder: RunFolder, args: argparse.Namespace, state: TrainState) -> None:
-    """Write what the run was started with, and the log as the checkpoint has it, whenever the last run was killed."""
-    folder.write_args(vars(args))
-    folder.write_log(state.history)
-
-
-def choose_checkpoint(args: argparse.Namespace, folder: RunFolder | None) -> Path | None:
-    """Return the checkpoint to continue from, None for a new run.
-
-    Raises:
-        ValueError: If the folder holds another run, which this one would write over.
-    """
-    resumed = Path(args.resume) if args.resume else None
-    if folder is None:
-        return resumed
-    if args.auto_resume:
-        return utils.on_main(folder.find_checkpoint) or resumed
-    if not resumed or resumed.resolve().parent != folder.path.resolve():
-        utils.on_main(folder.refuse_results)
-    return resumed
+        run_epochs(
+            state,
+            train,
+            partial(evaluate_state, state, val_loader, args, processes),
+            epochs=args.epochs,
+            folder=folder,
+            args=vars(args),
+            best_files={"test_acc1": BEST_CHECKPOINT, "test_ema_acc1": BEST_EMA_CHECKPOINT},
+            count_skipped=args.on_nonfinite == "skip",
+        )
 
 
 def build_trained_model(args: argparse.Namespace, nb_classes: int, new: bool) -> nn.Module:
@@ -778,39 +583,6 @@ def build_trained_model(args: argparse.Namespace, nb_classes: int, new: bool) ->
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     return model
-
-
-def resume(args: argparse.Namespace, state: TrainState, path: Path) -> None:
-    """Restore a run from its checkpoint, so that it goes on as if it had never stopped; say what differs."""
-    checkpoint = models.read_file(path)
-    if not set(checkpoint) >= CHECKPOINT_KEYS:
-        raise ValueError(
-            f"{path}: holds weights but no state of a training run of ours to continue; "
-            "use --finetune to start a run from them, or --eval to evaluate them"
-        )
-    if bool(checkpoint["model_ema"]) != args.model_ema:
-        raise ValueError(
-            f"{path}: its run was {'with' if checkpoint['model_ema'] else 'without'} a moving average (EMA); "
-            f"{'add --model-ema' if checkpoint['model_ema'] else 'leave --model-ema out'}"
-        )
-    for option in ("model", "opt"):
-        used, asked = checkpoint["args"][option], getattr(args, option)
-        if used != asked:
-            raise ValueError(f"{path}: its run used --{option} {used}; repeat that, not {asked}")
-    models.load_state_dict(state.model, checkpoint["model"], source=str(path))
-    if state.model_ema is not None:
-        models.load_state_dict(state.model_ema.module, checkpoint["model_ema"], source=str(path))
-    try:
-        inexact = state.load_training(checkpoint, args.seed)
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"{path}: does not fit these options ({error}); repeat those of its run") from error
-    place = f" and {state.position} images of the next" if state.position else ""
-    logger.info("resumed %s: %d epochs%s are done", path, state.epoch, place)
-    for what in inexact:
-        logger.info("not exactly as before: %s", what)
-    changed = {name: value for name, value in vars(args).items() if checkpoint["args"].get(name, value) != value}
-    for name in sorted(set(changed) - NOT_OF_THE_RUN):
-        logger.info("changed since: --%s %s, was %s", name.replace("_", "-"), changed[name], checkpoint["args"][name])
 
 
 def compile_if_asked(args: argparse.Namespace, model: nn.Module) -> None:
@@ -841,49 +613,11 @@ def evaluate_state(
     return figures
 
 
-def finish_epoch(
-    state: TrainState,
-    train_stats: dict[str, float],
-    test_stats: dict[str, float],
-    folder: RunFolder | None,
-    args: argparse.Namespace,
-) -> None:
-    """Count the epoch, note the best figures and write log and checkpoints."""
-    n_parameters = sum(parameter.numel() for parameter in state.model.parameters())
-    line = {f"train_{name}": value for name, value in train_stats.items()} | test_stats
-    if args.on_nonfinite == "skip":
-        line["train_skipped"] = state.meter.skipped
-    state.history.append({**line, "epoch": state.epoch, "n_parameters": n_parameters})
-    state.lr_scheduler.step(state.epoch)
-    state.epoch += 1
-    state.meter.start_epoch()
-    best = []
-    for figure, file in (("test_acc1", BEST_CHECKPOINT), ("test_ema_acc1", BEST_EMA_CHECKPOINT)):
-        if figure in line and line[figure] > state.best.get(figure, -1):
-            state.best[figure] = line[figure]
-            best.append(file)
-    if folder:
-        save_state(state, folder, args, best)
-        utils.on_main(lambda: folder.write_log(state.history))
-
-
-def save_state(state: TrainState, folder: RunFolder, args: argparse.Namespace, best: Sequence[str] = ()) -> None:
-    """Write the checkpoint and, before it, those of the best epochs if this is one."""
-    checkpoint = state.to_checkpoint(vars(args))
-
-    def write() -> None:
-        for name in best:  # the best first: a kill in between repeats the evaluation, losing nothing
-            folder.save_best(checkpoint, name)
-        folder.save(checkpoint)
-
-    utils.on_main(write)
-
-
 # ------------------------------------------------------------------------------------------------------- messages
 
 
 def announce(
-    args: argparse.Namespace, processes: Processes, model: nn.Module, nb_classes: int, global_batch: int, steps: int
+    args: argparse.Namespace, processes: Processes, model: nn.Module, nb_classes: int, accumulation: int, steps: int
 ) -> None:
     """Print what is trained, the batch arithmetic and how the run differs from the published one."""
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -891,12 +625,10 @@ def announce(
     logger.info(
         "%s: %d parameters, %d classes, %s on %s", args.model, n_parameters, nb_classes, amp_dtype, processes.device
     )
-    accumulation = global_batch // (args.batch_size * processes.world_size)
+    global_batch = args.batch_size * processes.world_size * accumulation
     scaling = "" if args.unscale_lr else f" ({args.lr:g} x {global_batch} / 512)"
-    logger.info(
-        f"batch: {args.batch_size} images x {processes.world_size} processes x {accumulation} accumulated = global "
-        f"batch {global_batch}; lr {peak_lr(args, global_batch):g}{scaling}; {steps} steps per epoch"
-    )
+    lr = f"{peak_lr(args, global_batch):g}{scaling}"
+    logger.info("%s", describe_batch(args.batch_size, accumulation, lr, steps))
     if args.warmup_epochs >= args.epochs:
         logger.info("note: the warm-up of %d epochs does not end in this run of %d", args.warmup_epochs, args.epochs)
     if peak_lr(args, global_batch) <= args.min_lr:
@@ -925,15 +657,6 @@ def differences_from_recipe(args: argparse.Namespace, global_batch: int) -> list
     ]
 
 
-def report_end(state: TrainState, epochs: int, seconds: float) -> None:
-    """Print what the run came to."""
-    if not epochs:
-        logger.info("this run is complete; a larger --epochs goes on with it")
-    best = ", ".join(f"{name} {value:.3f}" for name, value in state.best.items())
-    took = timedelta(seconds=int(seconds))
-    logger.info("%d epochs done, %d of them now in %s; best %s", state.epoch, epochs, took, best)
-
-
 def report_evaluation(stats: dict[str, float], what: str = "network") -> None:
     """Print the two lines of the original."""
     logger.info("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats))
@@ -944,60 +667,11 @@ def report_evaluation(stats: dict[str, float], what: str = "network") -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run from the command line.
-
-    Bad input and known faults end with one line and exit code 1 or 2; a run that a signal stops ends with 128 plus
-    the signal's number.
-    """
+    """Run from the command line; see `command_line.run_script` for how it ends."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
     check_args(parser, args)
-    try:
-        # A process whose loader hangs tells so itself, before the others give it up.
-        patience = 600 + args.loader_timeout if args.loader_timeout else 86400
-        processes = utils.init_processes(args.device, args.dist_url, patience)
-        if args.deterministic:
-            utils.make_deterministic()
-        (run_evaluation if args.eval else run_training)(args, processes)
-    except utils.Interrupted as stop:
-        go_on = "run the same command with --auto-resume to go on" if args.output_dir else "nothing was kept"
-        end_run(f"main.py: stopped by {stop.signal.name}; {go_on}", 128 + stop.signal, agreed=True)
-    except KeyboardInterrupt:
-        end_run("main.py: stopped at once", 128 + signal.SIGINT, agreed=False)
-    except Exception as error:
-        cause = find_cause(error)
-        if cause is None or args.traceback:
-            utils.kill_children()
-            raise
-        end_run(f"main.py: error: {cause}", 1, agreed=isinstance(error, utils.SharedError))
-    utils.end_processes()
-
-
-def find_cause(error: Exception) -> str | None:
-    """Return in one line what is wrong and what to do; None if the fault may be in this code."""
-    message = one_line(error)
-    if isinstance(error, (ValueError, OSError, utils.SharedError)):
-        return message
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"{message}; lower --batch-size, keeping --global-batch, or pass --grad-checkpointing"
-    texts = [text for part, text in KNOWN_FAULTS.items() if part in str(error) and isinstance(error, RuntimeError)]
-    return texts[0].format(message) if texts else None
-
-
-def end_run(message: str, code: int, agreed: bool) -> NoReturn:
-    """Print why the run ends, once where all processes end it together, and exit; nothing that hangs may keep it."""
-    if not agreed or utils.get_rank() == 0:
-        print(message, file=sys.stderr, flush=True)
-    utils.kill_children()
-    if agreed:  # otherwise leaving the group would wait for processes that wait for this one
-        utils.end_processes()
-    sys.exit(code)
-
-
-def one_line(error: Exception) -> str:
-    """Return the message of an error; of one raised in a data-loading process, less the traceback around it."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].partition("Error: ")[2] or lines[-1] if len(lines) > 1 else lines[0]
+    run_script(parser.prog, run_evaluation if args.eval else run_training, args, kept=bool(args.output_dir))
 
 
 if __name__ == "__main__":

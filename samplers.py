@@ -1,10 +1,12 @@
-"""The order of samples: a training order, one for any number of processes and from any step, and evaluation shards."""
+"""The order of samples: training orders, one for any number of processes and from any step, and evaluation shards."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
+
+from utils import restored_generators, seed_generators
 
 
 class SampleKey(NamedTuple):
@@ -13,6 +15,33 @@ class SampleKey(NamedTuple):
     epoch: int
     index: int
     copy: int  # which of the repeated augmentations
+
+
+class SeededSet(Dataset):
+    """A data set asked by `SampleKey`, under random generators seeded from it and the seed of the run."""
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset = dataset
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: SampleKey) -> Any:
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[SampleKey]) -> list:
+        """Return a whole batch, as a loader asks for it: the generators are restored once, which takes longest."""
+        samples = []
+        with restored_generators():
+            for key in keys:
+                seed_generators(self.seed, *key)
+                samples.append(self.get(key))
+        return samples
+
+    def get(self, key: SampleKey) -> Any:
+        """Return one sample."""
+        return self.dataset[key.index]
 
 
 class TrainSampler(Sampler[SampleKey]):
@@ -75,6 +104,47 @@ class TrainSampler(Sampler[SampleKey]):
         for position in range(self.start + self.rank, self.length, self.world_size):
             index, copy = divmod(position, self.repeats)
             yield SampleKey(self.epoch, int(order[index]), copy)
+
+
+class EndlessSampler(Sampler[SampleKey]):
+    """Hands every process its part of an order without end: the data set shuffled anew again and again.
+
+    Made for training that is counted in steps: an "epoch" is a fixed number of images, wherever in the data set
+    it begins and ends. The order depends on the seed alone; process `rank` takes each `world_size`-th entry.
+
+    Args:
+        num_samples: Images of the data set.
+        length: Images of one epoch, of all processes together; whole steps.
+        world_size: Number of processes.
+        rank: This process.
+        seed: Seed of the order.
+    """
+
+    def __init__(self, num_samples: int, *, length: int, world_size: int = 1, rank: int = 0, seed: int = 0):
+        assert length % world_size == 0
+        self.num_samples = num_samples
+        self.length = length
+        self.world_size = world_size
+        self.rank = rank
+        self.seed = seed
+        self.epoch = 0
+        self.start = 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch that comes next, and the images of it, whole steps, that are done already."""
+        self.epoch = epoch
+        self.start = start
+
+    def __len__(self) -> int:
+        return (self.length - self.start) // self.world_size
+
+    def __iter__(self) -> Iterator[SampleKey]:
+        begin, shuffled, order = self.epoch * self.length, -1, None
+        for position in range(begin + self.start + self.rank, begin + self.length, self.world_size):
+            round_, index = divmod(position, self.num_samples)
+            if round_ != shuffled:
+                shuffled, order = round_, np.random.default_rng((self.seed, round_)).permutation(self.num_samples)
+            yield SampleKey(round_, int(order[index]), 0)
 
 
 class EvalSampler(Sampler[int]):

@@ -71,6 +71,13 @@ def draw_scene(
     return Scene(image, tuple(labels), masks)
 
 
+def draw_crowd(seed: int | Sequence[int], size: int) -> Scene:
+    """Draw the scene of one to four objects that belongs to a seed, for dense tasks; see `draw_scene`."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(len(CLASSES), size=rng.integers(1, 5)).tolist()
+    return draw_scene(rng.integers(2**32, size=4).tolist(), size, labels=labels, radii=(0.12, 0.3))
+
+
 def _draw_background(rng: np.random.Generator, size: int, colours: np.ndarray) -> Image.Image:
     """Draw a linear gradient between two colours in a random direction, with noise and a few lines."""
     angle = rng.uniform(0, 2 * math.pi)

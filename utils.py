@@ -364,6 +364,26 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def seed_generators(*key: int) -> None:
+    """Seed Python's, NumPy's and torch's CPU generators from a key."""
+    seeds = np.random.SeedSequence(key).generate_state(3)
+    random.seed(int(seeds[0]))
+    np.random.seed(seeds[1])
+    torch.default_generator.manual_seed(int(seeds[2]))  # torch.manual_seed would also queue a CUDA seeding
+
+
+@contextmanager
+def restored_generators() -> Iterator[None]:
+    """Leave the generators as they were before the block."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
 def get_random_state() -> dict[str, Any]:
     """Return the states of all generators, in types that load without executing code."""
     name, keys, *rest = np.random.get_state()

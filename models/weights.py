@@ -20,20 +20,22 @@ from torch import Tensor, nn
 
 MODEL_KEYS = ("model", "state_dict")
 EMA_KEYS = ("model_ema", "state_dict_ema")
+CLASSIFIER = ("norm.", "head.")  # what a dense task has no use for
 
 
 @dataclass
 class LoadReport:
-    """What a load did: the source, the tensors taken as they are, those adapted and those skipped."""
+    """What a load did: the source, the tensors taken as they are, those adapted, skipped, and not in the source."""
 
     source: str
     loaded: int = 0
     adapted: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    new: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         text = f"{self.source}: loaded {self.loaded} tensors"
-        for what, names in (("adapted", self.adapted), ("skipped", self.skipped)):
+        for what, names in (("adapted", self.adapted), ("skipped", self.skipped), ("new", self.new)):
             if names:
                 text += f"; {what} {', '.join(names)}"
         return text
@@ -128,6 +130,22 @@ def load_state_dict(model: nn.Module, state: dict[str, Tensor], *, source: str, 
         raise ValueError(f"{source}: these weights do not fit the model; {found}. {_remedy(model, lists)}")
     model.load_state_dict(state, strict=False)
     report.loaded = len(state) - len(report.adapted)
+    return report
+
+
+def load_backbone(backbone: nn.Module, state: dict[str, Tensor], *, source: str) -> LoadReport:
+    """Load the weights of a classifier into a backbone of a dense task, strictly; see `load_state_dict`.
+
+    The head and the final norm of the classifier are skipped. The norms between stages that it does not have stay
+    as they were initialised.
+    """
+    used = {name: tensor for name, tensor in state.items() if not name.startswith(CLASSIFIER)}
+    own = backbone.state_dict()
+    new = {name: own[name] for name in own if name.startswith("norm_list.") and name not in used}
+    report = load_state_dict(backbone, new | used, source=source)
+    report.loaded -= len(new)
+    report.new += new
+    report.skipped += [name for name in state if name not in used]
     return report
 
 

@@ -102,6 +102,7 @@ class FPN(nn.Module):
 
     def __init__(self, in_channels: Sequence[int], channels: int = 256):
         super().__init__()
+        self.channels = channels
         self.lateral_convs = nn.ModuleList(_NamedConv(width, channels, 1) for width in in_channels)
         self.fpn_convs = nn.ModuleList(_NamedConv(channels, channels, 3) for _ in in_channels)
 

@@ -1,11 +1,12 @@
-"""Mean intersection over union and its relatives, from one confusion matrix."""
+"""Mean intersection over union and its relatives, from one confusion matrix, and the evaluation that fills it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from utils import all_reduce
+from segmentation.segmentor import predict
+from utils import all_reduce, stop_if_requested, stop_requested
 
 
 class ConfusionMatrix:
@@ -52,3 +53,44 @@ class ConfusionMatrix:
         rows = zip(names, *self.per_class().values(), strict=True)
         lines = [f"{name:<{width}}  {100 * iou:6.2f}  {100 * accuracy:6.2f}" for name, iou, accuracy in rows]
         return "\n".join([f"{'class':<{width}}  {'IoU':>6}  {'Acc':>6}", *lines])
+
+
+def evaluate(
+    model: nn.Module,
+    data_loader: Iterable,
+    device: torch.device,
+    num_classes: int,
+    *,
+    amp_dtype: torch.dtype | None = None,
+    on_prediction: Callable[[int, Tensor], None] | None = None,
+    **inference,
+) -> ConfusionMatrix:
+    """Evaluate a segmentation network, each image counted exactly once.
+
+    Args:
+        model: A `Segmentor`.
+        data_loader: One image at a time, this process's share of them: its index, the image in one size or more,
+            `(3, h, w)`, and its labels `(H, W)`.
+        device: Where the model is.
+        num_classes: Classes.
+        amp_dtype: Type of autocast; None for full precision.
+        on_prediction: Called with the index of each image and its predicted classes `(H, W)`, on the CPU.
+        **inference: Passed to `segmentor.predict`: `flip`, `window`, `stride`.
+
+    Raises:
+        Interrupted: On all processes together, if any of them was asked to stop; the others finish their share.
+    """
+    model.eval()
+    matrix = ConfusionMatrix(num_classes, device)
+    for index, images, labels in data_loader:
+        if stop_requested():
+            break
+        images = [image[None].to(device, non_blocking=True) for image in images]
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+            prediction = predict(model, images, tuple(labels.shape), **inference)
+        matrix.update(prediction, labels.to(device, non_blocking=True))
+        if on_prediction is not None:
+            on_prediction(index, prediction.cpu())
+    stop_if_requested(device)
+    matrix.reduce()
+    return matrix

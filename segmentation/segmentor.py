@@ -7,8 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dense import build_backbone
 from models import LoadReport, load_state_dict, read_weights
-from segmentation.heads import resize
+from segmentation.configs.recipes import Experiment
+from segmentation.heads import FPN, FCNHead, FPNHead, UPerHead, resize
 
 IGNORED_LABEL = 255  # of pixels that count neither in the loss nor in the evaluation
 UNUSED_WEIGHTS = ("backbone.norm.", "backbone.head.")  # the classifier that the released files still carry
@@ -18,7 +20,7 @@ class Segmentor(nn.Module):
     """A backbone of `models/`, a decode head and, in training, an auxiliary head.
 
     Args:
-        backbone: One of our models; its maps of strides 4, 8, 16 and 32 go to the neck or the heads.
+        backbone: From `dense.build_backbone`; its maps of strides 4, 8, 16 and 32 go to the neck or the heads.
         decode_head: Gives the logits.
         neck: Maps the backbone's maps to those of the decode head; the auxiliary head sees the backbone's own.
         auxiliary_head: A second head, for a second loss.
@@ -34,12 +36,14 @@ class Segmentor(nn.Module):
         auxiliary_weight: float = 0.4,
     ):
         super().__init__()
-        backbone.prune_intermediate_layers(len(backbone.blocks), prune_norm=True)  # no classifier
         self.backbone = backbone
         self.neck = neck or nn.Identity()
         self.decode_head = decode_head
         self.auxiliary_head = auxiliary_head
         self.auxiliary_weight = auxiliary_weight
+
+    # What depends on the classes, for `models.load_weights` to make anew where they are others.
+    pretrained_cfg = {"classifier": ("decode_head.conv_seg", "auxiliary_head.conv_seg")}  # noqa: RUF012
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | dict[str, Tensor]:
         """Return logits of the images, or the losses where labels are given.
@@ -66,6 +70,22 @@ class Segmentor(nn.Module):
         return losses
 
 
+def build_segmentor(experiment: Experiment, num_classes: int, pretrained: bool) -> Segmentor:
+    """Build the network of an experiment; its backbone with ImageNet weights if `pretrained`.
+
+    Raises:
+        ValueError: If there is no such backbone, or its weights cannot be had or do not fit.
+    """
+    weights = experiment.pretrained if pretrained else ""
+    backbone = build_backbone(experiment.backbone, weights, drop_path_rate=experiment.drop_path)
+    dims, channels = backbone.embed_dims, experiment.channels
+    if experiment.head == "fpn":
+        neck = FPN(dims)
+        return Segmentor(backbone, FPNHead(neck.channels, num_classes, channels), neck)
+    auxiliary_head = FCNHead(dims[2], num_classes, channels // 2)
+    return Segmentor(backbone, UPerHead(dims, num_classes, channels), auxiliary_head=auxiliary_head)
+
+
 def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the cross-entropy of logits `(B, classes, h, w)`, enlarged to the labels `(B, H, W)`.
 
@@ -73,7 +93,7 @@ def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     models were trained.
     """
     logits = F.interpolate(logits.float(), size=labels.shape[1:], mode="bilinear", align_corners=False)
-    return F.cross_entropy(logits, labels, ignore_index=IGNORED_LABEL, reduction="sum") / labels.numel()
+    return F.cross_entropy(logits, labels.long(), ignore_index=IGNORED_LABEL, reduction="sum") / labels.numel()
 
 
 def load_segmentor(model: Segmentor, path: str | Path) -> LoadReport:

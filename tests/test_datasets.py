@@ -19,12 +19,11 @@ from datasets import (
     EvalSet,
     TrainSet,
     build_dataset,
-    restored_generators,
-    seed_generators,
 )
 from main import get_args_parser
 from samplers import SampleKey, TrainSampler
 from tests.conftest import damage_jpeg
+from utils import restored_generators, seed_generators
 
 
 def options(*argv):

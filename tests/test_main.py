@@ -10,16 +10,16 @@ import timm
 import torch
 
 import main
+from command_line import choose_amp
 from main import (
     build_optimizer,
     build_scheduler,
     build_state,
     check_args,
-    choose_amp,
-    choose_global_batch,
     differences_from_recipe,
     get_args_parser,
 )
+from runs import choose_accumulation
 from tests.conftest import (
     LAUNCHERS,
     ROOT,
@@ -119,7 +119,7 @@ def test_a_longer_resumed_run_follows_its_new_options(image_folder, tmp_path, ru
     resumed = ["--resume", tmp_path / "checkpoint.pth", "--epochs", "5", "--lr", "2e-3", "--weight-decay", "0.2"]
     output, message = run_in_process(*command, *resumed)
     assert message is None, output
-    assert "changed since: --epochs 5, was 2" in output
+    assert "changed since: epochs 5, was 2" in output
     rates = [line["train_lr"] for line in read_log(tmp_path)]
     cosine = [1e-5 + (2e-3 - 1e-5) * (1 + np.cos(np.pi * t / 5)) / 2 for t in range(5)]
     assert rates[2:] == pytest.approx([cosine[1], cosine[2], cosine[3]])
@@ -278,15 +278,11 @@ def test_layer_decay():
     assert scale["blocks.0.0.attn.qkv.weight"] == pytest.approx(0.5 * scale["blocks.1.0.attn.qkv.weight"])
 
 
-@pytest.mark.parametrize(("batch", "expected"), [(None, (8, 1)), (8, (8, 1)), (32, (32, 4))])
-def test_accumulation_follows_the_global_batch(batch, expected):
-    args = parse("--batch-size", 4, *(["--global-batch", batch] if batch else []))
-    assert choose_global_batch(args, world_size=2) == expected
-
-
-def test_global_batch_that_does_not_divide():
-    with pytest.raises(ValueError, match=r"--global-batch 20 is no multiple of 8 \(4 images x 2 processes\); 16 is"):
-        choose_global_batch(parse("--batch-size", 4, "--global-batch", 20), world_size=2)
+def test_accumulation_follows_the_global_batch():
+    assert choose_accumulation(batch_size=4, global_batch=8, world_size=2) == 1
+    assert choose_accumulation(batch_size=4, global_batch=32, world_size=2) == 4
+    with pytest.raises(ValueError, match=r"global batch 20 is no multiple of 8 \(4 images x 2 processes\); 16 is"):
+        choose_accumulation(batch_size=4, global_batch=20, world_size=2)
 
 
 def test_a_run_says_how_it_differs_from_the_published_recipe():
@@ -360,7 +356,7 @@ def test_help_names_each_group():
         (["--batch-size", "7"], "--batch-size 7: mixup and CutMix pair images; make it even, or pass --mixup 0"),
         (["--input-size", "31"], "argument --input-size: '31' is no whole number of at least 32"),
         (["--drop-path", "1.5"], "argument --drop-path: '1.5' is no number of at least 0 and at most 0.99"),
-        (["--model", "alt_gvt_smal"], "--model 'alt_gvt_smal' is unknown; the nearest are alt_gvt_small"),
+        (["--model", "alt_gvt_smal"], "--model 'alt_gvt_smal' is unknown; did you mean alt_gvt_small"),
         (["--drop-pth", "0.1"], "unknown argument --drop-pth; did you mean --drop-path"),
         (["--data-set", "COCO"], "argument --data-set: invalid choice: 'COCO'"),
         (["--distillation-type", "hard"], "--distillation-type hard needs --teacher-path"),
@@ -383,7 +379,7 @@ def test_help_names_each_group():
         ),
         (["--cutmix-minmax", "0.8", "0.2"], "--cutmix-minmax 0.8 0.2: the smaller share comes first"),
         (["--seed", "1" + "0" * 23], "argument --seed: '100000000000000000000000' is no whole number"),
-        (["--data-set", "SHAPES", "--global-batch", "100"], "--global-batch 100 is no multiple of 64"),
+        (["--data-set", "SHAPES", "--global-batch", "100"], "global batch 100 is no multiple of 64"),
         (["--data-set", "SHAPES", "--batch-size", "16000"], "the training set has 10000 images, fewer than one global"),
         (["--data-set", "SHAPES", "--nb-classes", "12"], "--nb-classes 12: the data have 10 classes"),
         (["--data-set", "SHAPES", "--resume", "none.pth"], "none.pth: there is no such file"),
@@ -409,7 +405,7 @@ def test_bad_checkpoints_end_with_one_line(trained, image_folder, tmp_path, run_
     (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
     data = ["--data-path", image_folder, "--output_dir", tmp_path / "run", "--epochs", "3"]
     cases = {
-        "its run used --model alt_gvt_tiny; repeat that, not pcpvt_tiny": [
+        "its run used model alt_gvt_tiny; repeat that, not pcpvt_tiny": [
             *("--resume", folder / "checkpoint.pth", "--model", "pcpvt_tiny", "--model-ema"),
         ],
         "was with a moving average (EMA); add --model-ema": ["--resume", folder / "checkpoint.pth"],

@@ -225,7 +225,7 @@ def test_another_number_of_processes_goes_on_near_the_same_place(uninterrupted, 
     assert "not exactly as before: the global batch is 12, not 8, and so are the steps of an epoch" in result.stdout
     assert "the epoch goes on at image 12, was at 16" in result.stdout
     assert "not exactly as before: 1 process(es), not 2, so mixup, drop path and dropout draw" in result.stdout
-    assert "changed since: --global-batch 12, was 8" in result.stdout
+    assert "changed since: global_batch 12, was 8" in result.stdout
     assert [line["epoch"] for line in read_log(tmp_path / "run")] == [0, 1, 2, 3]
     # The mean of both processes for the two old steps, 4, and the loss of the step of 12 images that was left.
     assert read_log(tmp_path / "run")[3]["train_loss"] == pytest.approx((4 + 4 + 1.1) / 3, abs=0.1)
@@ -280,7 +280,7 @@ def test_a_finished_run_says_so(uninterrupted, image_folder, run_in_process, tmp
     command = [*EVERYTHING, "--auto-resume", "--data-path", image_folder, "--output_dir", tmp_path / "run"]
     output, message = run_in_process(*command)
     assert message is None
-    assert "this run is complete; a larger --epochs goes on with it" in output
+    assert "this run is complete; more epochs go on with it" in output
     assert_same_run(tmp_path / "run", uninterrupted(1))
 
 

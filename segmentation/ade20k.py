@@ -1,0 +1,332 @@
+"""Data of semantic segmentation: ADE20K, one's own folders in the same layout, and embedded shapes; their transforms.
+
+A data set gives `(image, labels)`: uint8 tensors `(3, H, W)`, RGB, and `(H, W)`, class indices and `IGNORED_LABEL`.
+To add one, write a class with `classes`, `colours`, `first_label`, `name(index)` and `__getitem__`, and a line in
+`build_dataset`.
+"""
+
+import colorsys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+import shapes
+from images import decode_image, load_image
+from segmentation.segmentor import IGNORED_LABEL
+
+SHAPES_TRAIN, SHAPES_VAL = 4000, 500  # images
+MAX_CLASS_SHARE = 0.75  # of a training crop
+CROP_TRIES = 10
+
+# The 150 classes of the scene parsing benchmark, in the order of their labels, 1 to 150.
+ADE20K_CLASSES = (
+    "wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door, "
+    "table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, field, "
+    "armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column, signboard, "
+    "chest of drawers, counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway, "
+    "case, pool table, pillow, screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower, "
+    "book, hill, bench, countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, "
+    "hovel, bus, towel, light, truck, tower, chandelier, awning, streetlight, booth, television receiver, airplane, "
+    "dirt track, apparel, pole, land, bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship, "
+    "fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket, waterfall, tent, bag, "
+    "minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal, bicycle, lake, dishwasher, "
+    "screen, blanket, sculpture, hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate, "
+    "monitor, bulletin board, shower, radiator, glass, clock, flag"
+).split(", ")
+
+Sample = tuple[Tensor, Tensor]
+
+
+# ------------------------------------------------------------------------------------------------------- data sets
+
+
+def build_dataset(kind: str, data_root: str, is_train: bool, shapes_size: int) -> Dataset:
+    """Build the training or the validation part of a data set.
+
+    Args:
+        kind: `"ade20k"`, `"folder"` or `"shapes"`.
+        data_root: Where the files are; shapes have none.
+        is_train: Which part.
+        shapes_size: Pixels a side of the shapes' images.
+
+    Raises:
+        ValueError: If the files are missing or do not belong together.
+    """
+    if kind == "shapes":
+        return Shapes(is_train, shapes_size)
+    root = Path(data_root)
+    if not root.is_dir():
+        raise ValueError(f"{root}: there is no such folder; name the one of the data set with --data-root")
+    split = "training" if is_train else "validation"
+    if kind == "ade20k":
+        return MaskFolder(root, split, ADE20K_CLASSES, make_colours(len(ADE20K_CLASSES)), first_label=1)
+    return MaskFolder(root, split, *read_classes(root / "classes.txt"))
+
+
+class MaskFolder(Dataset):
+    """Images and, in PNG files, the class of each pixel, in the layout of ADE20K.
+
+    `images/{training,validation}/NAME.jpg` belongs to `annotations/{training,validation}/NAME.png`; names may have
+    folders in them.
+
+    Args:
+        root: The folder that holds `images` and `annotations`.
+        split: `"training"` or `"validation"`.
+        classes: Names of the classes.
+        colours: Of the classes, RGB.
+        first_label: Label of the first class in the files. Lower ones are ignored, and so is 255.
+    """
+
+    def __init__(
+        self, root: Path, split: str, classes: Sequence[str], colours: Sequence[tuple], first_label: int = 0
+    ):
+        self.classes, self.colours, self.first_label = list(classes), list(colours), first_label
+        self.images, self.labels = root / "images" / split, root / "annotations" / split
+        for folder in (self.images, self.labels):
+            if not folder.is_dir():
+                raise ValueError(
+                    f"{folder} is missing; {root} should hold images/ and annotations/, each with training/ and "
+                    "validation/"
+                )
+        files = (file for file in self.images.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png"))
+        self.files = sorted(file.relative_to(self.images) for file in files)
+        if not self.files:
+            raise ValueError(f"{self.images} holds no images (.jpg, .jpeg or .png)")
+        labelled = {file.relative_to(self.labels) for file in self.labels.rglob("*.png")}
+        for file in self.files:
+            if file.with_suffix(".png") not in labelled:
+                label = self.labels / file.with_suffix(".png")
+                raise ValueError(f"{self.images / file}: has no labels; {label} is missing")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def name(self, index: int) -> str:
+        """Return the name of an image's file, less its suffix."""
+        return str(self.files[index].with_suffix(""))
+
+    def __getitem__(self, index: int) -> Sample:
+        image_path = self.images / self.files[index]
+        image = pil_to_tensor(load_image(str(image_path)))
+        label_path = self.labels / self.files[index].with_suffix(".png")
+        labels = self._read_labels(label_path)
+        if labels.shape != image.shape[1:]:
+            (height, width), (h, w) = image.shape[1:], labels.shape
+            raise ValueError(
+                f"{label_path}: has {w}x{h} pixels, but {image_path} {width}x{height}; each pixel needs its label"
+            )
+        return image, labels
+
+    def _read_labels(self, path: Path) -> Tensor:
+        image = decode_image(str(path))
+        if image.mode not in ("L", "P", "1"):
+            raise ValueError(
+                f"{path}: is a PNG of mode {image.mode}; labels are a single channel of 8 bits, the class of each pixel"
+            )
+        stored = np.array(image, dtype=np.int16)
+        labels = np.where((stored < self.first_label) | (stored == 255), IGNORED_LABEL, stored - self.first_label)
+        highest = stored[labels != IGNORED_LABEL].max(initial=0)
+        last = len(self.classes) - 1 + self.first_label
+        if highest > last:
+            raise ValueError(
+                f"{path}: has the label {highest}, but there are {len(self.classes)} classes, labelled "
+                f"{self.first_label} to {last}; 255 is for pixels to ignore"
+            )
+        return torch.from_numpy(labels.astype(np.uint8))
+
+
+class Shapes(Dataset):
+    """The embedded data set: one to four shapes an image, on a background that is a class of its own."""
+
+    first_label = 0
+
+    def __init__(self, is_train: bool, size: int):
+        self.classes = ["background", *shapes.CLASSES]
+        self.colours = [(60, 60, 60), *make_colours(len(shapes.CLASSES))]
+        self.split, self.length = (0, SHAPES_TRAIN) if is_train else (1, SHAPES_VAL)
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.length
+
+    def name(self, index: int) -> str:
+        return f"{index:05}"
+
+    def __getitem__(self, index: int) -> Sample:
+        scene = shapes.draw_crowd((self.split, index), self.size)
+        labels = np.zeros((self.size, self.size), np.uint8)
+        for label, mask in zip(scene.labels, scene.masks, strict=True):
+            labels[mask] = label + 1
+        return pil_to_tensor(scene.image), torch.from_numpy(labels)
+
+
+def read_classes(path: Path) -> tuple[list[str], list[tuple[int, ...]]]:
+    """Read a file of class names, one a line in the order of their labels, each followed by its colour if it has one.
+
+    Such as `traffic light 250 170 30`. Classes without a colour are given one.
+
+    Raises:
+        ValueError: If there is no such file or no class in it.
+    """
+    try:
+        lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}); it names the classes, one a line, with a colour behind each "
+            "if you like: road 128 64 128"
+        ) from error
+    if not 0 < len(lines) < IGNORED_LABEL:
+        raise ValueError(f"{path}: names {len(lines)} classes; it should be 1 to {IGNORED_LABEL - 1}, one a line")
+    names, colours = [], make_colours(len(lines))
+    for i, words in enumerate(lines):
+        has_colour = len(words) > 3 and all(word.isdigit() and int(word) < 256 for word in words[-3:])
+        names.append(" ".join(words[:-3] if has_colour else words))
+        colours[i] = tuple(map(int, words[-3:])) if has_colour else colours[i]
+    return names, colours
+
+
+def make_colours(count: int) -> list[tuple[int, ...]]:
+    """Return distinct RGB colours: hues a golden section of the circle apart, in three shades."""
+    shades = ((0.85, 0.95), (0.55, 0.8), (1.0, 0.6))  # saturation, value
+    hsv = [(i * 0.618034 % 1, *shades[i % 3]) for i in range(count)]
+    return [tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(*colour)) for colour in hsv]
+
+
+# ------------------------------------------------------------------------------------------------------ transforms
+
+
+class TrainViews(Dataset):
+    """A data set in the published augmentation: `(image, labels)`, normalised `(3, crop, crop)` and `(crop, crop)`.
+
+    Args:
+        dataset: Gives samples; see the top of this file.
+        scale: Pixels that the longer and the shorter side of an image are made to fit into.
+        scale_range: Of the random factor on `scale`.
+        crop_size: Pixels a side.
+    """
+
+    def __init__(self, dataset: Dataset, scale: tuple[int, int], scale_range: tuple[float, float], crop_size: int):
+        self.dataset = dataset
+        self.scale = scale
+        self.scale_range = scale_range
+        self.crop_size = crop_size
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        image, labels = self.dataset[index]
+        size = fitted_size(labels.shape, self.scale, np.random.uniform(*self.scale_range))
+        image, labels = resize_image(image, size), resize_labels(labels, size)
+        image, labels = random_crop(image, labels, self.crop_size)
+        if np.random.rand() < 0.5:
+            image, labels = image.flip(2), labels.flip(1)
+        image = normalise(distort_colours(image))
+        bottom, right = (self.crop_size - side for side in labels.shape)
+        padding = (0, right, 0, bottom)
+        return F.pad(image, padding), F.pad(labels, padding, value=IGNORED_LABEL)
+
+
+class EvalViews(Dataset):
+    """A data set for evaluation: `(index, images, labels)`, the image normalised in one size or several, `(3, h, w)`.
+
+    Labels have the size of the image in the data set.
+    """
+
+    def __init__(self, dataset: Dataset, scale: tuple[int, int], ratios: Sequence[float] = (1.0,)):
+        self.dataset = dataset
+        self.scale = scale
+        self.ratios = ratios
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, list[Tensor], Tensor]:
+        image, labels = self.dataset[index]
+        sizes = [fitted_size(labels.shape, self.scale, ratio) for ratio in self.ratios]
+        return index, [normalise(resize_image(image, size)) for size in sizes], labels
+
+
+def fitted_size(size: Sequence[int], scale: tuple[int, int], ratio: float = 1.0) -> tuple[int, int]:
+    """Return the height and width of an image that is made to fit into a scale, keeping its proportions.
+
+    Args:
+        size: Its height and width.
+        scale: Pixels of the longer and the shorter side, in either order.
+        ratio: Factor on the scale.
+    """
+    longer, shorter = (int(side * ratio) for side in sorted(scale, reverse=True))
+    factor = min(longer / max(size), shorter / min(size))
+    return int(size[0] * factor + 0.5), int(size[1] * factor + 0.5)
+
+
+def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize a uint8 image `(3, H, W)` bilinearly; as in the original, nothing is smoothed where it shrinks."""
+    return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
+
+
+def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize labels `(H, W)`, each pixel taking that of the nearest."""
+    return F.interpolate(labels[None, None], size=size, mode="nearest")[0, 0]
+
+
+def random_crop(image: Tensor, labels: Tensor, size: int) -> Sample:
+    """Cut out a random square, or all there is, in which no class has too large a share if ten tries find one."""
+    for _ in range(CROP_TRIES + 1):
+        top, left = (np.random.randint(0, max(side - size, 0) + 1) for side in labels.shape)
+        part = labels[top : top + size, left : left + size]
+        counts = torch.bincount(part.flatten())[:IGNORED_LABEL]
+        if counts.count_nonzero() > 1 and counts.max() < MAX_CLASS_SHARE * counts.sum():
+            break
+    return image[:, top : top + size, left : left + size], part
+
+
+def distort_colours(image: Tensor) -> Tensor:
+    """Change brightness (by up to 32), contrast and saturation (0.5 to 1.5) and hue (36 degrees), each by a chance of half.
+
+    Contrast comes before saturation and hue or behind them. Image: uint8 `(3, H, W)`.
+    """
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    levels = np.arange(256)
+    if _coin():
+        picture = _map_levels(picture, levels + np.random.uniform(-32, 32))
+    contrast_first = _coin()
+    if contrast_first:
+        picture = _distort_contrast(picture)
+    saturation = np.random.uniform(0.5, 1.5) if _coin() else 1.0
+    # Differs from the original: a hue has 256 steps, not 180.
+    shift = round(np.random.randint(-18, 18) * 256 / 180) if _coin() else 0
+    if saturation != 1.0 or shift:
+        picture = _map_levels(picture.convert("HSV"), (levels + shift) % 256, levels * saturation, levels)
+    picture = picture.convert("RGB")
+    if not contrast_first:
+        picture = _distort_contrast(picture)
+    return pil_to_tensor(picture)
+
+
+def normalise(image: Tensor) -> Tensor:
+    """Normalise a uint8 image `(3, H, W)` by ImageNet's mean and deviation."""
+    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    return image.float().div_(255).sub_(mean).div_(std)
+
+
+def _distort_contrast(picture: Image.Image) -> Image.Image:
+    return _map_levels(picture, np.arange(256) * np.random.uniform(0.5, 1.5)) if _coin() else picture
+
+
+def _map_levels(picture: Image.Image, *levels: np.ndarray) -> Image.Image:
+    """Replace each level of a channel by another; one table for all three channels, or one for each."""
+    tables = np.clip(np.stack(levels * (3 // len(levels))), 0, 255).astype(np.uint8)
+    return picture.point(tables.ravel().tolist())
+
+
+def _coin() -> bool:
+    return np.random.rand() < 0.5

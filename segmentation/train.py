@@ -1,0 +1,115 @@
+"""Train a segmentation network of configs/, evaluating and writing a checkpoint in intervals.
+
+    bash dist_train.sh configs/upernet_pcpvt_l_512x512_160k_ade20k_swin_setting.py 8
+    bash dist_train.sh configs/upernet_alt_gvt_tiny_shapes.py 1
+
+Bad input ends with one line that names it and a non-zero exit code; --traceback shows where it was found.
+"""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+import models
+from command_line import loader_options, run_script
+from dense import PolySchedule, Training, get_train_parser, run_training
+from samplers import EndlessSampler, EvalSampler, SeededSet
+from segmentation.ade20k import EvalViews, TrainViews, build_dataset
+from segmentation.configs.recipes import Experiment
+from segmentation.miou import evaluate
+from segmentation.segmentor import Segmentor, build_segmentor
+from utils import Processes
+
+logger = logging.getLogger("twins")
+
+
+def build_train_loader(args: argparse.Namespace, experiment: Experiment, processes: Processes) -> DataLoader:
+    """Build the loader of the training set; an epoch of it is one interval between evaluations."""
+    dataset = build_dataset(experiment.dataset, experiment.data_root, True, max(experiment.scale))
+    views = TrainViews(dataset, experiment.scale, experiment.scale_range, experiment.crop_size)
+    sampler = EndlessSampler(
+        len(views),
+        length=experiment.eval_interval * experiment.global_batch,
+        world_size=processes.world_size,
+        rank=processes.rank,
+        seed=args.seed,
+    )
+    loading = loader_options(args, processes.device)
+    return DataLoader(SeededSet(views, args.seed), batch_size=experiment.batch_size, sampler=sampler, **loading)
+
+
+def build_eval_loader(
+    args: argparse.Namespace, experiment: Experiment, processes: Processes, ratios: Sequence[float] = (1.0,)
+) -> DataLoader:
+    """Build the loader of this process's share of the validation set; it gives one image at a time."""
+    dataset = build_dataset(experiment.dataset, experiment.data_root, False, max(experiment.scale))
+    views = EvalViews(dataset, experiment.scale, ratios)
+    sampler = EvalSampler(len(views), world_size=processes.world_size, rank=processes.rank)
+    return DataLoader(views, batch_size=None, sampler=sampler, **loader_options(args, processes.device))
+
+
+def build_training(args: argparse.Namespace, experiment: Experiment, processes: Processes, new: bool) -> Training:
+    """Build the data and the network of an experiment; in a new run, with the weights that it starts from."""
+    train_loader = build_train_loader(args, experiment, processes)
+    eval_loader = build_eval_loader(args, experiment, processes)
+    classes = eval_loader.dataset.dataset.classes
+    model = build_segmentor(experiment, len(classes), new and not args.finetune)
+    if args.finetune and new:
+        logger.info("%s", models.load_weights(model, args.finetune, finetune=True))
+
+    def evaluate_model(model: Segmentor) -> dict[str, float]:
+        matrix = evaluate(model, eval_loader, processes.device, len(classes), **inference_options(experiment))
+        figures = matrix.summary()
+        logger.info("%s\n%s", matrix.table(classes), describe(figures))
+        return {f"test_{name}": value for name, value in figures.items()}
+
+    return Training(
+        model=model,
+        train_loader=train_loader,
+        epochs=experiment.iterations // experiment.eval_interval,
+        schedule=partial(
+            PolySchedule,
+            iterations=experiment.iterations,
+            power=experiment.power,
+            min_lr=experiment.min_lr,
+            warmup_iterations=experiment.warmup_iterations,
+            warmup_ratio=experiment.warmup_ratio,
+        ),
+        compute_losses=compute_losses,
+        evaluate=evaluate_model,
+        best_figure="test_mIoU",
+    )
+
+
+def compute_losses(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the losses of a batch of images and labels."""
+    images, labels = batch
+    return model(images, labels)
+
+
+def inference_options(experiment: Experiment) -> dict:
+    """Return how an experiment sees an image: whole, or through windows."""
+    return {"window": experiment.window, "stride": experiment.stride} if experiment.window else {}
+
+
+def describe(figures: dict[str, float]) -> str:
+    """Return the figures of an evaluation in percent, as a line of text."""
+    return "  ".join(f"{name} {100 * value:.2f}" for name, value in figures.items())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run from the command line; see `command_line.run_script` for how it ends."""
+    parser = get_train_parser(__doc__)
+    args = parser.parse_args(argv)
+    run_script(
+        parser.prog, lambda args, processes: run_training(args, processes, build_training), args, kept=True
+    )
+
+
+if __name__ == "__main__":
+    main()
