@@ -35,14 +35,17 @@ def count_macs(name: str, input_size: int | tuple[int, int] = 224, **kwargs) -> 
     """
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     with torch.device("meta"):
-        model = timm.create_model(name, **kwargs).eval()
-        image = torch.empty(1, 3, *size)
+        return count_module_macs(timm.create_model(name, **kwargs), torch.empty(1, 3, *size))
+
+
+def count_module_macs(model: nn.Module, *inputs: torch.Tensor) -> Macs:
+    """Count the multiply-accumulates of a network, which may be on torch's meta device with its inputs."""
     normalised = []
-    for module in model.modules():
+    for module in model.eval().modules():
         if isinstance(module, nn.LayerNorm):
             module.register_forward_hook(lambda _module, _inputs, output: normalised.append(output.numel()))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(image)
+        model(*inputs)
     flops = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
     norms = NORM_OPERATIONS * sum(normalised)
     attention = sum(count for operation, count in flops.items() if "bmm" in operation or "attention" in operation)

@@ -36,7 +36,7 @@ from command_line import (
     one_line,
 )
 from engine import train_one_epoch
-from runs import choose_accumulation, choose_checkpoint, describe_batch, resume, run_epochs
+from runs import choose_accumulation, choose_checkpoint, compile_if_asked, describe_batch, resume, run_epochs
 from utils import Processes
 
 logger = logging.getLogger("twins")
@@ -311,9 +311,7 @@ def run_training(
         utils.seed_everything(args.seed + processes.rank)  # but drop path and dropout of its own on each
         if checkpoint:
             resume(state, checkpoint, options, same=("backbone",))
-        if args.compile:
-            logger.info("the model is compiled in its first steps, which can take minutes")
-            model.compile()
+        compile_if_asked(model, args.compile)
         parallel_model = utils.parallelise(model, processes)
         steps = len(training.train_loader) // accumulation
         n_parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -50,7 +50,7 @@ from datasets import BAD_IMAGE_POLICIES, DATA_SETS, IGNORED_TARGET, INAT_CATEGOR
 from engine import evaluate, train_one_epoch
 from losses import DISTILLATION_TYPES, DistillationLoss, choose_criterion
 from models.twins import MIN_INPUT_SIZE
-from runs import choose_accumulation, choose_checkpoint, describe_batch, resume, run_epochs
+from runs import choose_accumulation, choose_checkpoint, compile_if_asked, describe_batch, resume, run_epochs
 from samplers import EvalSampler, TrainSampler
 from utils import Processes
 
@@ -511,7 +511,7 @@ def run_evaluation(args: argparse.Namespace, processes: Processes) -> None:
             f"{nb_classes}; fine-tune them first"
         )
     model.to(processes.device)
-    compile_if_asked(args, model)
+    compile_if_asked(model, args.compile)
     logger.info("evaluating %s at %d pixels, %d classes", args.model, args.input_size, nb_classes)
     stats = evaluate(model, val_loader, processes.device, **evaluation_options(args, processes))
     report_evaluation(stats)
@@ -536,7 +536,7 @@ def run_training(args: argparse.Namespace, processes: Processes) -> None:
         utils.seed_everything(args.seed + processes.rank)  # but mixup and drop path of its own on each
         if checkpoint:
             resume(state, checkpoint, vars(args), same=("model", "opt"))
-        compile_if_asked(args, model)
+        compile_if_asked(model, args.compile)
         parallel_model = utils.parallelise(model, processes)
         announce(args, processes, model, nb_classes, accumulation, len(train_loader) // accumulation)
 
@@ -583,13 +583,6 @@ def build_trained_model(args: argparse.Namespace, nb_classes: int, new: bool) ->
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     return model
-
-
-def compile_if_asked(args: argparse.Namespace, model: nn.Module) -> None:
-    """Compile a model in place, so that the names of its parameters stay."""
-    if args.compile:
-        logger.info("the model is compiled in its first steps, which can take minutes")
-        model.compile()
 
 
 def evaluation_options(args: argparse.Namespace, processes: Processes) -> dict:

@@ -7,6 +7,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 import models
 import utils
 from checkpoints import CHECKPOINT_KEYS, RunFolder, TrainState
@@ -64,6 +66,13 @@ def describe_batch(batch_size: int, accumulation: int, lr: str, steps: int) -> s
         f"batch: {batch_size} images x {processes} processes x {accumulation} accumulated = global batch "
         f"{batch_size * processes * accumulation}; lr {lr}; {steps} steps per epoch"
     )
+
+
+def compile_if_asked(model: nn.Module, asked: bool) -> None:
+    """Compile a model in place, so that the names of its parameters stay."""
+    if asked:
+        logger.info("the model is compiled in its first steps, which can take minutes")
+        model.compile()
 
 
 def resume(state: TrainState, path: Path, args: Mapping[str, Any], same: Sequence[str]) -> None:

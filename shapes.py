@@ -71,11 +71,11 @@ def draw_scene(
     return Scene(image, tuple(labels), masks)
 
 
-def draw_crowd(seed: int | Sequence[int], size: int) -> Scene:
-    """Draw the scene of one to four objects that belongs to a seed, for dense tasks; see `draw_scene`."""
+def draw_crowd(seed: int | Sequence[int], size: int, *, most: int = 3) -> Scene:
+    """Draw the scene of one object or several, `most` at most, that belongs to a seed; see `draw_scene`."""
     rng = np.random.default_rng(seed)
-    labels = rng.integers(len(CLASSES), size=rng.integers(1, 5)).tolist()
-    return draw_scene(rng.integers(2**32, size=4).tolist(), size, labels=labels, radii=(0.12, 0.3))
+    labels = rng.integers(len(CLASSES), size=rng.integers(1, most + 1)).tolist()
+    return draw_scene(rng.integers(2**32, size=4).tolist(), size, labels=labels)
 
 
 def _draw_background(rng: np.random.Generator, size: int, colours: np.ndarray) -> Image.Image:

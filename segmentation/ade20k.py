@@ -26,21 +26,7 @@ SHAPES_TRAIN, SHAPES_VAL = 4000, 500  # images
 MAX_CLASS_SHARE = 0.75  # of a training crop
 CROP_TRIES = 10
 
-# The 150 classes of the scene parsing benchmark, in the order of their labels, 1 to 150.
-ADE20K_CLASSES = (
-    "wall, building, sky, floor, tree, ceiling, road, bed, windowpane, grass, cabinet, sidewalk, person, earth, door, "
-    "table, mountain, plant, curtain, chair, car, water, painting, sofa, shelf, house, sea, mirror, rug, field, "
-    "armchair, seat, fence, desk, rock, wardrobe, lamp, bathtub, railing, cushion, base, box, column, signboard, "
-    "chest of drawers, counter, sand, sink, skyscraper, fireplace, refrigerator, grandstand, path, stairs, runway, "
-    "case, pool table, pillow, screen door, stairway, river, bridge, bookcase, blind, coffee table, toilet, flower, "
-    "book, hill, bench, countertop, stove, palm, kitchen island, computer, swivel chair, boat, bar, arcade machine, "
-    "hovel, bus, towel, light, truck, tower, chandelier, awning, streetlight, booth, television receiver, airplane, "
-    "dirt track, apparel, pole, land, bannister, escalator, ottoman, bottle, buffet, poster, stage, van, ship, "
-    "fountain, conveyer belt, canopy, washer, plaything, swimming pool, stool, barrel, basket, waterfall, tent, bag, "
-    "minibike, cradle, oven, ball, food, step, tank, trade name, microwave, pot, animal, bicycle, lake, dishwasher, "
-    "screen, blanket, sculpture, hood, sconce, vase, traffic light, tray, ashcan, fan, pier, crt screen, plate, "
-    "monitor, bulletin board, shower, radiator, glass, clock, flag"
-).split(", ")
+ADE20K_CLASSES = Path(__file__).with_name("ade20k_classes.txt")  # labelled 1 to 150 in the files
 
 Sample = tuple[Tensor, Tensor]
 
@@ -67,7 +53,7 @@ def build_dataset(kind: str, data_root: str, is_train: bool, shapes_size: int) -
         raise ValueError(f"{root}: there is no such folder; name the one of the data set with --data-root")
     split = "training" if is_train else "validation"
     if kind == "ade20k":
-        return MaskFolder(root, split, ADE20K_CLASSES, make_colours(len(ADE20K_CLASSES)), first_label=1)
+        return MaskFolder(root, split, *read_classes(ADE20K_CLASSES), first_label=1)
     return MaskFolder(root, split, *read_classes(root / "classes.txt"))
 
 
@@ -85,9 +71,7 @@ class MaskFolder(Dataset):
         first_label: Label of the first class in the files. Lower ones are ignored, and so is 255.
     """
 
-    def __init__(
-        self, root: Path, split: str, classes: Sequence[str], colours: Sequence[tuple], first_label: int = 0
-    ):
+    def __init__(self, root: Path, split: str, classes: Sequence[str], colours: Sequence[tuple], first_label: int = 0):
         self.classes, self.colours, self.first_label = list(classes), list(colours), first_label
         self.images, self.labels = root / "images" / split, root / "annotations" / split
         for folder in (self.images, self.labels):
@@ -290,9 +274,9 @@ def random_crop(image: Tensor, labels: Tensor, size: int) -> Sample:
 
 
 def distort_colours(image: Tensor) -> Tensor:
-    """Change brightness (by up to 32), contrast and saturation (0.5 to 1.5) and hue (36 degrees), each by a chance of half.
+    """Change brightness, contrast, saturation and hue of a uint8 image `(3, H, W)`, each by a chance of half.
 
-    Contrast comes before saturation and hue or behind them. Image: uint8 `(3, H, W)`.
+    By up to 32 levels, by factors of 0.5 to 1.5 and by up to 36 degrees; contrast comes second or last.
     """
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     levels = np.arange(256)

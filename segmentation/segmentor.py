@@ -80,8 +80,8 @@ def build_segmentor(experiment: Experiment, num_classes: int, pretrained: bool) 
     backbone = build_backbone(experiment.backbone, weights, drop_path_rate=experiment.drop_path)
     dims, channels = backbone.embed_dims, experiment.channels
     if experiment.head == "fpn":
-        neck = FPN(dims)
-        return Segmentor(backbone, FPNHead(neck.channels, num_classes, channels), neck)
+        neck = FPN(dims, experiment.neck_channels)
+        return Segmentor(backbone, FPNHead(experiment.neck_channels, num_classes, channels), neck)
     auxiliary_head = FCNHead(dims[2], num_classes, channels // 2)
     return Segmentor(backbone, UPerHead(dims, num_classes, channels), auxiliary_head=auxiliary_head)
 

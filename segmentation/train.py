@@ -8,7 +8,7 @@ Bad input ends with one line that names it and a non-zero exit code; --traceback
 
 import argparse
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -72,17 +72,22 @@ def build_training(args: argparse.Namespace, experiment: Experiment, processes: 
         model=model,
         train_loader=train_loader,
         epochs=experiment.iterations // experiment.eval_interval,
-        schedule=partial(
-            PolySchedule,
-            iterations=experiment.iterations,
-            power=experiment.power,
-            min_lr=experiment.min_lr,
-            warmup_iterations=experiment.warmup_iterations,
-            warmup_ratio=experiment.warmup_ratio,
-        ),
+        schedule=build_schedule(experiment),
         compute_losses=compute_losses,
         evaluate=evaluate_model,
         best_figure="test_mIoU",
+    )
+
+
+def build_schedule(experiment: Experiment) -> Callable[[torch.optim.Optimizer], PolySchedule]:
+    """Return what builds the schedule of an optimizer."""
+    return partial(
+        PolySchedule,
+        iterations=experiment.iterations,
+        power=experiment.power,
+        min_lr=experiment.min_lr,
+        warmup_iterations=experiment.warmup_iterations,
+        warmup_ratio=experiment.warmup_ratio,
     )
 
 
@@ -106,9 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line; see `command_line.run_script` for how it ends."""
     parser = get_train_parser(__doc__)
     args = parser.parse_args(argv)
-    run_script(
-        parser.prog, lambda args, processes: run_training(args, processes, build_training), args, kept=True
-    )
+    run_script(parser.prog, partial(run_training, build_training=build_training), args, kept=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
 """Orders are whole, shared without overlap, and one for any number of processes."""
 
-import pytest
+import random
 
-from samplers import EvalSampler, TrainSampler
+import numpy as np
+import pytest
+import torch
+
+from samplers import EndlessSampler, EvalSampler, SampleKey, SeededSet, TrainSampler
 
 
 def epoch_of(world_size: int, *, num_samples=103, global_batch=12, epoch=0, **kwargs) -> list[list]:
@@ -74,3 +78,41 @@ def test_evaluation_shares_are_exact(world_size):
     shares = [list(EvalSampler(21, world_size=world_size, rank=rank)) for rank in range(world_size)]
     assert sorted(index for share in shares for index in share) == list(range(21))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_endless_order_is_one_shuffle_after_another(world_size):
+    """Seven images, epochs of twelve: they end in the middle of a shuffle, and the next goes on there."""
+    samplers = [EndlessSampler(7, length=12, world_size=world_size, rank=rank) for rank in range(world_size)]
+    order = []
+    for epoch in range(7):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+            assert len(sampler) == 12 // world_size
+        order += [key for keys in zip(*samplers, strict=True) for key in keys]
+    shuffles = [order[i : i + 7] for i in range(0, 84, 7)]
+    assert all(sorted(shuffle) == [SampleKey(i, index, 0) for index in range(7)] for i, shuffle in enumerate(shuffles))
+    assert len({tuple(key.index for key in shuffle) for shuffle in shuffles}) > 6
+    for sampler in samplers:
+        sampler.set_epoch(3, start=6)
+    rest = [key for keys in zip(*samplers, strict=True) for key in keys]
+    assert rest == order[42:48]
+    assert [len(sampler) for sampler in samplers] == [6 // world_size] * world_size
+
+
+def test_samples_are_seeded_by_their_keys_alone():
+    class Numbers(torch.utils.data.Dataset):
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, index):
+            return random.random(), np.random.rand(), torch.rand(()).item()
+
+    samples = SeededSet(Numbers(), seed=3)
+    before = torch.get_rng_state()
+    keys = [SampleKey(0, 1, 0), SampleKey(0, 2, 0), SampleKey(1, 1, 0)]
+    together = samples.__getitems__(keys)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert together == [samples[key] for key in reversed(keys)][::-1]
+    assert len({number for sample in together for number in sample}) == 9
+    assert SeededSet(Numbers(), seed=4)[keys[0]] != together[0]

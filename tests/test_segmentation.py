@@ -4,13 +4,11 @@ import json
 
 import numpy as np
 import pytest
-import timm
 import torch
 
-from models.twins import Twins
-from segmentation.heads import FPN, FCNHead, FPNHead, UPerHead
+from segmentation.configs.recipes import fpn_pvt_setting, upernet_swin_setting
 from segmentation.miou import ConfusionMatrix
-from segmentation.segmentor import IGNORED_LABEL, Segmentor, load_segmentor, pixel_cross_entropy, predict
+from segmentation.segmentor import IGNORED_LABEL, build_segmentor, load_segmentor, pixel_cross_entropy, predict
 from tests import golden_rule
 from tests.test_engine import on_processes
 from tests.test_models import DATA, PARAMETERS
@@ -27,23 +25,14 @@ PUBLISHED_PARAMETERS = {
 }
 
 
-def build_upernet(backbone: Twins, classes: int = 150) -> Segmentor:
-    dims = backbone.embed_dims
-    return Segmentor(backbone, UPerHead(dims, classes), auxiliary_head=FCNHead(dims[2], classes))
+SETTINGS = {"upernet": upernet_swin_setting, "fpn": fpn_pvt_setting}
 
 
-def build_fpn(backbone: Twins, classes: int = 150) -> Segmentor:
-    return Segmentor(backbone, FPNHead(256, classes), neck=FPN(backbone.embed_dims))
-
-
-BUILDERS = {"upernet": build_upernet, "fpn": build_fpn}
-
-
-@pytest.fixture(scope="module", params=BUILDERS)
+@pytest.fixture(scope="module", params=SETTINGS)
 def golden(request, tmp_path_factory):
     """A network with the golden weights, loaded from a file as the original's library writes it."""
     kind = request.param
-    model = BUILDERS[kind](timm.create_model("pcpvt_small"))
+    model = build_segmentor(SETTINGS[kind]("pcpvt_small"), 150, pretrained=False)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()} | GOLDEN["state"][kind]
     state = {name: torch.from_numpy(value) for name, value in golden_rule.state_from_shapes(shapes).items()}
     path = tmp_path_factory.mktemp(kind) / "released.pth"
@@ -113,9 +102,8 @@ def test_losses_equal_the_originals(golden):
 def test_parameter_counts(name):
     """The published ones less the classifier of 1000 classes and its norm, and with the norms between SVT's stages."""
     with torch.device("meta"):
-        backbone = timm.create_model(name, stage_norm=name.startswith("alt_gvt"))
-        dims = backbone.embed_dims
-        model = build_upernet(backbone)
+        model = build_segmentor(upernet_swin_setting(name), 150, pretrained=False)
+    dims = model.backbone.embed_dims
     classifier = dims[-1] * 1000 + 1000 + 2 * dims[-1]
     stage_norms = 2 * sum(dims) if name.startswith("alt_gvt") else 0
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -123,9 +111,10 @@ def test_parameter_counts(name):
 
 
 def test_weights_of_another_backbone_are_refused(tmp_path):
-    torch.save({"state_dict": build_fpn(timm.create_model("alt_gvt_tiny")).state_dict()}, tmp_path / "svt.pth")
+    other = build_segmentor(fpn_pvt_setting("alt_gvt_tiny"), 150, pretrained=False)
+    torch.save({"state_dict": other.state_dict()}, tmp_path / "svt.pth")
     with pytest.raises(ValueError, match=r"svt\.pth: these weights do not fit the model; .* missing: .*"):
-        load_segmentor(build_fpn(timm.create_model("pcpvt_tiny")), tmp_path / "svt.pth")
+        load_segmentor(build_segmentor(fpn_pvt_setting("pcpvt_tiny"), 150, pretrained=False), tmp_path / "svt.pth")
 
 
 def test_loss_divides_by_all_pixels():
@@ -143,7 +132,7 @@ def test_loss_divides_by_all_pixels():
 @pytest.fixture(scope="module")
 def tiny():
     torch.manual_seed(0)
-    return build_fpn(timm.create_model("alt_gvt_tiny"), classes=4).eval()
+    return build_segmentor(fpn_pvt_setting("alt_gvt_tiny"), 4, pretrained=False).eval()
 
 
 def picture(height: int, width: int) -> torch.Tensor:

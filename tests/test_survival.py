@@ -22,21 +22,22 @@ RESUMABLE = ["--auto-resume", "--save-every", "1"]
 
 
 class Run:
-    """main.py in the background, on one process or under torchrun, with what it prints in a file."""
+    """A script in the background, on one process or under torchrun, with what it prints in a file."""
 
-    def __init__(self, processes: int, options: list, output_dir: Path, launcher_options=()):
+    def __init__(self, processes: int, options: list, output_dir: Path, launcher_options=(), script="main.py"):
         torchrun = [
             *LAUNCHERS["torchrun"],
             f"--nproc_per_node={processes}",
             f"--master_port={free_port()}",
             *launcher_options,
         ]
-        command = [sys.executable, *(torchrun if processes > 1 else []), "main.py", *map(str, options)]
+        command = [sys.executable, *(torchrun if processes > 1 else []), script, *map(str, options)]
         command += ["--output_dir", str(output_dir)]
         self.folder = output_dir
+        self.script = script
         self.log = output_dir.with_name(f"{output_dir.name}-{time.monotonic_ns()}.out")
         with open(self.log, "w") as file:
-            env = os.environ | {"OMP_NUM_THREADS": "1"}
+            env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
             self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
 
     @property
@@ -53,7 +54,7 @@ class Run:
 
     def processes(self) -> dict[int, int]:
         """Return the ids of the processes of the run by rank."""
-        if self.process.args[1] == "main.py":
+        if self.process.args[1] == self.script:
             return {0: self.process.pid}
         ranks = {}
         for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():

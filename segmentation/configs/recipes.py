@@ -13,7 +13,8 @@ class Experiment:
     # The network.
     backbone: str  # of models/twins.py
     head: str = "upernet"  # or fpn
-    channels: int = 512  # width of the decode head
+    channels: int = 512  # width of the decode head; an auxiliary head has half of it
+    neck_channels: int = 256  # width of the feature pyramid of fpn
     drop_path: float = 0.2  # stochastic depth of the backbone's last block
     pretrained: str = "hub"  # ImageNet weights: a file, hub for the published ones on timm's hub, or nothing
 

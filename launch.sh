@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Run a script of segmentation/ or detection/ on several processes, one for each GPU.
+#
+#     bash launch.sh SCRIPT PROCESSES [arguments of the script]
+#
+# Environment: PYTHON, the interpreter (python). For several machines NNODES, NODE_RANK (0 on the first), MASTER_ADDR,
+# the address of the first, and PORT (29500). MAX_RESTARTS (0): how often dead processes are started again.
+set -euo pipefail
+script=$1 processes=$2
+shift 2
+[[ $processes =~ ^[1-9][0-9]*$ ]] || { echo "launch.sh: $processes is no number of processes" >&2; exit 2; }
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+python=${PYTHON:-python}
+if [ "${NNODES:-1}" -gt 1 ]; then
+    meeting=(--nnodes="$NNODES" --node_rank="$NODE_RANK" --master_addr="$MASTER_ADDR" --master_port="${PORT:-29500}")
+elif [ "$processes" -eq 1 ]; then
+    exec "$python" "$script" "$@"
+else
+    meeting=(${PORT:+--master_port="$PORT"})
+    [ ${#meeting[@]} -gt 0 ] || meeting=(--standalone)
+fi
+exec "$python" -m torch.distributed.run "${meeting[@]}" --nproc_per_node="$processes" \
+    --max-restarts="${MAX_RESTARTS:-0}" --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 "$script" "$@"

@@ -1,0 +1,291 @@
+"""Data of semantic segmentation on disk in the real layouts, and the published transforms against naive ones."""
+
+import colorsys
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from segmentation import ade20k
+from segmentation.ade20k import (
+    EvalViews,
+    MaskFolder,
+    TrainViews,
+    build_dataset,
+    distort_colours,
+    fitted_size,
+    normalise,
+    random_crop,
+    read_classes,
+    resize_image,
+    resize_labels,
+)
+from segmentation.segmentor import IGNORED_LABEL
+from tests.conftest import damage_jpeg
+
+SIZES = ((64, 48), (90, 70), (50, 80), (33, 100), (120, 41))
+
+
+def make_labels(size: tuple[int, int], seed: int, high: int = 151) -> np.ndarray:
+    """Return blocks of labels as they are in the files, 0 and the last among them."""
+    blocks = np.random.default_rng(seed).integers(high, size=(3, 4), dtype=np.uint8)
+    blocks[0, :2] = 0, high - 1
+    return np.asarray(Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST))
+
+
+@pytest.fixture(scope="session")
+def ade20k_folder(tmp_path_factory):
+    """ADEChallengeData2016 on a small scale: JPEGs of several sizes and PNG labels of 0 to 150."""
+    root = tmp_path_factory.mktemp("ADEChallengeData2016")
+    write_folder(root, high=151)
+    return root
+
+
+def write_folder(root, high: int, count: int = 5) -> None:
+    for part, split in enumerate(("training", "validation")):
+        for i in range(count):
+            size = SIZES[i % len(SIZES)]
+            name = f"ADE_{split[:5]}_{i + 1:08}"
+            pixels = np.random.default_rng((part, i)).integers(256, size=(6, 5, 3), dtype=np.uint8)
+            (root / "images" / split).mkdir(parents=True, exist_ok=True)
+            (root / "annotations" / split).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).resize(size).save(root / "images" / split / f"{name}.jpg")
+            Image.fromarray(make_labels(size, i, high)).save(root / "annotations" / split / f"{name}.png")
+
+
+def test_ade20k_ignores_0_and_shifts_the_others(ade20k_folder):
+    dataset = build_dataset("ade20k", str(ade20k_folder), False, 0)
+    assert (len(dataset.classes), dataset.classes[0], dataset.classes[149]) == (150, "wall", "flag")
+    assert len(set(dataset.classes)) == len(set(dataset.colours)) == 150
+    assert [dataset.name(i) for i in range(5)] == [f"ADE_valid_{i + 1:08}" for i in range(5)]
+    for i, (width, height) in enumerate(SIZES):
+        image, labels = dataset[i]
+        assert (image.shape, image.dtype) == ((3, height, width), torch.uint8)
+        stored = make_labels(SIZES[i], i).astype(int)
+        expected = np.where(stored == 0, IGNORED_LABEL, stored - 1)
+        assert np.array_equal(labels.numpy(), expected)
+        assert {IGNORED_LABEL, 149} <= set(labels.unique().tolist())
+        with Image.open(dataset.images / dataset.files[i]) as file:
+            assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(file))
+
+
+def test_ones_own_folder(tmp_path):
+    write_folder(tmp_path, high=3, count=2)
+    (tmp_path / "classes.txt").write_text("road 128 64 128\ntraffic light\n\nsky 1 2 300\n")
+    dataset = build_dataset("folder", str(tmp_path), True, 0)
+    assert dataset.classes == ["road", "traffic light", "sky 1 2 300"]
+    assert dataset.colours[0] == (128, 64, 128)
+    assert len(set(dataset.colours)) == 3
+    assert np.array_equal(dataset[0][1].numpy(), make_labels(SIZES[0], 0, 3))  # labels from 0 on, as they are
+
+
+def test_shapes_are_the_same_each_time_and_differ_between_parts():
+    train, val = (build_dataset("shapes", "", is_train, 48) for is_train in (True, False))
+    assert (len(train.classes), train.classes[0]) == (11, "background")
+    for a, b in zip(train[3], train[3], strict=True):
+        assert torch.equal(a, b)
+    assert not torch.equal(train[3][0], val[3][0])
+    seen = torch.cat([train[i][1].unique() for i in range(40)]).unique()
+    assert seen.tolist() == list(range(11))
+
+
+def break_folder(root, how: str) -> None:
+    image, label = (
+        root / part / "validation" / f"ADE_valid_00000002.{suffix}"
+        for part, suffix in (("images", "jpg"), ("annotations", "png"))
+    )
+    if how == "no labels at all":
+        (root / "annotations/validation").rename(root / "annotations/val")
+    elif how == "one without labels":
+        label.unlink()
+    elif how == "sizes differ":
+        Image.fromarray(make_labels((90, 71), 0)).save(label)
+    elif how == "label too high":
+        Image.fromarray(np.full((70, 90), 151, np.uint8)).save(label)
+    elif how == "colours for labels":
+        Image.new("RGB", (90, 70)).save(label)
+    elif how == "damaged image":
+        damage_jpeg(image)
+    elif how == "no images":
+        for file in (root / "images/validation").iterdir():
+            file.unlink()
+
+
+FAULTS = {
+    "no labels at all": r"annotations/validation is missing; .* should hold images/ and annotations/",
+    "one without labels": r"images/validation/ADE_valid_00000002\.jpg: has no labels; .*00000002\.png is missing",
+    "sizes differ": r"00000002\.png: has 90x71 pixels, but .*00000002\.jpg 90x70",
+    "label too high": r"00000002\.png: has the label 151, but there are 150 classes, labelled 1 to 150",
+    "colours for labels": r"00000002\.png: is a PNG of mode RGB; labels are a single channel",
+    "damaged image": r"00000002\.jpg: cannot be read as an image",
+    "no images": r"images/validation holds no images",
+}
+
+
+@pytest.mark.parametrize("how", FAULTS)
+def test_faults_of_the_files_are_named(how, tmp_path):
+    write_folder(tmp_path, high=151)
+    break_folder(tmp_path, how)
+    with pytest.raises(ValueError, match=FAULTS[how]):
+        list(build_dataset("ade20k", str(tmp_path), False, 0))
+
+
+def test_missing_folders_and_class_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere: there is no such folder; name the one .* with --data-root"):
+        build_dataset("ade20k", str(tmp_path / "nowhere"), True, 0)
+    with pytest.raises(ValueError, match=r"classes\.txt: cannot be read .* one a line"):
+        build_dataset("folder", str(tmp_path), True, 0)
+    (tmp_path / "classes.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"classes\.txt: names 0 classes"):
+        read_classes(tmp_path / "classes.txt")
+
+
+def test_stored_255_is_ignored_everywhere(tmp_path):
+    write_folder(tmp_path, high=2, count=1)
+    path = tmp_path / "annotations/training/ADE_train_00000001.png"
+    Image.fromarray(np.full((48, 64), 255, np.uint8)).save(path)
+    for first_label in (0, 1):
+        dataset = MaskFolder(tmp_path, "training", ["a", "b"], [(0, 0, 0)] * 2, first_label)
+        assert dataset[0][1].unique().tolist() == [IGNORED_LABEL]
+
+
+# ------------------------------------------------------------------------------------------------------ transforms
+
+
+@pytest.mark.parametrize(
+    ("size", "ratio", "expected"),
+    [
+        ((512, 683), 1.0, (512, 683)),  # the shorter side decides
+        ((300, 500), 1.0, (512, 853)),
+        ((100, 900), 1.0, (228, 2048)),  # the longer side decides
+        ((900, 100), 0.5, (1024, 114)),
+        ((480, 640), 1.75, (896, 1195)),
+        ((481, 641), 0.7777, (398, 530)),  # sides of the scale are whole: 1592 and 398
+    ],
+)
+def test_images_are_fitted_into_the_scale(size, ratio, expected):
+    assert fitted_size(size, (2048, 512), ratio) == fitted_size(size, (512, 2048), ratio) == expected
+
+
+@pytest.mark.parametrize("size", [(7, 5), (20, 31), (12, 9)])
+def test_resizing_equals_a_loop(size):
+    """Bilinear between the centres of pixels, unsmoothed; labels from the pixel under the corner."""
+    image = torch.randint(256, (3, 12, 9), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = image[0]
+    resized, relabelled = resize_image(image, size), resize_labels(labels, size)
+    for y, x in np.ndindex(*size):
+        v, u = (
+            min(max((i + 0.5) * old / new - 0.5, 0), old - 1) for i, old, new in zip((y, x), (12, 9), size, strict=True)
+        )
+        top, left = int(v), int(u)
+        bottom, right = min(top + 1, 11), min(left + 1, 8)
+        for c in range(3):
+            channel = image[c].double()
+            upper = channel[top, left] * (1 - u + left) + channel[top, right] * (u - left)
+            lower = channel[bottom, left] * (1 - u + left) + channel[bottom, right] * (u - left)
+            assert abs(resized[c, y, x].item() - (upper * (1 - v + top) + lower * (v - top))) < 1
+        assert relabelled[y, x] == labels[int(y * 12 / size[0]), int(x * 9 / size[1])]
+
+
+def test_crops_avoid_a_class_that_fills_them():
+    """Left half one class, right half many: all crops see both, unless ten tries find none."""
+    labels = torch.zeros(40, 80, dtype=torch.uint8)
+    labels[:, 40:] = torch.arange(40) % 7 + 1
+    labels[:4] = IGNORED_LABEL
+    image = labels.expand(3, -1, -1)
+    np.random.seed(0)
+    for _ in range(200):
+        part, crop = random_crop(image, labels, 24)
+        assert crop.shape == (24, 24)
+        assert torch.equal(part[1], crop)
+        counts = torch.bincount(crop.flatten(), minlength=256)[:255]
+        assert counts.max() < 0.75 * counts.sum()
+    tops = {
+        int(random_crop(torch.arange(40).view(1, 40, 1).expand(3, 40, 80), labels, 24)[0][0, 0, 0]) for _ in range(400)
+    }
+    assert tops == set(range(17))  # up to the border
+    alone = torch.ones(40, 80, dtype=torch.uint8)
+    assert random_crop(image, alone, 24)[1].unique().tolist() == [1]  # nothing better to be found
+    assert random_crop(image, labels, 60)[1].shape == (40, 60)  # all there is of a side
+
+
+def naive_distortion(pixel, brightness, contrast, saturation, hue, contrast_first):
+    """The published distortion of one pixel, in exact numbers."""
+    value = np.clip(np.array(pixel, float) + brightness, 0, 255)
+    if contrast_first:
+        value = np.clip(value * contrast, 0, 255)
+    h, s, v = colorsys.rgb_to_hsv(*(value / 255))
+    value = 255 * np.array(colorsys.hsv_to_rgb((h + hue / 360) % 1, min(s * saturation, 1), v))
+    return value if contrast_first else np.clip(value * contrast, 0, 255)
+
+
+@pytest.mark.parametrize(
+    "coins", [(c, m) for c in ((1, 1, 1, 1), (0, 1, 0, 1), (1, 0, 1, 0), (0, 0, 0, 1)) for m in (0, 1)]
+)
+def test_colours_are_distorted_as_published(coins, monkeypatch):
+    (bright, contrasted, saturated, hued), contrast_first = coins
+    uniform = iter(
+        [*[20.5] * bright, *([1.3] * contrasted if contrast_first else []), *[0.7] * saturated, *[1.3] * contrasted]
+    )
+    flips = [bright, contrast_first, *([contrasted] if contrast_first else []), saturated, hued]
+    flips = iter(flips + ([] if contrast_first else [contrasted]))
+    monkeypatch.setattr(ade20k, "_coin", lambda: bool(next(flips)))
+    monkeypatch.setattr(np.random, "uniform", lambda low, high: next(uniform))
+    monkeypatch.setattr(np.random, "randint", lambda low, high: -15)
+    image = torch.randint(30, 200, (3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    distorted = distort_colours(image)
+    for y, x in np.ndindex(8, 8):
+        expected = naive_distortion(
+            image[:, y, x].tolist(),
+            20.5 if bright else 0,
+            1.3 if contrasted else 1,
+            0.7 if saturated else 1,
+            -30 if hued else 0,
+            contrast_first,
+        )
+        assert np.abs(distorted[:, y, x].numpy() - expected).max() <= 6, (y, x)  # 8 bits a channel in each step
+
+
+def test_distortions_have_the_published_ranges():
+    grey = torch.full((3, 4, 4), 100, dtype=torch.uint8)
+    np.random.seed(0)
+    levels = [distort_colours(grey)[0, 0, 0].item() for _ in range(2000)]
+    assert min(levels) in range(32, 42)  # (100 - 32) x 0.5
+    assert max(levels) in range(185, 199)  # (100 + 32) x 1.5
+    assert sum(level == 100 for level in levels) / 2000 == pytest.approx(0.25, abs=0.05)  # neither of the two
+    red = torch.tensor([130, 70, 70], dtype=torch.uint8).view(3, 1, 1).repeat(1, 4, 4)
+    hues = [colorsys.rgb_to_hsv(*distort_colours(red)[:, 0, 0].tolist())[0] for _ in range(2000)]
+    hues = [360 * (hue - round(hue)) for hue in hues]
+    assert -38 < min(hues) < -30
+    assert 30 < max(hues) < 38
+
+
+def test_training_views_are_cropped_flipped_and_padded(ade20k_folder):
+    views = TrainViews(build_dataset("ade20k", str(ade20k_folder), True, 0), (160, 40), (0.5, 2.0), 64)
+    random.seed(0)
+    np.random.seed(0)
+    padded = 0
+    for index in [0, 1, 2, 3, 4] * 8:
+        image, labels = views[index]
+        assert (image.shape, image.dtype) == ((3, 64, 64), torch.float32)
+        assert (labels.shape, labels.dtype) == ((64, 64), torch.uint8)
+        outside = (image == 0).all(0)
+        assert (labels[outside] == IGNORED_LABEL).all()
+        padded += outside[-1, -1].item()
+        assert not outside[0, 0]
+    assert 0 < padded < 40
+
+
+def test_views_of_an_evaluation(ade20k_folder):
+    dataset = build_dataset("ade20k", str(ade20k_folder), False, 0)
+    index, images, labels = EvalViews(dataset, (2048, 64), (0.5, 1.0, 1.75))[2]
+    assert index == 2
+    assert [tuple(image.shape) for image in images] == [(3, 51, 32), (3, 102, 64), (3, 179, 112)]
+    assert torch.equal(labels, dataset[2][1])
+    one = EvalViews(dataset, (2048, 48))[0][1][0]
+    expected = dataset[0][0].double() / 255  # already of that size
+    for channel, (mean, std) in enumerate(((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))):
+        assert torch.allclose(one[channel].double(), (expected[channel] - mean) / std, atol=1e-5)
+    assert torch.equal(one, normalise(dataset[0][0]))

@@ -1,0 +1,132 @@
+"""Experiments, backbones, parameter groups and schedules of the dense tasks."""
+
+from dataclasses import dataclass
+
+import pytest
+import timm
+import torch
+
+from dense import PolySchedule, build_backbone, change_fields, load_experiment, parameter_groups
+from tests.conftest import ROOT
+
+
+@dataclass(frozen=True)
+class Fields:
+    """One field of each type."""
+
+    whole: int = 1
+    real: float = 1.0
+    text: str = "one"
+    flag: bool = False
+    pair: tuple[int, int] = (1, 2)
+    many: tuple[float, ...] = (0.5,)
+    maybe: int | None = None
+
+
+def test_fields_are_changed_with_their_types():
+    changes = ["whole=2", "real=3", "text=two", "flag=True", "pair=(3, 4)", "many=[1, 2.5]", "maybe=5"]
+    assert change_fields(Fields(), changes) == Fields(2, 3.0, "two", True, (3, 4), (1.0, 2.5), 5)
+    assert type(change_fields(Fields(), ["real=3"]).real) is float
+    assert change_fields(Fields(maybe=5), ["maybe=None", "text=1e-3", "real=1e-3"]) == Fields(real=1e-3, text="1e-3")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("whole=2.5", "--cfg-options whole: '2.5' is not of type int"),
+        ("whole=True", "--cfg-options whole: 'True' is not of type int"),
+        ("real=fast", "--cfg-options real: 'fast' is not of type float"),
+        ("flag=1", "--cfg-options flag: '1' is not of type bool"),
+        ("pair=(1, 2, 3)", r"--cfg-options pair: '\(1, 2, 3\)' is not of type tuple\[int, int\]"),
+        ("pair=(1, 2.5)", "--cfg-options pair"),
+        ("many=0.5", r"--cfg-options many: '0.5' is not of type tuple\[float, ...\]"),
+        ("maybe=x", r"--cfg-options maybe: 'x' is not of type int | None"),
+        ("wole=1", "--cfg-options wole: there is no such key; did you mean whole?"),
+        ("whole", "--cfg-options 'whole' is no key=value"),
+    ],
+)
+def test_bad_changes_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        change_fields(Fields(), [change])
+
+
+def test_files_without_an_experiment_are_refused(tmp_path):
+    configs = ROOT / "segmentation/configs"
+    with pytest.raises(ValueError, match=r"there is no such config; did you mean fpn_pcpvt_s_512x512_80k_ade20k\.py"):
+        load_experiment(configs / "fpn_pcpvt_s_512x512_80k_ade20.py")
+    with pytest.raises(ValueError, match=r"recipes\.py: defines no experiment"):
+        load_experiment(configs / "recipes.py")
+
+
+# ------------------------------------------------------------------------------------------------------- networks
+
+
+def test_a_backbone_starts_from_the_weights_of_a_classifier(tmp_path, caplog):
+    classifier = timm.create_model("alt_gvt_tiny", num_classes=7)
+    torch.save({"model": classifier.state_dict()}, tmp_path / "classifier.pth")
+    with caplog.at_level("INFO", "twins"):
+        backbone = build_backbone("alt_gvt_tiny", str(tmp_path / "classifier.pth"))
+    state = backbone.state_dict()
+    norms = {f"norm_list.{stage}.{name}" for stage in range(4) for name in ("weight", "bias")}
+    assert set(classifier.state_dict()) - set(state) == {"head.weight", "head.bias", "norm.weight", "norm.bias"}
+    assert set(state) - set(classifier.state_dict()) == norms
+    for name, tensor in state.items():
+        expected = classifier.state_dict().get(name, torch.full_like(tensor, float(name.endswith("weight"))))
+        assert torch.equal(tensor, expected), name
+    assert f"loaded {len(state) - 8} tensors; skipped head.weight" in caplog.text.replace(
+        "norm.weight, norm.bias, ", ""
+    )
+    assert "new norm_list.0.weight" in caplog.text
+
+
+@pytest.mark.parametrize("change", ["rename", "other depth"])
+def test_weights_that_do_not_fit_a_backbone_are_refused(tmp_path, change):
+    state = timm.create_model("pcpvt_tiny").state_dict()
+    if change == "rename":
+        state["blocks.0.0.mlp.fc3.weight"] = state.pop("blocks.0.0.mlp.fc1.weight")
+    else:
+        state = timm.create_model("pcpvt_tiny", depths=(1, 2, 3, 2)).state_dict()
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"other\.pth: these weights do not fit the model"):
+        build_backbone("pcpvt_tiny", str(tmp_path / "other.pth"))
+
+
+def test_an_unknown_backbone_is_refused():
+    with pytest.raises(ValueError, match="backbone 'pcpvt_smal' is unknown; did you mean pcpvt_small"):
+        build_backbone("pcpvt_smal", "")
+
+
+# --------------------------------------------------------------------------------------------------- optimisation
+
+
+@pytest.mark.parametrize("name", ["pcpvt_small", "alt_gvt_small"])
+def test_norms_and_positional_encodings_are_not_decayed(name):
+    with torch.device("meta"):
+        backbone = build_backbone(name, "")
+    groups = parameter_groups(backbone, 0.01, ("norm", "pos_block"))
+    names = {id(parameter): name for name, parameter in backbone.named_parameters()}
+    expected = {
+        id(p) for module in backbone.modules() if isinstance(module, torch.nn.LayerNorm) for p in module.parameters()
+    }
+    expected |= {id(parameter) for parameter in backbone.pos_block.parameters()}
+    assert [group["weight_decay"] for group in groups] == [0.01, 0.0]
+    assert {names[id(p)] for p in groups[1]["params"]} == {names[each] for each in expected}
+    assert len(groups[0]["params"]) + len(groups[1]["params"]) == len(names)
+
+
+def rates(moments, lr, **schedule) -> list[float]:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+    scheduler = PolySchedule(optimizer, **schedule)
+    found = []
+    for iteration in moments:
+        scheduler.step_update(iteration)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+def test_a_schedule_forgets_nothing_and_keeps_no_place():
+    """Asked in any order it gives the same rates, so a resumed run needs the iteration alone."""
+    schedule = {"iterations": 100, "power": 0.9, "min_lr": 1e-6, "warmup_iterations": 10, "warmup_ratio": 0.1}
+    there = rates(range(100), 1e-3, **schedule)
+    assert rates(reversed(range(100)), 1e-3, **schedule) == there[::-1]
+    assert max(there) == there[10]

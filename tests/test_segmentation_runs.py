@@ -1,0 +1,355 @@
+"""Training and testing of segmentation as its users run them: the published commands, configs, resuming, bad input."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from dense import PolySchedule, build_state, get_train_parser, load_experiment
+from segmentation import test as test_script
+from segmentation import train as train_script
+from segmentation.overlays import draw_overlay
+from segmentation.segmentor import build_segmentor
+from tests.conftest import ROOT, assert_same_run, read_log
+from tests.test_ade20k import SIZES, ade20k_folder, make_labels, write_folder  # noqa: F401  a fixture among them
+from tests.test_survival import Run, start  # noqa: F401  a fixture among them
+
+FOLDER = ROOT / "segmentation"
+UPERNET = "configs/upernet_alt_gvt_s_512x512_160k_ade20k_swin_setting.py"
+FPN = "configs/fpn_alt_gvt_s_512x512_80k_ade20k.py"
+TINY = ["--device", "cpu", "--num_workers", "0"]
+SMALL = ["backbone=alt_gvt_tiny", "pretrained=", "channels=16", "scale=(128, 48)", "crop_size=32", "iterations=6"]
+SMALL += ["eval_interval=3", "batch_size=2", "global_batch=4", "warmup_iterations=2", "lr=1e-3", "window=0"]
+
+
+def run_bash(*command) -> subprocess.CompletedProcess:
+    """Run a script of segmentation/ in that folder, as the README has it."""
+    env = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = ["bash", *map(str, command)]
+    return subprocess.run(command, cwd=FOLDER, env=env, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.fixture(scope="session")
+def trained(ade20k_folder, tmp_path_factory):  # noqa: F811
+    """Six iterations on ADE20K's layout by the published command, two processes; return the folder and the output."""
+    folder = tmp_path_factory.mktemp("segmentation") / "run"
+    options = [*TINY, "--data-root", ade20k_folder, "--work-dir", folder, "--print-freq", 1, "--cfg-options", *SMALL]
+    result = run_bash("dist_train.sh", UPERNET, 2, *options)
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+def test_a_training_leaves_what_is_promised(trained):
+    folder, output = trained
+    names = {"args.json", "log.txt", "checkpoint.pth", "checkpoint.1.pth", "checkpoint_best.pth", ".lock"}
+    assert {file.name for file in folder.iterdir()} == names
+    assert "batch: 2 images x 2 processes x 1 accumulated = global batch 4; lr 0.001; 3 steps per epoch" in output
+    lines = read_log(folder)
+    assert [line["epoch"] for line in lines] == [0, 1]
+    for line in lines:
+        assert {"train_decode", "train_aux", "train_lr", "test_mIoU", "test_mAcc", "test_aAcc"} < set(line)
+        assert line["train_loss"] == pytest.approx(line["train_decode"] + line["train_aux"])
+    rates = [1e-3 * (1 - i / 6) * min(1, 1e-6 + (1 - 1e-6) * i / 2) for i in range(6)]
+    logged = [lines[0]["train_lr"], lines[1]["train_lr"]]
+    assert logged == pytest.approx([np.mean(rates[:3]), np.mean(rates[3:])])
+    assert f"mIoU {100 * lines[1]['test_mIoU']:.2f}" in output
+
+
+WAYS = {"single-scale": [], "multi-scale": ["--aug-test"], "sliding": ["window=32", "stride=21"]}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_figures_equal_those_of_the_written_predictions(way, trained, ade20k_folder, tmp_path):  # noqa: F811
+    """Counted anew from the PNG files, whose labels are those of ADE20K: 1 to 150, with 0 ignored in the truth."""
+    folder, output = trained
+    changes = [*SMALL, *(each for each in WAYS[way] if "=" in each)]
+    flags = [each for each in WAYS[way] if "=" not in each]
+    options = [*TINY, "--data-root", ade20k_folder, "--out", tmp_path, *flags, "--cfg-options", *changes]
+    result = run_bash("dist_test.sh", UPERNET, folder / "checkpoint.pth", 1, "--eval", "mIoU", *options)
+    assert result.returncode == 0, result.stderr
+    files = sorted(tmp_path.iterdir())
+    assert [file.name for file in files] == [f"ADE_valid_{i + 1:08}.png" for i in range(5)]
+    hits, unions, labelled = np.zeros(151), np.zeros(151), np.zeros(151)
+    for i, file in enumerate(files):
+        predicted, truth = np.asarray(Image.open(file)), make_labels(SIZES[i], i)
+        assert predicted.shape == truth.shape
+        for label in range(1, 151):
+            counted = truth != 0
+            here, there = (predicted == label) & counted, truth == label
+            hits[label] += (here & there).sum()
+            unions[label] += (here | there).sum()
+            labelled[label] += there.sum()
+    miou = 100 * np.mean(hits[unions > 0] / unions[unions > 0])
+    macc = 100 * np.mean(hits[labelled > 0] / labelled[labelled > 0])
+    expected = f"mIoU {miou:.2f}  mAcc {macc:.2f}  aAcc {100 * hits.sum() / labelled.sum():.2f}"
+    assert result.stdout.splitlines()[-1] == expected
+    if way == "single-scale":
+        assert f"mIoU {miou:.2f}  mAcc {macc:.2f}" in output  # what the training said about the same weights
+
+
+def test_the_figures_are_the_same_for_any_number_of_processes(trained, ade20k_folder, tmp_path):  # noqa: F811
+    folder, _ = trained
+    outputs, pictures = [], []
+    for processes in (1, 2, 3):
+        out = tmp_path / str(processes)
+        options = [*TINY, "--data-root", ade20k_folder, "--out", out, "--show-dir", out / "shown"]
+        options += ["--cfg-options", *SMALL]
+        result = run_bash("dist_test.sh", UPERNET, folder / "checkpoint_best.pth", processes, *options)
+        assert result.returncode == 0, result.stderr
+        outputs.append(result.stdout[result.stdout.index("class ") :])
+        pictures.append({file.relative_to(out): file.read_bytes() for file in out.rglob("*.png")})
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert pictures[0] == pictures[1] == pictures[2]
+    assert len(pictures[0]) == 10
+
+
+SURVIVING = [FOLDER / UPERNET, *TINY, "--save-every", "1", "--print-freq", "1"]
+
+
+def test_a_killed_run_ends_as_an_uninterrupted_one(ade20k_folder, tmp_path, start):  # noqa: F811
+    """Two processes, killed in each interval, one time while a checkpoint is written."""
+    script = "segmentation/train.py"
+    changes = ["--cfg-options", *SMALL, "iterations=12", "eval_interval=6", "drop_path=0.3"]
+    command = [*SURVIVING, "--data-root", ade20k_folder, *changes]
+    straight = Run(2, command, tmp_path / "straight", script=script)
+    assert straight.end() == 0, straight.output
+    command += ["--auto-resume"]
+    for pattern in (r"epoch 0 \[[1234]/6\]", r"epoch 0 \[6/6\]", r"epoch 1 \[[234]/6\]"):
+        run = start(2, command, script=script)
+        run.wait_for(lambda run, pattern=pattern: re.search(pattern, run.output), pattern)
+        run.kill()
+        assert run.process.returncode < 0
+    run = start(2, command, script=script)
+    assert run.end() == 0, run.output
+    assert "resumed" in run.output
+    assert_same_run(tmp_path / "run", tmp_path / "straight", ("checkpoint.pth", "checkpoint_best.pth"))
+
+
+@pytest.mark.parametrize("config", ["upernet_alt_gvt_tiny_shapes.py", "fpn_alt_gvt_tiny_shapes.py"])
+def test_a_tiny_network_learns_from_a_classifiers_weights(config, tmp_path, capsys):
+    """Sixty steps on shapes, after which it tells them from the background."""
+    torch.manual_seed(0)
+    torch.save(timm.create_model("alt_gvt_tiny", num_classes=10).state_dict(), tmp_path / "classifier.pth")
+    changes = ["iterations=60", "eval_interval=60", "scale=(32, 32)", "crop_size=32", "warmup_iterations=10"]
+    options = ["--pretrained", tmp_path / "classifier.pth", "--work-dir", tmp_path / "run"]
+    options = map(str, [FOLDER / "configs" / config, *TINY, *options, "--cfg-options", *changes])
+    train_script.main(list(options))
+    output = capsys.readouterr().out
+    assert f"backbone from {tmp_path / 'classifier.pth'}: loaded 120 tensors; skipped" in output
+    (line,) = read_log(tmp_path / "run")
+    assert line["train_loss"] < 3
+    assert line["test_aAcc"] > 0.6
+
+
+def test_fine_tuning_makes_new_heads_for_other_classes(trained, tmp_path, capsys):
+    folder, _ = trained
+    write_folder(tmp_path, high=4, count=4)
+    (tmp_path / "classes.txt").write_text("a\nb\nc\nd\n")
+    changes = ["--cfg-options", *SMALL, "dataset=folder", "iterations=3", "lr=1e-12"]
+    options = ["--finetune", folder / "checkpoint.pth", "--data-root", tmp_path, "--work-dir", tmp_path / "run"]
+    train_script.main([str(each) for each in (FOLDER / UPERNET, *TINY, *options, *changes)])
+    heads = [f"{head}.conv_seg.{kind}" for head in ("decode_head", "auxiliary_head") for kind in ("weight", "bias")]
+    assert f"skipped {', '.join(heads)}" in capsys.readouterr().out
+    before, after = (torch.load(f / "checkpoint.pth", weights_only=True)["model"] for f in (folder, tmp_path / "run"))
+    assert after["decode_head.conv_seg.weight"].shape[0] == 4
+    for name, parameter in after.items():
+        if name not in heads and "running" not in name and "num_batches" not in name:
+            assert torch.allclose(parameter, before[name], atol=1e-9), name
+
+
+# -------------------------------------------------------------------------------------------------------- experiments
+
+BACKBONES = {
+    **{"pcpvt_s": "pcpvt_small", "pcpvt_b": "pcpvt_base", "pcpvt_l": "pcpvt_large"},
+    **{"alt_gvt_s": "alt_gvt_small", "alt_gvt_b": "alt_gvt_base", "alt_gvt_l": "alt_gvt_large"},
+}
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_published_experiments(name):
+    upernet = load_experiment(FOLDER / f"configs/upernet_{name}_512x512_160k_ade20k_swin_setting.py")
+    fpn = load_experiment(FOLDER / f"configs/fpn_{name}_512x512_80k_ade20k.py")
+    for experiment in (upernet, fpn):
+        assert (experiment.backbone, experiment.dataset) == (BACKBONES[name], "ade20k")
+        assert (experiment.scale, experiment.scale_range, experiment.crop_size) == ((2048, 512), (0.5, 2.0), 512)
+        assert experiment.test_ratios == (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
+    assert (upernet.head, upernet.channels, upernet.iterations) == ("upernet", 512, 160_000)
+    assert upernet.global_batch == 8 * upernet.batch_size == (32 if name == "pcpvt_s" else 16)
+    assert upernet.drop_path == (0.3 if name == "alt_gvt_l" else 0.2)
+    assert (upernet.lr, upernet.weight_decay, upernet.not_decayed) == (6e-5, 0.01, ("norm", "pos_block"))
+    assert (fpn.head, fpn.channels, fpn.iterations, fpn.drop_path) == ("fpn", 128, 80_000, 0.2)
+    assert fpn.global_batch == 8 * fpn.batch_size == 32
+    assert (fpn.lr, fpn.weight_decay, fpn.not_decayed) == (1e-4, 1e-4, ())
+
+
+def test_every_config_says_what_it_reproduces():
+    configs = sorted(set((FOLDER / "configs").glob("*.py")) - {FOLDER / "configs/recipes.py"})
+    assert len(configs) == 14
+    for config in configs:
+        docstring = config.read_text().split('"""')[1]
+        assert f"bash dist_train.sh configs/{config.name} " in docstring
+        assert f"bash dist_test.sh configs/{config.name} checkpoint_file" in docstring
+        assert "To expect: " in docstring
+        assert load_experiment(config).backbone in docstring or "Twins-" in docstring
+
+
+def rates(config: str, iterations: list[int]) -> list[float]:
+    """Return the learning rates of an experiment as its training sets them."""
+    experiment = load_experiment(FOLDER / config)
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=experiment.lr)
+    schedule = train_script.build_schedule(experiment)(optimizer)
+    assert isinstance(schedule, PolySchedule)
+    found = []
+    for iteration in iterations:
+        schedule.step_update(iteration)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+def test_learning_rates_equal_the_formula():
+    iterations = [0, 1, 750, 1499, 1500, 80_000, 159_999]
+    expected = []
+    for i in iterations:
+        warmth = 1 - (1 - i / 1500) * (1 - 1e-6) if i < 1500 else 1
+        expected.append(6e-5 * (1 - i / 160_000) * warmth)
+    assert rates(UPERNET, iterations) == pytest.approx(expected, rel=1e-12)
+    assert expected[3:] == pytest.approx([5.9398e-5, 5.94375e-5, 3e-5, 3.75e-10], rel=1e-4)
+    iterations = [0, 1, 40_000, 79_999]
+    expected = [(1e-4 - 1e-6) * (1 - i / 80_000) ** 0.9 + 1e-6 for i in iterations]
+    assert rates(FPN, iterations) == pytest.approx(expected, rel=1e-12)
+    assert expected == pytest.approx([1e-4, 9.99989e-5, 5.4053e-5, 1.00383e-6], rel=1e-4)
+
+
+def test_weight_decay_of_the_whole_networks():
+    """None on names with norm or pos_block in UPerNet, on the batch norms of its heads all the same; all in FPN."""
+    for config in (UPERNET, FPN):
+        experiment = load_experiment(FOLDER / config)
+        with torch.device("meta"):
+            model = build_segmentor(experiment, 150, pretrained=False)
+        state = build_state(
+            get_train_parser("").parse_args(["x"]),
+            experiment,
+            model,
+            train_script.build_schedule(experiment),
+            torch.device("cpu"),
+        )
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        decays = {
+            names[id(p)]: group["weight_decay"] for group in state.optimizer.param_groups for p in group["params"]
+        }
+        assert set(decays) == set(names.values())
+        free = {name for name in decays if re.search("norm|pos_block", name)} if config == UPERNET else set()
+        assert {name for name, decay in decays.items() if decay == 0} == free
+        assert {decay for decay in decays.values() if decay} == {experiment.weight_decay}
+        assert "decode_head.conv_seg.bias" not in free
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def fails(capsys, script, *argv) -> str:
+    """Run a script in this process and return its one line of error."""
+    with pytest.raises(SystemExit) as stop:
+        script.main([str(each) for each in argv])
+    assert stop.value.code in (1, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{script.__name__.split('.')[-1]}.py: error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--cfg-options", "chanels=64"], "--cfg-options chanels: there is no such key; did you mean channels"),
+        (["--cfg-options", "channels=wide"], "--cfg-options channels: 'wide' is not of type int"),
+        (["--cfg-options", "head=uper"], "head='uper' is unknown; it is upernet, fpn"),
+        (["--cfg-options", "iterations=7"], "iterations=7 is no multiple of eval_interval=3"),
+        (["--cfg-options", "window=32"], "stride=0 is not between 1 and window=32"),
+        (["--cfg-options", "global_batch=5"], "global batch 5 is no multiple of 2 (2 images x 1 processes); 4 is"),
+        (
+            ["--data-root", "/nowhere"],
+            "/nowhere: there is no such folder; name the one of the data set with --data-root",
+        ),
+        (["--pretrained", "/nowhere.pth"], "/nowhere.pth: there is no such file"),
+        (["--cfg-options", "backbone=resnet50"], "backbone 'resnet50' is unknown; known are alt_gvt_base"),
+        (["--save-evry", "3"], "unknown argument --save-evry; did you mean --save-every"),
+    ],
+)
+def test_bad_options_of_a_training(options, message, ade20k_folder, tmp_path, capsys):  # noqa: F811
+    changes = [*SMALL, *(options[1:] if options[0] == "--cfg-options" else [])]
+    options = [*(options if options[0] != "--cfg-options" else []), "--cfg-options", *changes]
+    command = [FOLDER / UPERNET, *TINY, "--data-root", ade20k_folder, "--work-dir", tmp_path / "run", *options]
+    assert message in fails(capsys, train_script, *command)
+    assert not list(tmp_path.iterdir())
+
+
+def test_faults_in_the_data_end_a_training_with_one_line(tmp_path, capsys):
+    write_folder(tmp_path / "data", high=151)
+    path = tmp_path / "data/annotations/training/ADE_train_00000003.png"
+    Image.fromarray(np.full((80, 50), 200, np.uint8)).save(path)
+    for workers in (0, 1):
+        options = [*TINY[:2], "--num_workers", workers, "--data-root", tmp_path / "data", "--cfg-options", *SMALL]
+        line = fails(capsys, train_script, FOLDER / UPERNET, *options, "--work-dir", tmp_path / f"run{workers}")
+        assert f"{path}: has the label 200, but there are 150 classes, labelled 1 to 150" in line
+    path.unlink()
+    line = fails(capsys, train_script, FOLDER / UPERNET, *options, "--work-dir", tmp_path / "run")
+    assert f"ADE_train_00000003.jpg: has no labels; {path} is missing" in line
+
+
+def test_weights_of_another_network_are_refused(trained, ade20k_folder, tmp_path, capsys):  # noqa: F811
+    folder, _ = trained
+    options = [*TINY, "--data-root", ade20k_folder, "--cfg-options", *SMALL]
+    line = fails(capsys, test_script, FOLDER / UPERNET, folder / "checkpoint.pth", *options, "backbone=pcpvt_tiny")
+    assert "checkpoint.pth: these weights do not fit the model; " in line
+    line = fails(capsys, test_script, FOLDER / FPN, folder / "checkpoint.pth", *options)
+    assert "missing: neck.lateral_convs.0.conv.weight" in line
+    line = fails(capsys, test_script, FOLDER / UPERNET, tmp_path / "none.pth", *options)
+    assert "none.pth: there is no such file" in line
+    shutil.copytree(folder, tmp_path / "run")
+    resumed = ["--work-dir", tmp_path / "run"]
+    line = fails(capsys, train_script, FOLDER / UPERNET, *resumed, "--auto-resume", *options, "backbone=pcpvt_tiny")
+    assert "its run used backbone alt_gvt_tiny; repeat that, not pcpvt_tiny" in line
+    line = fails(capsys, train_script, FOLDER / UPERNET, *resumed, *options)
+    assert "exists, and this run would write over it; continue it with --auto-resume" in line
+
+
+@pytest.mark.parametrize("script", ["dist_train.sh", "dist_test.sh"])
+def test_launch_scripts_say_how_they_are_used(script):
+    result = run_bash(script)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"usage: bash {script} CONFIG ")
+    result = run_bash(script, UPERNET, *(["x.pth"] if "test" in script else []), "many")
+    assert (result.returncode, result.stderr) == (2, "launch.sh: many is no number of processes\n")
+
+
+def test_no_module_bears_the_name_of_one_of_the_root():
+    """Run from its folder, a script would import its neighbour instead."""
+    at_root = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
+    assert not at_root & {path.stem for path in FOLDER.iterdir() if path.suffix == ".py"}
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_overlays_show_classes_in_their_colours():
+    image = Image.new("RGB", (200, 100), (100, 100, 100))
+    labels = np.full((100, 200), 255, np.uint8)
+    labels[:, 50:100], labels[:, 100:150] = 0, 2
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    picture = draw_overlay(image, {"prediction": labels}, ["a", "b", "c"], colours, ignored=255)
+    pixels = np.asarray(picture).astype(int)
+    second = 2 * 200 + 8  # the image is enlarged twice, then a gap
+    for x, expected in ((25, (100, 100, 100)), (75, (193, 40, 40)), (125, (40, 40, 193)), (175, (100, 100, 100))):
+        assert np.abs(pixels[18 + 100, second + 2 * x] - expected).max() <= 1
+        assert (pixels[18 + 100, 2 * x] == 100).all()
+    legend = pixels[:, second + 2 * 200 + 8 :].reshape(-1, 3).tolist()
+    assert [255, 0, 0] in legend
+    assert [0, 0, 255] in legend
+    assert [0, 255, 0] not in legend  # not in the picture
