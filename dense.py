@@ -301,7 +301,8 @@ def run_training(
     device = processes.device
     with utils.signals_noted(), folder:
         checkpoint = choose_checkpoint(folder, args.resume, args.auto_resume)
-        accumulation = choose_accumulation(experiment.batch_size, experiment.global_batch, processes.world_size)
+        batch_size = process_batch(experiment, processes)
+        accumulation = choose_accumulation(batch_size, experiment.global_batch, processes.world_size)
         utils.seed_everything(args.seed)  # the same weights on every process
         training = build_training(args, experiment, processes, not checkpoint)
         model = synchronise_norms(training.model, processes).to(device, memory_format=torch.channels_last)
@@ -316,7 +317,7 @@ def run_training(
         steps = len(training.train_loader) // accumulation
         n_parameters = sum(parameter.numel() for parameter in model.parameters())
         logger.info("%s: %d parameters on %s", Path(args.config).stem, n_parameters, device)
-        logger.info("%s", describe_batch(experiment.batch_size, accumulation, f"{experiment.lr:g}", steps))
+        logger.info("%s", describe_batch(batch_size, accumulation, f"{experiment.lr:g}", steps))
 
         def train(epoch: int, save: Callable[[], None] | None) -> dict[str, float]:
             training.train_loader.sampler.set_epoch(epoch, state.position)
@@ -345,6 +346,11 @@ def run_training(
             best_files={training.best_figure: BEST_CHECKPOINT},
             count_skipped=args.on_nonfinite == "skip",
         )
+
+
+def process_batch(experiment: Any, processes: Processes) -> int:
+    """Return the images of one process and batch: those of the experiment, or fewer where many share a step."""
+    return min(experiment.batch_size, max(1, experiment.global_batch // processes.world_size))
 
 
 def build_state(

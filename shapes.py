@@ -71,13 +71,6 @@ def draw_scene(
     return Scene(image, tuple(labels), masks)
 
 
-def draw_crowd(seed: int | Sequence[int], size: int, *, most: int = 3) -> Scene:
-    """Draw the scene of one object or several, `most` at most, that belongs to a seed; see `draw_scene`."""
-    rng = np.random.default_rng(seed)
-    labels = rng.integers(len(CLASSES), size=rng.integers(1, most + 1)).tolist()
-    return draw_scene(rng.integers(2**32, size=4).tolist(), size, labels=labels)
-
-
 def _draw_background(rng: np.random.Generator, size: int, colours: np.ndarray) -> Image.Image:
     """Draw a linear gradient between two colours in a random direction, with noise and a few lines."""
     angle = rng.uniform(0, 2 * math.pi)

@@ -22,7 +22,8 @@ import shapes
 from images import decode_image, load_image
 from segmentation.segmentor import IGNORED_LABEL
 
-SHAPES_TRAIN, SHAPES_VAL = 4000, 500  # images
+SHAPES_TRAIN, SHAPES_VAL = 10_000, 500  # images
+SHAPES_RADII = (0.33, 0.45)  # share of the image's side: one object, rather large
 MAX_CLASS_SHARE = 0.75  # of a training crop
 CROP_TRIES = 10
 
@@ -128,7 +129,7 @@ class MaskFolder(Dataset):
 
 
 class Shapes(Dataset):
-    """The embedded data set: one to four shapes an image, on a background that is a class of its own."""
+    """The embedded data set: one shape an image, on a background that is a class of its own."""
 
     first_label = 0
 
@@ -145,7 +146,7 @@ class Shapes(Dataset):
         return f"{index:05}"
 
     def __getitem__(self, index: int) -> Sample:
-        scene = shapes.draw_crowd((self.split, index), self.size)
+        scene = shapes.draw_scene((self.split, index), self.size, radii=SHAPES_RADII)
         labels = np.zeros((self.size, self.size), np.uint8)
         for label, mask in zip(scene.labels, scene.masks, strict=True):
             labels[mask] = label + 1

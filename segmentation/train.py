@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 import models
 from command_line import loader_options, run_script
-from dense import PolySchedule, Training, get_train_parser, run_training
+from dense import PolySchedule, Training, get_train_parser, process_batch, run_training
 from samplers import EndlessSampler, EvalSampler, SeededSet
 from segmentation.ade20k import EvalViews, TrainViews, build_dataset
 from segmentation.configs.recipes import Experiment
@@ -40,7 +40,8 @@ def build_train_loader(args: argparse.Namespace, experiment: Experiment, process
         seed=args.seed,
     )
     loading = loader_options(args, processes.device)
-    return DataLoader(SeededSet(views, args.seed), batch_size=experiment.batch_size, sampler=sampler, **loading)
+    batch_size = process_batch(experiment, processes)
+    return DataLoader(SeededSet(views, args.seed), batch_size=batch_size, sampler=sampler, **loading)
 
 
 def build_eval_loader(

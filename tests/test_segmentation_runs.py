@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from dense import PolySchedule, build_state, get_train_parser, load_experiment
+from segmentation import ade20k
 from segmentation import test as test_script
 from segmentation import train as train_script
 from segmentation.overlays import draw_overlay
@@ -25,7 +26,7 @@ FOLDER = ROOT / "segmentation"
 UPERNET = "configs/upernet_alt_gvt_s_512x512_160k_ade20k_swin_setting.py"
 FPN = "configs/fpn_alt_gvt_s_512x512_80k_ade20k.py"
 TINY = ["--device", "cpu", "--num_workers", "0"]
-SMALL = ["backbone=alt_gvt_tiny", "pretrained=", "channels=16", "scale=(128, 48)", "crop_size=32", "iterations=6"]
+SMALL = ["backbone=alt_gvt_tiny", "pretrained=", "channels=16", "scale=(256, 64)", "crop_size=32", "iterations=6"]
 SMALL += ["eval_interval=3", "batch_size=2", "global_batch=4", "warmup_iterations=2", "lr=1e-3", "window=0"]
 
 
@@ -133,8 +134,9 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(ade20k_folder, tmp_path, star
 
 
 @pytest.mark.parametrize("config", ["upernet_alt_gvt_tiny_shapes.py", "fpn_alt_gvt_tiny_shapes.py"])
-def test_a_tiny_network_learns_from_a_classifiers_weights(config, tmp_path, capsys):
+def test_a_tiny_network_learns_from_a_classifiers_weights(config, tmp_path, capsys, monkeypatch):
     """Sixty steps on shapes, after which it tells them from the background."""
+    monkeypatch.setattr(ade20k, "SHAPES_VAL", 40)
     torch.manual_seed(0)
     torch.save(timm.create_model("alt_gvt_tiny", num_classes=10).state_dict(), tmp_path / "classifier.pth")
     changes = ["iterations=60", "eval_interval=60", "scale=(32, 32)", "crop_size=32", "warmup_iterations=10"]

@@ -24,7 +24,7 @@ class Experiment:
     scale: tuple[int, int] = (2048, 512)  # pixels that the longer and the shorter side of an image fit into
     scale_range: tuple[float, float] = (0.5, 2.0)  # of the random factor on it
     crop_size: int = 512  # pixels a side
-    batch_size: int = 2  # images of one process and batch
+    batch_size: int = 2  # images of one process and batch, at most
     global_batch: int = 16  # images of one step, of all processes and accumulated batches
 
     # AdamW and its schedule: linear warm-up, then a power of the share of iterations that is left.
@@ -74,10 +74,10 @@ def fpn_pvt_setting(backbone: str, **changes) -> Experiment:
 
 
 def shapes_setting(backbone: str, **changes) -> Experiment:
-    """A small network on the embedded shapes, in minutes on two CPU cores."""
+    """A small network on the embedded shapes, in minutes on two CPU cores: 1300 iterations of 16 images."""
     setting = {
-        **{"channels": 64, "drop_path": 0.0, "pretrained": "", "dataset": "shapes", "data_root": ""},
-        **{"scale": (128, 128), "scale_range": (0.75, 1.5), "crop_size": 96, "batch_size": 8, "global_batch": 16},
-        **{"lr": 1e-3, "iterations": 1000, "warmup_iterations": 50, "eval_interval": 500},
+        **{"channels": 128, "drop_path": 0.0, "pretrained": "", "dataset": "shapes", "data_root": ""},
+        **{"scale": (64, 64), "scale_range": (1.0, 1.0), "crop_size": 64, "batch_size": 16, "global_batch": 16},
+        **{"lr": 1e-3, "iterations": 1300, "warmup_iterations": 50, "eval_interval": 650},
     }
     return Experiment(backbone=backbone, **(setting | changes))
