@@ -19,7 +19,7 @@ import timm
 import torch
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 import models
 import utils
@@ -206,6 +206,17 @@ class PolySchedule(IterationSchedule):
         return (base - self.min_lr) * (1 - iteration / self.iterations) ** self.power + self.min_lr
 
 
+class StepSchedule(IterationSchedule):
+    """Falls to a tenth at each of the milestones, in iterations."""
+
+    def __init__(self, optimizer, milestones: Sequence[int], **warmup):
+        super().__init__(optimizer, **warmup)
+        self.milestones = list(milestones)
+
+    def scheduled(self, iteration: int, base: float) -> float:
+        return base * 0.1 ** sum(iteration >= milestone for milestone in self.milestones)
+
+
 # -------------------------------------------------------------------------------------------------------- scripts
 
 
@@ -266,7 +277,8 @@ class Training:
 
     Attributes:
         model: The network, with the weights to start from.
-        train_loader: Of this process; its sampler knows `set_epoch(epoch, start)`.
+        train_loader: Of this process.
+        sampler: That of the loader, which knows `set_epoch(epoch, start)`.
         epochs: Of the whole run.
         schedule: Builds the schedule of an optimizer.
         compute_losses: As `engine.train_one_epoch` has it.
@@ -276,6 +288,7 @@ class Training:
 
     model: nn.Module
     train_loader: DataLoader
+    sampler: Sampler
     epochs: int
     schedule: Callable[[torch.optim.Optimizer], Scheduler]
     compute_losses: Callable[[nn.Module, Any], dict[str, torch.Tensor]]
@@ -320,7 +333,7 @@ def run_training(
         logger.info("%s", describe_batch(batch_size, accumulation, f"{experiment.lr:g}", steps))
 
         def train(epoch: int, save: Callable[[], None] | None) -> dict[str, float]:
-            training.train_loader.sampler.set_epoch(epoch, state.position)
+            training.sampler.set_epoch(epoch, state.position)
             return train_one_epoch(
                 parallel_model,
                 training.compute_losses,

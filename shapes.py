@@ -16,6 +16,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 Point = tuple[float, float]
+Cell = tuple[float, float, float]  # left, top and side of a square part of the image, as shares of its side
+WHOLE: Cell = (0.0, 0.0, 1.0)
 
 SUPERSAMPLING = 2  # pixels are drawn this many times finer a side, then averaged
 MIN_CONTRAST = 175  # least distance of an object's colour to the background's, in 0-255 RGB; up to 208 can be had
@@ -60,11 +62,25 @@ def draw_scene(
     rng = np.random.default_rng(seed)
     if labels is None:
         labels = [int(rng.integers(len(CLASSES)))]
+    return _draw(rng, size, labels, [WHOLE] * len(labels), radii)
+
+
+def draw_quarters(seed: int | Sequence[int], size: int) -> Scene:
+    """Draw the scene of one to four objects that belongs to a seed, each in a quarter of the image of its own."""
+    rng = np.random.default_rng(seed)
+    cells = [(x, y, 0.5) for x in (0.0, 0.5) for y in (0.0, 0.5)]
+    chosen = rng.permutation(len(cells))[: rng.integers(1, len(cells) + 1)]
+    labels = rng.integers(len(CLASSES), size=len(chosen)).tolist()
+    return _draw(rng, size, labels, [cells[i] for i in chosen], radii=(0.33, 0.45))
+
+
+def _draw(rng: np.random.Generator, size: int, labels: Sequence[int], cells: Sequence[Cell], radii: Point) -> Scene:
+    """Draw a scene, each object in its cell; `radii` are shares of the cell's side."""
     background = np.clip(rng.uniform(0, 255, 3) + rng.uniform(-50, 50, (2, 3)), 0, 255)
     image = _draw_background(rng, size, background)
     masks = np.zeros((len(labels), size, size), bool)
-    for i, label in enumerate(labels):
-        mask = _draw_object(rng, size, CLASSES[label], radii)
+    for i, (label, cell) in enumerate(zip(labels, cells, strict=True)):
+        mask = _draw_object(rng, size, CLASSES[label], cell, radii)
         image.paste(_contrasting_colour(rng, background), mask=mask)
         masks[i] = np.asarray(mask) >= 128
         masks[:i] &= ~masks[i]
@@ -86,10 +102,12 @@ def _draw_background(rng: np.random.Generator, size: int, colours: np.ndarray) -
     return image
 
 
-def _draw_object(rng: np.random.Generator, size: int, name: str, radii: Point) -> Image.Image:
-    """Draw one shape at a random place, size and rotation: its coverage of each pixel, 0-255."""
+def _draw_object(rng: np.random.Generator, size: int, name: str, cell: Cell, radii: Point) -> Image.Image:
+    """Draw one shape at a random place in its cell, size and rotation: its coverage of each pixel, 0-255."""
+    left, top, share = cell
     radius = rng.uniform(*radii)
-    x, y = rng.uniform(radius, 1 - radius, 2)
+    x, y = rng.uniform(radius, 1 - radius, 2) * share + (left, top)
+    radius *= share
     angle = rng.uniform(0, 2 * math.pi)
     side = size * SUPERSAMPLING
     cos, sin = side * radius * math.cos(angle), side * radius * math.sin(angle)

@@ -5,7 +5,6 @@ To add one, write a class with `classes`, `colours`, `first_label`, `name(index)
 `build_dataset`.
 """
 
-import colorsys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import shapes
-from images import decode_image, load_image
+from images import decode_image, fitted_size, load_image, make_colours, resize_image
 from segmentation.segmentor import IGNORED_LABEL
 
 SHAPES_TRAIN, SHAPES_VAL = 10_000, 500  # images
@@ -178,13 +177,6 @@ def read_classes(path: Path) -> tuple[list[str], list[tuple[int, ...]]]:
     return names, colours
 
 
-def make_colours(count: int) -> list[tuple[int, ...]]:
-    """Return distinct RGB colours: hues a golden section of the circle apart, in three shades."""
-    shades = ((0.85, 0.95), (0.55, 0.8), (1.0, 0.6))  # saturation, value
-    hsv = [(i * 0.618034 % 1, *shades[i % 3]) for i in range(count)]
-    return [tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(*colour)) for colour in hsv]
-
-
 # ------------------------------------------------------------------------------------------------------ transforms
 
 
@@ -238,24 +230,6 @@ class EvalViews(Dataset):
         image, labels = self.dataset[index]
         sizes = [fitted_size(labels.shape, self.scale, ratio) for ratio in self.ratios]
         return index, [normalise(resize_image(image, size)) for size in sizes], labels
-
-
-def fitted_size(size: Sequence[int], scale: tuple[int, int], ratio: float = 1.0) -> tuple[int, int]:
-    """Return the height and width of an image that is made to fit into a scale, keeping its proportions.
-
-    Args:
-        size: Its height and width.
-        scale: Pixels of the longer and the shorter side, in either order.
-        ratio: Factor on the scale.
-    """
-    longer, shorter = (int(side * ratio) for side in sorted(scale, reverse=True))
-    factor = min(longer / max(size), shorter / min(size))
-    return int(size[0] * factor + 0.5), int(size[1] * factor + 0.5)
-
-
-def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize a uint8 image `(3, H, W)` bilinearly; as in the original, nothing is smoothed where it shrinks."""
-    return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
 def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:

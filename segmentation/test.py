@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import to_pil_image
 
-from checkpoints import write_atomically
 from command_line import ArgumentParser, choose_amp, run_script
 from dense import build_experiment, get_test_parser
+from images import save_png
 from runs import compile_if_asked
 from segmentation.miou import evaluate
 from segmentation.overlays import draw_overlay
@@ -89,12 +89,6 @@ def build_writer(dataset: Dataset, out: str | None, show_dir: str | None) -> Cal
             save_png(overlay, Path(show_dir) / dataset.name(index))
 
     return write
-
-
-def save_png(image: Image.Image, path: Path) -> None:
-    """Write an image as `path` with `.png` behind it, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path.with_name(f"{path.name}.png"), lambda file: image.save(file, format="PNG"))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

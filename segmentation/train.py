@@ -72,6 +72,7 @@ def build_training(args: argparse.Namespace, experiment: Experiment, processes: 
     return Training(
         model=model,
         train_loader=train_loader,
+        sampler=train_loader.sampler,
         epochs=experiment.iterations // experiment.eval_interval,
         schedule=build_schedule(experiment),
         compute_losses=compute_losses,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from images import fitted_size, resize_image
 from segmentation import ade20k
 from segmentation.ade20k import (
     EvalViews,
@@ -15,11 +16,9 @@ from segmentation.ade20k import (
     TrainViews,
     build_dataset,
     distort_colours,
-    fitted_size,
     normalise,
     random_crop,
     read_classes,
-    resize_image,
     resize_labels,
 )
 from segmentation.segmentor import IGNORED_LABEL

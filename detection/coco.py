@@ -1,0 +1,382 @@
+"""Data of detection: COCO, one's own data in its format, and embedded shapes; their augmentation and batches.
+
+A data set gives `(image, target)`: a uint8 tensor `(3, H, W)`, RGB, and a dict of `boxes` float32 `(n, 4)` as x1, y1,
+x2, y2 in pixels, `labels` int64 `(n,)` from 0 on, `masks` uint8 `(n, H, W)` and `image_id`, the number of the image in
+the annotations. Its attribute `coco` has those annotations as pycocotools reads them.
+"""
+
+import contextlib
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pycocotools import mask as mask_coding
+from pycocotools.coco import COCO
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+import shapes
+from images import fitted_size, load_image, resize_image
+from samplers import SampleKey
+
+SHAPES_TRAIN, SHAPES_VAL = 4000, 300  # images
+MIN_SIDE = 32  # pixels; smaller training images are left out
+
+Target = dict[str, Tensor | int]
+Sample = tuple[Tensor, Target]
+
+
+# ------------------------------------------------------------------------------------------------------- data sets
+
+
+def build_dataset(kind: str, data_root: str, is_train: bool, shapes_size: int) -> Dataset:
+    """Build the training or the validation part of a data set.
+
+    Args:
+        kind: `"coco"` or `"shapes"`.
+        data_root: Where `annotations/instances_{train,val}2017.json`, `train2017/` and `val2017/` are.
+        is_train: Which part.
+        shapes_size: Pixels a side of the shapes' images.
+
+    Raises:
+        ValueError: If the files are missing or not as they should be.
+    """
+    if kind == "shapes":
+        return Shapes(is_train, shapes_size)
+    root, split = Path(data_root), "train2017" if is_train else "val2017"
+    if not root.is_dir():
+        raise ValueError(f"{root}: there is no such folder; name the one of the data set with --data-root")
+    return CocoDetection(root / split, root / "annotations" / f"instances_{split}.json", is_train)
+
+
+class CocoDetection(Dataset):
+    """Images with boxes and masks in the format of COCO.
+
+    Label i is the i-th of the categories, by ascending id. In training, images without boxes or with a side under
+    32 pixels are left out, and so are boxes of crowds or without an area.
+
+    Args:
+        folder: Of the images.
+        annotations: The JSON file.
+        is_train: Whether to leave out what training does not use.
+
+    Raises:
+        ValueError: If the file is missing, no JSON or does not fit together; the file and the id are named.
+    """
+
+    def __init__(self, folder: Path, annotations: Path, is_train: bool):
+        self.folder = folder
+        self.coco = read_annotations(annotations)
+        self.category_ids = sorted(self.coco.cats)
+        self.classes = [self.coco.cats[category]["name"] for category in self.category_ids]
+        self.label_of = {category: label for label, category in enumerate(self.category_ids)}
+        self.ids = sorted(self.coco.imgs)
+        if is_train:
+            self.ids = [i for i in self.ids if self._is_trained(i)]
+        if not self.ids:
+            raise ValueError(f"{annotations}: has no images" + " with boxes to train on" * is_train)
+        missing = next((i for i in self.ids if not (folder / self.coco.imgs[i]["file_name"]).is_file()), None)
+        if missing is not None:
+            raise ValueError(
+                f"{folder / self.coco.imgs[missing]['file_name']} is missing; {annotations} lists it as image {missing}"
+            )
+        self.sizes = [(self.coco.imgs[i]["height"], self.coco.imgs[i]["width"]) for i in self.ids]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Sample:
+        image_id = self.ids[index]
+        path = self.folder / self.coco.imgs[image_id]["file_name"]
+        image = pil_to_tensor(load_image(str(path)))
+        height, width = self.sizes[index]
+        if image.shape[1:] != (height, width):
+            raise ValueError(
+                f"{path}: has {image.shape[2]}x{image.shape[1]} pixels, but image {image_id} of the annotations "
+                f"{width}x{height}"
+            )
+        found = self._annotations(image_id)
+        boxes = torch.tensor([each["bbox"] for each in found], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        masks = [self.coco.annToMask(each) if each.get("segmentation") else _box_mask(each, image) for each in found]
+        target = {
+            "boxes": boxes,
+            "labels": torch.tensor([self.label_of[each["category_id"]] for each in found], dtype=torch.int64),
+            "masks": torch.from_numpy(np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)),
+            "image_id": image_id,
+        }
+        return image, target
+
+    def _annotations(self, image_id: int) -> list[dict]:
+        """Return the annotations of an image that count in training."""
+        image = self.coco.imgs[image_id]
+        return [
+            each
+            for each in self.coco.imgToAnns[image_id]
+            if not each.get("iscrowd", 0) and _is_box(each, image["width"], image["height"])
+        ]
+
+    def _is_trained(self, image_id: int) -> bool:
+        image = self.coco.imgs[image_id]
+        return min(image["width"], image["height"]) >= MIN_SIDE and bool(self._annotations(image_id))
+
+
+class Shapes(Dataset):
+    """The embedded data set: one to four shapes an image, with boxes and masks, in the format of COCO."""
+
+    def __init__(self, is_train: bool, size: int):
+        self.classes = list(shapes.CLASSES)
+        self.split, self.length = (0, SHAPES_TRAIN) if is_train else (1, SHAPES_VAL)
+        self.size = size
+        self.category_ids = list(range(1, len(self.classes) + 1))
+        self.ids = list(range(self.length))
+        self.sizes = [(size, size)] * self.length
+        self.coco = None if is_train else self._to_coco()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        scene = shapes.draw_quarters((self.split, index), self.size)
+        return pil_to_tensor(scene.image), {
+            "boxes": torch.from_numpy(scene.boxes),
+            "labels": torch.tensor(scene.labels),
+            "masks": torch.from_numpy(scene.masks.astype(np.uint8)),
+            "image_id": index,
+        }
+
+    def _to_coco(self) -> COCO:
+        """Return the annotations in the format of COCO, for the evaluation."""
+        annotations = []
+        for i in self.ids:
+            _, target = self[i]
+            for box, label, mask in zip(
+                target["boxes"].tolist(), target["labels"].tolist(), target["masks"], strict=True
+            ):
+                x1, y1, x2, y2 = box
+                annotations.append(
+                    {
+                        **{"id": len(annotations) + 1, "image_id": i, "category_id": label + 1, "iscrowd": 0},
+                        **{"bbox": [x1, y1, x2 - x1, y2 - y1], "area": int(mask.sum())},
+                        "segmentation": encode_mask(mask.numpy()),
+                    }
+                )
+        categories = [{"id": i, "name": name} for i, name in zip(self.category_ids, self.classes, strict=True)]
+        images = [{"id": i, "width": self.size, "height": self.size, "file_name": f"{i:05}"} for i in self.ids]
+        return index_annotations({"images": images, "annotations": annotations, "categories": categories, "info": {}})
+
+
+def encode_mask(mask: np.ndarray) -> dict:
+    """Return a mask `(H, W)` as a run-length code that fits into JSON."""
+    code = mask_coding.encode(np.asfortranarray(mask.astype(np.uint8)))
+    return {"size": code["size"], "counts": code["counts"].decode()}
+
+
+def read_annotations(path: Path) -> COCO:
+    """Read and check a file in the format of COCO.
+
+    Raises:
+        ValueError: If it is missing, no JSON or does not fit together; the file and the id are named.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(
+            f"{path}: cannot be read ({error.strerror}); the data set has it as annotations/{path.name}"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"{path}: is no valid JSON ({error}); fetch it again") from error
+    lists = [
+        content.get(part) if isinstance(content, dict) else None for part in ("images", "annotations", "categories")
+    ]
+    if not all(isinstance(each, list) for each in lists):
+        raise ValueError(f"{path}: is not in the format of COCO; it needs the lists images, annotations and categories")
+    try:
+        _check_annotations(*lists)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: an entry lacks {error}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return index_annotations(content)
+
+
+def _check_annotations(images: list[dict], annotations: list[dict], categories: list[dict]) -> None:
+    sizes = {image["id"]: (image["width"], image["height"]) for image in images if image["file_name"]}
+    known = {category["id"] for category in categories if category["name"]}
+    for each in annotations:
+        if each["image_id"] not in sizes:
+            raise ValueError(f"annotation {each['id']} is of image {each['image_id']}, which is not listed")
+        if each["category_id"] not in known:
+            raise ValueError(f"annotation {each['id']} has the category {each['category_id']}, which is not listed")
+        (x, y, w, h), (width, height) = each["bbox"], sizes[each["image_id"]]
+        if x >= width or y >= height or x + w <= 0 < w or y + h <= 0 < h:
+            raise ValueError(
+                f"annotation {each['id']} has a box {each['bbox']} outside its image {each['image_id']}, of "
+                f"{width}x{height} pixels"
+            )
+
+
+def index_annotations(content: dict) -> COCO:
+    """Return pycocotools' index of annotations, without its messages."""
+    coco = COCO()
+    coco.dataset = content
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def _is_box(annotation: dict, width: int, height: int) -> bool:
+    """Tell whether a box, as far as it is inside the image, has a size and an area."""
+    x, y, w, h = annotation["bbox"]
+    inside = min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0)
+    return inside and annotation.get("area", w * h) > 0 and w >= 1 and h >= 1
+
+
+def _box_mask(annotation: dict, image: Tensor) -> np.ndarray:
+    """Return the mask of an object of which only the box is known."""
+    mask = np.zeros(image.shape[1:], np.uint8)
+    x, y, w, h = (int(side) for side in annotation["bbox"])
+    mask[max(y, 0) : y + h, max(x, 0) : x + w] = 1
+    return mask
+
+
+# --------------------------------------------------------------------------------------------------- augmentation
+
+
+class TrainViews(Dataset):
+    """A data set in the published augmentation, `(image, target)` as from the data set.
+
+    Args:
+        dataset: Gives samples; see the top of this file.
+        augment: Changes a sample.
+    """
+
+    def __init__(self, dataset: Dataset, augment: Callable[[Tensor, Target], Sample]):
+        self.dataset = dataset
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.augment(*self.dataset[index])
+
+
+def one_scale(image: Tensor, target: Target, scale: tuple[int, int]) -> Sample:
+    """Resize to fit into a scale and mirror by a chance of half: the augmentation of the 1x settings."""
+    return random_flip(*resize(image, target, fitted_size(image.shape[1:], scale)))
+
+
+def many_scales(image: Tensor, target: Target) -> Sample:
+    """Mirror, then resize to one of many scales, by a chance of half after a crop: that of the 3x settings."""
+    image, target = random_flip(image, target)
+    if np.random.rand() < 0.5:
+        shorter = int(np.random.choice((400, 500, 600)))
+        image, target = resize(image, target, fitted_size(image.shape[1:], (1333, shorter)))
+        image, target = random_crop(image, target, 384, 600)
+    shorter = int(np.random.choice(range(480, 801, 32)))
+    return resize(image, target, fitted_size(image.shape[1:], (1333, shorter)))
+
+
+def resize(image: Tensor, target: Target, size: tuple[int, int]) -> Sample:
+    """Resize an image and its target to height and width in pixels."""
+    (height, width), (h, w) = size, image.shape[1:]
+    boxes = target["boxes"] * target["boxes"].new_tensor([width / w, height / h] * 2)
+    masks = F.interpolate(target["masks"][None], size=size, mode="nearest")[0]
+    return resize_image(image, size), {**target, "boxes": boxes, "masks": masks}
+
+
+def random_flip(image: Tensor, target: Target) -> Sample:
+    """Mirror an image and its target by a chance of half."""
+    if np.random.rand() < 0.5:
+        return image, target
+    x1, y1, x2, y2 = target["boxes"].unbind(1)
+    boxes = torch.stack([image.shape[2] - x2, y1, image.shape[2] - x1, y2], dim=1)
+    return image.flip(2), {**target, "boxes": boxes, "masks": target["masks"].flip(2)}
+
+
+def random_crop(image: Tensor, target: Target, smallest: int, largest: int) -> Sample:
+    """Cut out a random part, its sides between two limits or all there is, with what is left of the objects in it."""
+    limits = [(min(side, smallest), min(side, largest)) for side in image.shape[1:]]
+    height, width = (np.random.randint(low, high + 1) for low, high in limits)
+    top, left = (
+        np.random.randint(0, side - part + 1) for side, part in zip(image.shape[1:], (height, width), strict=True)
+    )
+    boxes = target["boxes"] - target["boxes"].new_tensor([left, top] * 2)
+    boxes = torch.stack([boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)], dim=2).flatten(1)
+    kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    masks = target["masks"][kept, top : top + height, left : left + width]
+    target = {**target, "boxes": boxes[kept], "labels": target["labels"][kept], "masks": masks}
+    return image[:, top : top + height, left : left + width], target
+
+
+# -------------------------------------------------------------------------------------------------------- batches
+
+
+def collate(samples: Sequence[Sample]) -> tuple[list[Tensor], list[Target]]:
+    """Return a batch as torchvision's detectors take it: images of different sizes, and their targets."""
+    images, targets = zip(*samples, strict=True)
+    return list(images), list(targets)
+
+
+class GroupedBatches(Sampler[list[SampleKey]]):
+    """Hands every process its batches, each of images that are all wide or all high, which saves padding.
+
+    The order depends on (seed, epoch) alone. Each group is shuffled and filled up, by images from its beginning, to
+    whole steps of all processes; the steps are shuffled again. Process `rank` takes its part of each.
+
+    Args:
+        sizes: Height and width of each image of the data set.
+        batch_size: Images of one process and batch.
+        global_batch: Images of a step, of all processes and accumulated batches.
+        world_size: Number of processes.
+        rank: This process.
+        seed: Seed of the order.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[tuple[int, int]],
+        *,
+        batch_size: int,
+        global_batch: int,
+        world_size: int = 1,
+        rank: int = 0,
+        seed: int = 0,
+    ):
+        wide = np.array([width > height for height, width in sizes])
+        self.groups = [group for group in (np.flatnonzero(wide), np.flatnonzero(~wide)) if len(group)]
+        self.batch_size = batch_size
+        self.global_batch = global_batch
+        self.world_size = world_size
+        self.rank = rank
+        self.seed = seed
+        self.epoch = 0
+        self.start = 0
+        self.steps = sum(-(-len(group) // global_batch) for group in self.groups)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch whose order comes next, and the images of it, whole steps, that are done already."""
+        self.epoch = epoch
+        self.start = start
+
+    def __len__(self) -> int:
+        per_step = self.global_batch // (self.batch_size * self.world_size)
+        return (self.steps - self.start // self.global_batch) * per_step
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        steps = []
+        for group in self.groups:
+            order = rng.permutation(group)
+            whole = np.resize(order, -(-len(order) // self.global_batch) * self.global_batch)
+            steps.extend(whole.reshape(-1, self.global_batch))
+        for step in rng.permutation(len(steps))[self.start // self.global_batch :]:
+            own = steps[step][self.rank :: self.world_size]
+            for first in range(0, len(own), self.batch_size):
+                yield [SampleKey(self.epoch, int(index), 0) for index in own[first : first + self.batch_size]]

@@ -1,0 +1,138 @@
+"""The evaluation of detectors: box and mask AP by pycocotools, exact for any number of processes."""
+
+import contextlib
+import io
+import json
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor, nn
+
+from checkpoints import write_text
+from detection.coco import encode_mask
+from engine import to_device
+from utils import gather, get_rank, stop_if_requested, stop_requested
+
+logger = logging.getLogger("twins")
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # of the first six of pycocotools' twelve figures
+
+
+@torch.inference_mode()
+def find_objects(
+    model: nn.Module,
+    data_loader: Iterable,
+    device: torch.device,
+    category_ids: list[int],
+    *,
+    amp_dtype: torch.dtype | None = None,
+    on_detections: Callable[[int, dict[str, Tensor]], None] | None = None,
+) -> list[dict]:
+    """Find the objects in this process's share of the images.
+
+    Args:
+        model: A detector of `detectors.py`.
+        data_loader: Batches of images and targets, of which the `image_id` is used.
+        device: Where the model is.
+        category_ids: Those of the annotations, by label.
+        amp_dtype: Type of autocast; None for full precision.
+        on_detections: Called with the id of each image and what was found in it, on the CPU.
+
+    Returns:
+        Results of all processes, in COCO's format.
+
+    Raises:
+        Interrupted: On all processes together, if any of them was asked to stop; the others finish their share.
+    """
+    model.eval()
+    results = []
+    for images, targets in data_loader:
+        if stop_requested():
+            break
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+            batch = model(to_device(images, device))
+        for target, found in zip(targets, batch, strict=True):
+            found = {name: value.cpu() for name, value in found.items()}
+            results += to_results(target["image_id"], found, category_ids)
+            if on_detections is not None:
+                on_detections(target["image_id"], found)
+    stop_if_requested(device)
+    return [result for share in gather(results) for result in share]
+
+
+def to_results(image_id: int, found: dict[str, Tensor], category_ids: list[int]) -> list[dict]:
+    """Return what was found in an image in COCO's format: boxes as x, y, width, height, masks as run lengths."""
+    boxes = found["boxes"].double()
+    boxes[:, 2:] -= boxes[:, :2]
+    results = [
+        {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
+        for box, score, label in zip(boxes.tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True)
+    ]
+    for result, mask in zip(results, found.get("masks", ()), strict=False):
+        result["segmentation"] = encode_mask(mask.numpy())
+    return results
+
+
+def summarise(truth: COCO, image_ids: list[int], results: list[dict], kinds: Iterable[str]) -> dict[str, float]:
+    """Return the figures of results, and print pycocotools' twelve lines and a table of the classes for each kind.
+
+    Args:
+        truth: The annotations.
+        image_ids: Images that were evaluated.
+        results: In COCO's format, of all processes.
+        kinds: `"bbox"`, `"segm"` or both.
+
+    Returns:
+        `bbox_AP`, `bbox_AP50` and so on, 0 to 1.
+    """
+    figures = {}
+    for kind in kinds:
+        evaluation = _evaluate(truth, image_ids, results, kind)
+        figures |= {f"{kind}_{name}": value for name, value in zip(METRICS, evaluation.stats.tolist(), strict=False)}
+        if get_rank() == 0:
+            logger.info("%s", _per_class(truth, evaluation, kind))
+    return figures
+
+
+def write_results(results: list[dict], path: Path) -> None:
+    """Write results as JSON, as COCO's server takes them."""
+    write_text(path, json.dumps(results))
+
+
+def _evaluate(truth: COCO, image_ids: list[int], results: list[dict], kind: str) -> COCOeval:
+    """Run pycocotools. An evaluation without a single result has figures of 0, or -1 where there is no object."""
+    lines = io.StringIO()
+    with contextlib.redirect_stdout(lines):
+        # Without their boxes, results of masks are sorted into sizes by their masks.
+        rows = [{key: row[key] for key in row if key != "bbox" or kind == "bbox"} for row in results]
+        evaluation = COCOeval(truth, truth.loadRes(rows) if rows else COCO(), kind)
+        evaluation.params.imgIds = image_ids
+        evaluation.evaluate()
+        evaluation.accumulate()
+        lines.truncate(0), lines.seek(0)
+        evaluation.summarize()
+    logger.info("%s:\n%s", kind, lines.getvalue().rstrip())
+    return evaluation
+
+
+def _per_class(truth: COCO, evaluation: COCOeval, kind: str) -> str:
+    """Return a line of AP and AP50 for each class, in percent."""
+    precision = evaluation.eval["precision"][:, :, :, 0, -1]  # thresholds, recalls, classes
+    names = [truth.cats[category]["name"] for category in evaluation.params.catIds]
+    width = max(map(len, names))
+    rows = [f"{f'{kind}, class':<{max(width, 12)}}  {'AP':>6}  {'AP50':>6}"]
+    for i, name in enumerate(names):
+        figures = [_mean(precision[:, :, i]), _mean(precision[0, :, i])]
+        rows.append(f"{name:<{max(width, 12)}}  {100 * figures[0]:6.2f}  {100 * figures[1]:6.2f}")
+    return "\n".join(rows)
+
+
+def _mean(precision: np.ndarray) -> float:
+    """Return the mean of those precisions that are defined, NaN if there are none."""
+    defined = precision[precision > -1]
+    return float(defined.mean()) if defined.size else float("nan")

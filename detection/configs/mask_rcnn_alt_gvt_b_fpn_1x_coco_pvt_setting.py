@@ -1,0 +1,11 @@
+"""Mask R-CNN with Twins-SVT-B on COCO, 12 epochs at one scale; global batch 16 (8 GPUs x 2 images).
+
+    bash dist_train.sh configs/mask_rcnn_alt_gvt_b_fpn_1x_coco_pvt_setting.py 8
+    bash dist_test.sh configs/mask_rcnn_alt_gvt_b_fpn_1x_coco_pvt_setting.py checkpoint_file 8 --eval bbox segm
+
+To expect: a published experiment; the paper has the AP of its published settings.
+"""
+
+from detection.configs.recipes import mask_rcnn_1x_pvt_setting
+
+config = mask_rcnn_1x_pvt_setting(backbone="alt_gvt_base")

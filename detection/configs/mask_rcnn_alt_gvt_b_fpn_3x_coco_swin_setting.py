@@ -1,0 +1,12 @@
+"""Mask R-CNN with Twins-SVT-B on COCO, 36 epochs at many scales; global batch 16 (8 GPUs x 2 images).
+
+    bash dist_train.sh configs/mask_rcnn_alt_gvt_b_fpn_3x_coco_swin_setting.py 8
+    bash dist_test.sh configs/mask_rcnn_alt_gvt_b_fpn_3x_coco_swin_setting.py checkpoint_file 8 --eval bbox segm
+
+To expect: a published experiment; the paper has the AP of its published settings.
+The published runs used fp16: --amp fp16.
+"""
+
+from detection.configs.recipes import mask_rcnn_3x_swin_setting
+
+config = mask_rcnn_3x_swin_setting(backbone="alt_gvt_base")

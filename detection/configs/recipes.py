@@ -1,0 +1,80 @@
+"""The published settings of detection, each a function, and what an experiment is made of.
+
+A file of this folder is one experiment: `config = mask_rcnn_1x_pvt_setting(backbone="alt_gvt_small")`.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """All that a result depends on; each field can be changed by `--cfg-options field=value`."""
+
+    # The network.
+    backbone: str  # of models/twins.py
+    detector: str  # retinanet or mask_rcnn
+    channels: int = 256  # width of the feature pyramid and the heads
+    roi_samples: int = 512  # of an image in training, for the box head of Mask R-CNN
+    drop_path: float = 0.2  # stochastic depth of the backbone's last block
+    pretrained: str = "hub"  # ImageNet weights: a file, hub for the published ones on timm's hub, or nothing
+
+    # The data, and how they are augmented.
+    dataset: str = "coco"  # or shapes
+    data_root: str = "data/coco"
+    scale: tuple[int, int] = (1333, 800)  # pixels that the longer and the shorter side of an image fit into
+    many_scales: bool = False  # random scales and crops in training, instead of that scale
+    batch_size: int = 2  # images of one process and batch, at most
+    global_batch: int = 16  # images of one step, of all processes and accumulated batches
+
+    # AdamW and its schedule: linear warm-up, then a tenth of the rate after each milestone.
+    lr: float = 1e-4
+    weight_decay: float = 1e-4
+    not_decayed: tuple[str, ...] = ()  # parts of the names of parameters without decay
+    epochs: int = 12
+    milestones: tuple[int, ...] = (8, 11)  # epochs
+    warmup_iterations: int = 500
+    warmup_ratio: float = 0.001
+
+    def __post_init__(self):
+        for name, known in (("detector", ("retinanet", "mask_rcnn")), ("dataset", ("coco", "shapes"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; it is {', '.join(known)}")
+        for name in ("channels", "roi_samples", "batch_size", "global_batch", "epochs", "lr"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} is not above 0")
+
+
+def retinanet_1x_pvt_setting(backbone: str, **changes) -> Experiment:
+    """RetinaNet, 12 epochs at one scale, decay of all parameters."""
+    return Experiment(backbone, "retinanet", **changes)
+
+
+def mask_rcnn_1x_pvt_setting(backbone: str, **changes) -> Experiment:
+    """Mask R-CNN, 12 epochs at one scale, decay of all parameters."""
+    return Experiment(backbone, "mask_rcnn", **({"lr": 2e-4} | changes))
+
+
+def retinanet_3x_ms_setting(backbone: str, **changes) -> Experiment:
+    """RetinaNet, 36 epochs at many scales."""
+    return Experiment(backbone, "retinanet", **(_MANY_SCALES_3X | changes))
+
+
+def mask_rcnn_3x_swin_setting(backbone: str, **changes) -> Experiment:
+    """Mask R-CNN, 36 epochs at many scales; the published runs used fp16 (--amp fp16)."""
+    return Experiment(backbone, "mask_rcnn", **(_MANY_SCALES_3X | changes))
+
+
+def shapes_setting(backbone: str, detector: str, **changes) -> Experiment:
+    """A small network on the embedded shapes, in minutes on two CPU cores."""
+    setting = {
+        **{"channels": 64, "roi_samples": 64, "drop_path": 0.0, "pretrained": "", "dataset": "shapes", "data_root": ""},
+        **{"scale": (128, 128), "batch_size": 8, "global_batch": 8, "lr": 1e-3, "weight_decay": 0.01},
+        **{"epochs": 4, "milestones": (3,), "warmup_iterations": 100},
+    }
+    return Experiment(backbone, detector, **(setting | changes))
+
+
+_MANY_SCALES_3X = {
+    **{"many_scales": True, "weight_decay": 0.05, "not_decayed": ("norm", "pos_block")},
+    **{"epochs": 36, "milestones": (27, 33)},
+}

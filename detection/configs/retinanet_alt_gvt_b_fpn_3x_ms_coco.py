@@ -1,0 +1,11 @@
+"""RetinaNet with Twins-SVT-B on COCO, 36 epochs at many scales; global batch 16 (8 GPUs x 2 images).
+
+    bash dist_train.sh configs/retinanet_alt_gvt_b_fpn_3x_ms_coco.py 8
+    bash dist_test.sh configs/retinanet_alt_gvt_b_fpn_3x_ms_coco.py checkpoint_file 8 --eval mAP
+
+To expect: a published experiment; the paper has the AP of its published settings.
+"""
+
+from detection.configs.recipes import retinanet_3x_ms_setting
+
+config = retinanet_3x_ms_setting(backbone="alt_gvt_base")

@@ -1,0 +1,13 @@
+"""RetinaNet with the tiny alt_gvt_tiny on the embedded shapes, in minutes on two CPU cores; global batch 8.
+
+    bash dist_train.sh configs/retinanet_alt_gvt_tiny_shapes.py 1 --pretrained ../output/shapes/checkpoint_best.pth
+    bash dist_test.sh configs/retinanet_alt_gvt_tiny_shapes.py checkpoint_file 1 --eval bbox
+
+The weights to start from are those of the README's first command.
+
+To expect: XX
+"""
+
+from detection.configs.recipes import shapes_setting
+
+config = shapes_setting("alt_gvt_tiny", "retinanet")

@@ -1,0 +1,71 @@
+"""Weights of detectors: ours, and those in the format of the library that the original was built on."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from models import LoadReport, load_state_dict, read_weights
+
+UNUSED = ("backbone.norm.", "backbone.head.")  # the classifier that the released files still carry
+# Names in the released files -> ours, which are torchvision's.
+RENAMED = {
+    r"backbone\.": "backbone.body.",
+    r"neck\.lateral_convs\.(\d)\.conv\.": r"backbone.fpn.inner_blocks.\1.0.",
+    r"neck\.fpn_convs\.(\d)\.conv\.": r"backbone.fpn.layer_blocks.\1.0.",
+    r"bbox_head\.cls_convs\.(\d)\.conv\.": r"head.classification_head.conv.\1.0.",
+    r"bbox_head\.reg_convs\.(\d)\.conv\.": r"head.regression_head.conv.\1.0.",
+    r"bbox_head\.retina_cls\.": "head.classification_head.cls_logits.",
+    r"bbox_head\.retina_reg\.": "head.regression_head.bbox_reg.",
+    r"rpn_head\.rpn_conv\.": "rpn.head.conv.0.0.",
+    r"rpn_head\.rpn_cls\.": "rpn.head.cls_logits.",
+    r"rpn_head\.rpn_reg\.": "rpn.head.bbox_pred.",
+    r"roi_head\.bbox_head\.shared_fcs\.0\.": "roi_heads.box_head.fc6.",
+    r"roi_head\.bbox_head\.shared_fcs\.1\.": "roi_heads.box_head.fc7.",
+    r"roi_head\.bbox_head\.fc_cls\.": "roi_heads.box_predictor.cls_score.",
+    r"roi_head\.bbox_head\.fc_reg\.": "roi_heads.box_predictor.bbox_pred.",
+    r"roi_head\.mask_head\.convs\.(\d)\.conv\.": r"roi_heads.mask_head.\1.0.",
+    r"roi_head\.mask_head\.upsample\.": "roi_heads.mask_predictor.conv5_mask.",
+    r"roi_head\.mask_head\.conv_logits\.": "roi_heads.mask_predictor.mask_fcn_logits.",
+}
+# RetinaNet's pyramid keeps its coarsest levels among the others.
+RETINANET_RENAMED = {
+    r"neck\.fpn_convs\.3\.conv\.": "backbone.fpn.extra_blocks.p6.",
+    r"neck\.fpn_convs\.4\.conv\.": "backbone.fpn.extra_blocks.p7.",
+    **RENAMED,
+}
+
+
+def load_detector(model: nn.Module, path: str | Path) -> LoadReport:
+    """Load the weights of a whole detector, of ours or as released, strictly.
+
+    Raises:
+        ValueError: If the file cannot be read or does not fit the network, which is then unchanged.
+    """
+    weights = read_weights(path)
+    if not any(name.startswith("neck.") for name in weights):
+        return load_state_dict(model, weights, source=str(path))
+    used = {name: tensor for name, tensor in weights.items() if not name.startswith(UNUSED)}
+    report = load_state_dict(model, convert(used), source=str(path))
+    report.skipped += [name for name in weights if name not in used]
+    return report
+
+
+def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return released weights, in full precision, under our names and with the background as the first class."""
+    table = RETINANET_RENAMED if "bbox_head.retina_cls.weight" in weights else RENAMED
+    converted = {}
+    for name, tensor in weights.items():
+        ours = next((re.sub(old, new, name) for old, new in table.items() if re.match(old, name)), name)
+        converted[ours] = _background_first(ours, tensor.float() if tensor.is_floating_point() else tensor)
+    return converted
+
+
+def _background_first(name: str, tensor: Tensor) -> Tensor:
+    """Move the background of the classes to the front, or add it where the original has none."""
+    if ".cls_score." in name:
+        return torch.cat([tensor[-1:], tensor[:-1]])
+    rows = {".bbox_pred.": 4, ".mask_fcn_logits.": 1}
+    added = next((count for part, count in rows.items() if part in name and name.startswith("roi_heads.")), 0)
+    return torch.cat([tensor.new_zeros(added, *tensor.shape[1:]), tensor])

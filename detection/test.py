@@ -1,0 +1,97 @@
+"""Test a detector of configs/ on the validation set: box and mask AP, by class and in all.
+
+    bash dist_test.sh configs/retinanet_alt_gvt_s_fpn_1x_coco_pvt_setting.py checkpoint_file 8 --eval mAP
+    bash dist_test.sh configs/mask_rcnn_alt_gvt_tiny_shapes.py checkpoint_file 1 --eval bbox segm --show-dir pictures
+
+Bad input ends with one line that names it and a non-zero exit code; --traceback shows where it was found.
+"""
+
+import argparse
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import to_pil_image
+
+from command_line import ArgumentParser, choose_amp, run_script
+from dense import build_experiment, get_test_parser
+from detection.coco_eval import find_objects, summarise, write_results
+from detection.detectors import build_detector
+from detection.pictures import draw_detections
+from detection.released import load_detector
+from detection.train import KINDS, build_eval_loader
+from images import save_png
+from runs import compile_if_asked
+from utils import Processes, on_main, signals_noted
+
+logger = logging.getLogger("twins")
+
+
+def get_parser() -> ArgumentParser:
+    parser = get_test_parser(__doc__)
+    group = parser.add_argument_group("test")
+    group.add_argument(
+        "--eval",
+        nargs="+",
+        choices=("mAP", "bbox", "segm"),
+        default=["mAP"],
+        metavar="KIND",
+        help="what to evaluate: bbox, segm, or mAP for all that the detector finds",
+    )
+    group.add_argument("--out", metavar="FILE", help="write the results as COCO's JSON")
+    group.add_argument("--show-dir", metavar="FOLDER", help="write pictures with boxes, masks, names and scores")
+    group.add_argument(
+        "--show-score-thr", type=float, default=0.3, metavar="SCORE", help="least score of what is shown"
+    )
+    return parser
+
+
+def run_test(args: argparse.Namespace, processes: Processes) -> None:
+    """Test the weights of a file and report the figures."""
+    experiment = build_experiment(args)
+    kinds = KINDS[experiment.detector]
+    wanted = kinds if "mAP" in args.eval else tuple(dict.fromkeys(args.eval))
+    if not set(wanted) <= set(kinds):
+        raise ValueError(f"--eval segm: {experiment.detector} finds no masks; leave segm out")
+    loader = build_eval_loader(args, experiment, processes)
+    dataset = loader.dataset
+    model = build_detector(experiment, len(dataset.classes), pretrained=False)
+    logger.info("%s", load_detector(model, args.checkpoint))
+    model.to(processes.device)
+    compile_if_asked(model, args.compile)
+    amp_dtype = choose_amp(args.amp, processes.device)
+    show = build_painter(dataset, args.show_dir, args.show_score_thr) if args.show_dir else None
+    with signals_noted():
+        results = find_objects(
+            model, loader, processes.device, dataset.category_ids, amp_dtype=amp_dtype, on_detections=show
+        )
+    figures = summarise(dataset.coco, dataset.ids, results, wanted)
+    logger.info("%s", "  ".join(f"{name} {100 * value:.2f}" for name, value in figures.items()))
+    if args.out:
+        on_main(partial(write_results, results, Path(args.out)))
+
+
+def build_painter(dataset: Dataset, folder: str, least_score: float) -> Callable[[int, dict[str, Tensor]], None]:
+    """Return a function that draws what was found in an image into a file of a folder."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    index_of = {image_id: index for index, image_id in enumerate(dataset.ids)}
+
+    def show(image_id: int, found: dict[str, Tensor]) -> None:
+        image, _ = dataset[index_of[image_id]]
+        shown = {name: value[found["scores"] >= least_score] for name, value in found.items()}
+        save_png(draw_detections(to_pil_image(image), shown, dataset.classes), Path(folder) / str(image_id))
+
+    return show
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run from the command line; see `command_line.run_script` for how it ends."""
+    parser = get_parser()
+    run_script(parser.prog, run_test, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

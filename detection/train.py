@@ -1,0 +1,106 @@
+"""Train a detector of configs/, evaluating and writing a checkpoint after each epoch.
+
+    bash dist_train.sh configs/mask_rcnn_alt_gvt_s_fpn_1x_coco_pvt_setting.py 8
+    bash dist_train.sh configs/mask_rcnn_alt_gvt_tiny_shapes.py 1
+
+Bad input ends with one line that names it and a non-zero exit code; --traceback shows where it was found.
+"""
+
+import argparse
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import models
+from command_line import loader_options, run_script
+from dense import StepSchedule, Training, get_train_parser, process_batch, run_training
+from detection.coco import GroupedBatches, TrainViews, build_dataset, collate, many_scales, one_scale
+from detection.coco_eval import find_objects, summarise
+from detection.configs.recipes import Experiment
+from detection.detectors import build_detector
+from samplers import EvalSampler, SeededSet
+from utils import Processes
+
+logger = logging.getLogger("twins")
+
+KINDS = {"retinanet": ("bbox",), "mask_rcnn": ("bbox", "segm")}  # of results that are evaluated
+
+
+def build_train_loader(args: argparse.Namespace, experiment: Experiment, processes: Processes) -> DataLoader:
+    """Build the loader of the training set."""
+    dataset = build_dataset(experiment.dataset, experiment.data_root, True, max(experiment.scale))
+    augment = many_scales if experiment.many_scales else partial(one_scale, scale=experiment.scale)
+    batches = GroupedBatches(
+        dataset.sizes,
+        batch_size=process_batch(experiment, processes),
+        global_batch=experiment.global_batch,
+        world_size=processes.world_size,
+        rank=processes.rank,
+        seed=args.seed,
+    )
+    views = SeededSet(TrainViews(dataset, augment), args.seed)
+    return DataLoader(views, batch_sampler=batches, collate_fn=collate, **loader_options(args, processes.device))
+
+
+def build_eval_loader(args: argparse.Namespace, experiment: Experiment, processes: Processes) -> DataLoader:
+    """Build the loader of this process's share of the validation set, one image at a time: each is padded alone."""
+    dataset = build_dataset(experiment.dataset, experiment.data_root, False, max(experiment.scale))
+    sampler = EvalSampler(len(dataset), world_size=processes.world_size, rank=processes.rank)
+    return DataLoader(dataset, sampler=sampler, collate_fn=collate, **loader_options(args, processes.device))
+
+
+def build_training(args: argparse.Namespace, experiment: Experiment, processes: Processes, new: bool) -> Training:
+    """Build the data and the detector of an experiment; in a new run, with the weights that it starts from."""
+    train_loader = build_train_loader(args, experiment, processes)
+    eval_loader = build_eval_loader(args, experiment, processes)
+    dataset = eval_loader.dataset
+    model = build_detector(experiment, len(dataset.classes), new and not args.finetune)
+    if args.finetune and new:
+        logger.info("%s", models.load_weights(model, args.finetune, finetune=True))
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        results = find_objects(model, eval_loader, processes.device, dataset.category_ids)
+        figures = summarise(dataset.coco, dataset.ids, results, KINDS[experiment.detector])
+        return {f"test_{name}": value for name, value in figures.items()}
+
+    return Training(
+        model=model,
+        train_loader=train_loader,
+        sampler=train_loader.batch_sampler,
+        epochs=experiment.epochs,
+        schedule=build_schedule(experiment, train_loader.batch_sampler.steps),
+        compute_losses=compute_losses,
+        evaluate=evaluate,
+        best_figure=f"test_{KINDS[experiment.detector][-1]}_AP",
+    )
+
+
+def build_schedule(experiment: Experiment, steps: int) -> Callable[[torch.optim.Optimizer], StepSchedule]:
+    """Return what builds the schedule of an optimizer, for epochs of so many steps."""
+    return partial(
+        StepSchedule,
+        milestones=[milestone * steps for milestone in experiment.milestones],
+        warmup_iterations=experiment.warmup_iterations,
+        warmup_ratio=experiment.warmup_ratio,
+    )
+
+
+def compute_losses(model: nn.Module, batch: tuple[list[Tensor], list[dict]]) -> dict[str, Tensor]:
+    """Return the losses of a batch of images and targets."""
+    images, targets = batch
+    return model(images, targets)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run from the command line; see `command_line.run_script` for how it ends."""
+    parser = get_train_parser(__doc__)
+    args = parser.parse_args(argv)
+    run_script(parser.prog, partial(run_training, build_training=build_training), args, kept=True)
+
+
+if __name__ == "__main__":
+    main()

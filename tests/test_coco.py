@@ -1,0 +1,264 @@
+"""Data of detection in COCO's format on disk, the published augmentation and the batches."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as mask_coding
+
+from detection import coco
+from detection.coco import (
+    GroupedBatches,
+    build_dataset,
+    collate,
+    encode_mask,
+    many_scales,
+    one_scale,
+    random_crop,
+    random_flip,
+    resize,
+)
+
+SIZES = {7: (80, 60), 12: (64, 90), 3: (100, 50), 40: (70, 70), 41: (200, 30), 42: (90, 64)}  # by id: width, height
+CATEGORIES = [{"id": 18, "name": "dog"}, {"id": 1, "name": "person"}, {"id": 90, "name": "toothbrush"}]
+
+
+def circle(width: int, height: int) -> np.ndarray:
+    y, x = np.mgrid[:height, :width]
+    return ((x - 30) ** 2 + (y - 25) ** 2 < 200).astype(np.uint8)
+
+
+def make_annotations() -> dict:
+    """Return what is in the files: polygons, run lengths, a crowd, boxes without a size, images without boxes."""
+    annotations = []
+
+    def add(image, category, box, segmentation, crowd=0, area=None):
+        annotations.append(
+            {
+                **{"id": 100 + len(annotations), "image_id": image, "category_id": category, "bbox": box},
+                **{"iscrowd": crowd, "area": box[2] * box[3] if area is None else area, "segmentation": segmentation},
+            }
+        )
+
+    for image, (width, height) in SIZES.items():
+        if image == 40:
+            continue  # an image without boxes
+        add(image, 1, [10, 5, 20, 15], [[10, 5, 30, 5, 30, 20, 10, 20]])
+        add(image, 90, [16, 11, 29, 29], encode_mask(circle(width, height)))
+    add(12, 18, [0, 0, 64, 90], {"size": [90, 64], "counts": [10, 500, 5250]}, crowd=1)
+    add(7, 18, [20, 20, 0, 10], [[20, 20, 20, 30, 20, 25]])  # no width
+    add(7, 18, [20, 20, 10, 10], [[20, 20, 30, 20, 30, 30]], area=0)
+    add(42, 18, [85, 60, 10, 10], [[85, 60, 95, 60, 95, 70, 85, 70]])  # reaches over the border
+    images = [{"id": i, "width": w, "height": h, "file_name": f"{i:012}.jpg"} for i, (w, h) in SIZES.items()]
+    return {"images": images, "annotations": annotations, "categories": CATEGORIES}
+
+
+def write_coco(root) -> None:
+    """Write both parts of a data set in COCO's layout."""
+    for split in ("train2017", "val2017"):
+        (root / split).mkdir(parents=True)
+        (root / "annotations").mkdir(exist_ok=True)
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(make_annotations()))
+        for i, size in SIZES.items():
+            pixels = np.random.default_rng(i).integers(256, size=(6, 5, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize(size).save(root / split / f"{i:012}.jpg")
+
+
+@pytest.fixture(scope="session")
+def coco_folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("coco")
+    write_coco(root)
+    return root
+
+
+def test_training_leaves_out_what_the_original_does(coco_folder):
+    train, val = (build_dataset("coco", str(coco_folder), is_train, 0) for is_train in (True, False))
+    assert train.classes == ["person", "dog", "toothbrush"]  # by id
+    assert train.ids == [3, 7, 12, 42]  # neither without boxes nor with a side under 32
+    assert val.ids == [3, 7, 12, 40, 41, 42]
+    assert train.sizes == [(SIZES[i][1], SIZES[i][0]) for i in train.ids]
+    image, target = train[1]
+    assert (image.shape, image.dtype, target["image_id"]) == ((3, 60, 80), torch.uint8, 7)
+    assert target["boxes"].tolist() == [[10, 5, 30, 20], [16, 11, 45, 40]]
+    assert target["labels"].tolist() == [0, 2]
+    assert torch.equal(target["masks"][1], torch.from_numpy(circle(80, 60)))
+    assert target["masks"][0].nonzero().amin(0).tolist() == [5, 10]
+    assert target["masks"][0].sum() == 300
+    _, target = val[3]
+    assert [tuple(target[name].shape) for name in ("boxes", "labels", "masks")] == [(0, 4), (0,), (0, 70, 70)]
+    assert val[5][1]["labels"].tolist() == [0, 2, 1]  # with the box over the border
+
+
+def test_an_object_without_a_mask_has_that_of_its_box(tmp_path):
+    write_coco(tmp_path)
+    path = tmp_path / "annotations/instances_val2017.json"
+    content = json.loads(path.read_text())
+    for each in content["annotations"]:
+        del each["segmentation"]
+    path.write_text(json.dumps(content))
+    _, target = build_dataset("coco", str(tmp_path), False, 0)[0]
+    assert target["masks"][0].nonzero().tolist() == [[y, x] for y in range(5, 20) for x in range(10, 30)]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c["annotations"][1].update(image_id=999), "annotation 101 is of image 999, which is not listed"),
+        (lambda c: c["annotations"][2].update(category_id=5), "annotation 102 has the category 5, which is not listed"),
+        (
+            lambda c: c["annotations"][0].update(bbox=[80, 5, 20, 15]),
+            r"annotation 100 has a box \[80, 5, 20, 15\] outside its image 7, of 80x60 pixels",
+        ),
+        (lambda c: c["annotations"][0].pop("bbox"), "an entry lacks 'bbox'"),
+        (lambda c: c["images"][0].pop("width"), "an entry lacks 'width'"),
+        (lambda c: c.pop("categories"), "needs the lists images, annotations and categories"),
+        (lambda c: c["images"][1].update(file_name="none.jpg"), r"none\.jpg is missing; .* lists it as image 12"),
+        (lambda c: c["images"][2].update(width=101), r"has 100x50 pixels, but image 3 of the annotations 101x50"),
+    ],
+)
+def test_faults_of_the_annotations_are_named(change, message, tmp_path):
+    write_coco(tmp_path)
+    path = tmp_path / "annotations/instances_val2017.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message) as error:
+        list(build_dataset("coco", str(tmp_path), False, 0))
+    assert str(tmp_path) in str(error.value)
+
+
+def test_missing_and_broken_files_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere: there is no such folder; name the one .* with --data-root"):
+        build_dataset("coco", str(tmp_path / "nowhere"), True, 0)
+    with pytest.raises(ValueError, match=r"instances_train2017\.json: cannot be read"):
+        build_dataset("coco", str(tmp_path), True, 0)
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations/instances_train2017.json").write_text('{"images": [')
+    with pytest.raises(ValueError, match=r"instances_train2017\.json: is no valid JSON"):
+        build_dataset("coco", str(tmp_path), True, 0)
+
+
+def test_shapes_have_the_boxes_of_their_masks(monkeypatch):
+    monkeypatch.setattr(coco, "SHAPES_VAL", 20)
+    dataset = build_dataset("shapes", "", False, 96)
+    assert len(dataset.coco.anns) == sum(len(dataset[i][1]["labels"]) for i in range(20))
+    for annotation in dataset.coco.anns.values():
+        mask = mask_coding.decode(annotation["segmentation"])
+        ys, xs = np.nonzero(mask)
+        x, y, w, h = annotation["bbox"]
+        assert (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1) == (x, y, x + w, y + h)
+        assert annotation["area"] == mask.sum()
+    assert {len(dataset[i][1]["labels"]) for i in range(20)} == {1, 2, 3, 4}
+
+
+# --------------------------------------------------------------------------------------------------- augmentation
+
+
+@pytest.fixture
+def sample():
+    """An image whose pixels tell where they were, with a mask in each box that fills it."""
+    height, width = 60, 90
+    y, x = np.mgrid[:height, :width]
+    image = torch.from_numpy(np.stack([x, y, x * 0]).astype(np.uint8))
+    boxes = torch.tensor([[10.0, 20, 40, 50], [60, 5, 90, 25]])
+    masks = torch.zeros(2, height, width, dtype=torch.uint8)
+    for mask, (x1, y1, x2, y2) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[y1:y2, x1:x2] = 1
+    return image, {"boxes": boxes, "labels": torch.tensor([3, 1]), "masks": masks, "image_id": 5}
+
+
+def assert_boxes_fit(target, tolerance=1.0) -> None:
+    for box, mask in zip(target["boxes"], target["masks"], strict=True):
+        ys, xs = mask.nonzero().unbind(1)
+        found = torch.tensor([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1])
+        assert (found - box).abs().max() <= tolerance
+
+
+def test_a_mirrored_sample_fits_together(sample, monkeypatch):
+    monkeypatch.setattr(np.random, "rand", lambda: 0.7)
+    image, target = random_flip(*sample)
+    assert torch.equal(image, sample[0].flip(2))
+    assert target["boxes"].tolist() == [[50, 20, 80, 50], [0, 5, 30, 25]]
+    assert_boxes_fit(target, 0)
+    monkeypatch.setattr(np.random, "rand", lambda: 0.3)
+    assert random_flip(*sample)[0] is sample[0]
+
+
+def test_a_resized_sample_fits_together(sample):
+    image, target = resize(*sample, (45, 120))
+    assert image.shape == (3, 45, 120)
+    expected = sample[1]["boxes"] * torch.tensor([120 / 90, 45 / 60] * 2)
+    assert torch.allclose(target["boxes"], expected)
+    assert_boxes_fit(target)
+
+
+def test_a_cropped_sample_fits_together(sample):
+    np.random.seed(0)
+    counts = set()
+    for _ in range(200):
+        image, target = random_crop(*copy.deepcopy(sample), 20, 40)
+        height, width = image.shape[1:]
+        assert 20 <= height <= 40
+        assert 20 <= width <= 40
+        left, top = image[:2, 0, 0].tolist()
+        assert torch.equal(image, sample[0][:, top : top + height, left : left + width])
+        assert_boxes_fit(target, 0)
+        assert len(target["boxes"]) == len(target["labels"]) == len(target["masks"])
+        counts.add(len(target["labels"]))
+    assert counts == {0, 1, 2}
+
+
+def test_scales_of_both_settings(sample):
+    np.random.seed(0)
+    image, _ = one_scale(*sample, scale=(1333, 800))
+    assert image.shape[1:] == (800, 1200)
+    sizes = [tuple(many_scales(*sample)[0].shape[1:]) for _ in range(60)]
+    shorter = {min(size) for size in sizes}
+    assert shorter <= set(range(480, 801, 32)) | {s for s in shorter if max(sizes[0]) >= 1332}
+    assert len(shorter) >= 9
+    assert max(max(size) for size in sizes) <= 1333
+    ratios = [size[1] / size[0] for size in sizes]
+    assert 0.3 < np.mean([abs(ratio - 1.5) < 0.01 for ratio in ratios]) < 0.7  # the others were cropped
+
+
+# -------------------------------------------------------------------------------------------------------- batches
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_batches_are_grouped_and_the_same_for_any_number_of_processes(world_size):
+    sizes = [(10, 20) if i % 3 else (20, 10) for i in range(40)]  # 26 wide, 14 high
+    options = {"batch_size": 2, "global_batch": 6, "world_size": world_size, "seed": 1}
+    samplers = [GroupedBatches(sizes, rank=rank, **options) for rank in range(world_size)]
+    for epoch in (0, 1):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+            assert len(sampler) == len(list(sampler)) == 8 * 3 // world_size
+        parts = [[[key.index for key in batch] for batch in sampler] for sampler in samplers]
+        for part in parts:
+            assert all(len(batch) == 2 for batch in part)
+        steps = []
+        per_step = 3 // world_size
+        for step in range(8):
+            steps.append(
+                sorted(i for part in parts for batch in part[step * per_step : (step + 1) * per_step] for i in batch)
+            )
+        alone = GroupedBatches(sizes, **(options | {"world_size": 1}))
+        alone.set_epoch(epoch)
+        keys = [key.index for batch in alone for key in batch]
+        assert steps == [sorted(keys[i : i + 6]) for i in range(0, 48, 6)]
+        assert set(keys) == set(range(40))
+        assert all(len({i % 3 == 0 for i in step}) == 1 for step in steps)
+        for sampler, part in zip(samplers, parts, strict=True):
+            sampler.set_epoch(epoch, start=18)
+            assert [[key.index for key in batch] for batch in sampler] == part[3 * per_step :]
+            assert len(sampler) == 5 * per_step
+
+
+def test_batches_keep_images_and_targets_together(coco_folder):
+    dataset = build_dataset("coco", str(coco_folder), True, 0)
+    images, targets = collate([dataset[0], dataset[1]])
+    assert [image.shape[1:] for image in images] == [(50, 100), (60, 80)]
+    assert [target["image_id"] for target in targets] == [3, 7]

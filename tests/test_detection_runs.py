@@ -1,0 +1,260 @@
+"""Training and testing of detection as its users run them: the published commands, configs, resuming, bad input."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from dense import StepSchedule, build_state, get_train_parser, load_experiment
+from detection import coco
+from detection import test as test_script
+from detection import train as train_script
+from detection.detectors import build_detector
+from detection.pictures import draw_detections
+from tests.conftest import ROOT, assert_same_run, read_log
+from tests.test_coco import SIZES, coco_folder, write_coco  # noqa: F401  a fixture among them
+from tests.test_survival import Run, start  # noqa: F401  a fixture among them
+
+FOLDER = ROOT / "detection"
+MASK = "configs/mask_rcnn_alt_gvt_s_fpn_1x_coco_pvt_setting.py"
+RETINA = "configs/retinanet_alt_gvt_s_fpn_1x_coco_pvt_setting.py"
+TINY = ["--device", "cpu", "--num_workers", "0"]
+SMALL = ["backbone=alt_gvt_tiny", "pretrained=", "channels=16", "roi_samples=16", "scale=(128, 96)", "batch_size=1"]
+SMALL += ["global_batch=2", "epochs=2", "milestones=(1,)", "warmup_iterations=3", "lr=1e-3", "drop_path=0.3"]
+
+
+def run_bash(*command) -> subprocess.CompletedProcess:
+    """Run a script of detection/ in that folder, as the README has it."""
+    env = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = ["bash", *map(str, command)]
+    return subprocess.run(command, cwd=FOLDER, env=env, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.fixture(scope="session")
+def trained(coco_folder, tmp_path_factory):  # noqa: F811
+    """Two epochs of Mask R-CNN on COCO's layout by the published command, two processes; the folder and the output."""
+    folder = tmp_path_factory.mktemp("detection") / "run"
+    options = [*TINY, "--data-root", coco_folder, "--work-dir", folder, "--print-freq", 1, "--cfg-options", *SMALL]
+    result = run_bash("dist_train.sh", MASK, 2, *options)
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+def test_a_training_leaves_what_is_promised(trained):
+    folder, output = trained
+    names = {"args.json", "log.txt", "checkpoint.pth", "checkpoint.1.pth", "checkpoint_best.pth", ".lock"}
+    assert {file.name for file in folder.iterdir()} == names
+    assert "batch: 1 images x 2 processes x 1 accumulated = global batch 2; lr 0.001; 3 steps per epoch" in output
+    lines = read_log(folder)
+    losses = ("objectness", "rpn_box_reg", "classifier", "box_reg", "mask")
+    for line in lines:
+        assert line["train_loss"] == pytest.approx(sum(line[f"train_loss_{name}"] for name in losses))
+        assert {f"test_{kind}_{name}" for kind in ("bbox", "segm") for name in ("AP", "AP50", "APs")} < set(line)
+    warmth = [0.001 + 0.999 * i / 3 for i in range(3)]
+    assert [line["train_lr"] for line in lines] == pytest.approx([1e-3 * np.mean(warmth), 1e-4])
+
+
+def test_figures_equal_pycocotools_on_the_written_results(trained, coco_folder, tmp_path):  # noqa: F811
+    folder, _ = trained
+    options = [*TINY, "--data-root", coco_folder, "--out", tmp_path / "results.json", "--cfg-options", *SMALL]
+    outputs, results = [], []
+    for processes in (1, 2, 3):
+        result = run_bash("dist_test.sh", MASK, folder / "checkpoint.pth", processes, "--eval", "mAP", *options)
+        assert result.returncode == 0, result.stderr
+        outputs.append(result.stdout[result.stdout.index("bbox:") :])
+        rows = json.loads((tmp_path / "results.json").read_text())
+        results.append(sorted(rows, key=lambda row: (row["image_id"], -row["score"], row["bbox"])))
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert results[0] == results[1] == results[2]
+    assert len(results[0]) > 100
+    assert all(set(row) == {"image_id", "category_id", "bbox", "score", "segmentation"} for row in results[0])
+    assert {row["category_id"] for row in results[0]} <= {1, 18, 90}
+    truth = COCO(str(coco_folder / "annotations/instances_val2017.json"))
+    for kind in ("bbox", "segm"):
+        rows = [{key: row[key] for key in row if key != "bbox" or kind == "bbox"} for row in results[0]]
+        evaluation = COCOeval(truth, truth.loadRes(rows), kind)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        assert f"{kind}_AP {100 * evaluation.stats[0]:.2f}  {kind}_AP50 {100 * evaluation.stats[1]:.2f}" in outputs[0]
+        assert read_log(folder)[-1][f"test_{kind}_AP"] == pytest.approx(evaluation.stats[0], abs=1e-6)
+    assert outputs[0].count("Average Precision") == 12
+
+
+def test_a_killed_run_ends_as_an_uninterrupted_one(coco_folder, tmp_path, start):  # noqa: F811
+    """Two processes, with everything that is drawn at random, killed in each epoch."""
+    script = "detection/train.py"
+    command = [FOLDER / MASK, *TINY, "--save-every", "1", "--print-freq", "1", "--data-root", coco_folder]
+    command += ["--cfg-options", *SMALL, "many_scales=True", "epochs=2"]
+    straight = Run(2, command, tmp_path / "straight", script=script)
+    assert straight.end() == 0, straight.output
+    command += ["--auto-resume"]
+    for pattern in (r"epoch 0 \[[12]/3\]", r"epoch 1 \[[12]/3\]"):
+        run = start(2, command, script=script)
+        run.wait_for(lambda run, pattern=pattern: re.search(pattern, run.output), pattern)
+        run.kill()
+        assert run.process.returncode < 0
+    run = start(2, command, script=script)
+    assert run.end() == 0, run.output
+    assert "resumed" in run.output
+    assert_same_run(tmp_path / "run", tmp_path / "straight", ("checkpoint.pth", "checkpoint_best.pth"))
+
+
+@pytest.mark.parametrize("config", [MASK, RETINA])
+def test_images_without_objects_have_finite_losses_and_gradients(config):
+    experiment = load_experiment(FOLDER / config, SMALL)
+    torch.manual_seed(0)
+    model = build_detector(experiment, 3, pretrained=False).train()
+    images = [torch.rand(3, 64, 96), torch.rand(3, 80, 64)]
+    empty = {
+        "boxes": torch.zeros(0, 4),
+        "labels": torch.zeros(0, dtype=torch.int64),
+        "masks": torch.zeros(0, 80, 64, dtype=torch.uint8),
+    }
+    one = {"boxes": torch.tensor([[5.0, 5, 40, 60]]), "labels": torch.tensor([2])}
+    one["masks"] = torch.ones(1, 64, 96, dtype=torch.uint8)
+    for targets in ([one, empty], [empty, empty]):
+        model.zero_grad()
+        losses = model(images, targets)
+        sum(losses.values()).backward()
+        assert all(loss.isfinite() for loss in losses.values())
+        missing = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+        assert not missing  # DistributedDataParallel waits for each
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+# -------------------------------------------------------------------------------------------------------- experiments
+
+BACKBONES = {
+    **{"pcpvt_s": "pcpvt_small", "pcpvt_b": "pcpvt_base", "pcpvt_l": "pcpvt_large"},
+    **{"alt_gvt_s": "alt_gvt_small", "alt_gvt_b": "alt_gvt_base", "alt_gvt_l": "alt_gvt_large"},
+}
+SETTINGS = {  # detector, lr, weight decay, epochs, milestones, many scales
+    "retinanet_{}_fpn_1x_coco_pvt_setting": ("retinanet", 1e-4, 1e-4, 12, (8, 11), False),
+    "retinanet_{}_fpn_3x_ms_coco": ("retinanet", 1e-4, 0.05, 36, (27, 33), True),
+    "mask_rcnn_{}_fpn_1x_coco_pvt_setting": ("mask_rcnn", 2e-4, 1e-4, 12, (8, 11), False),
+    "mask_rcnn_{}_fpn_3x_coco_swin_setting": ("mask_rcnn", 1e-4, 0.05, 36, (27, 33), True),
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("name", BACKBONES)
+def test_the_published_experiments(setting, name):
+    path = FOLDER / f"configs/{setting.format(name)}.py"
+    experiment = load_experiment(path)
+    found = (experiment.detector, experiment.lr, experiment.weight_decay, experiment.epochs, experiment.milestones)
+    assert (*found, experiment.many_scales) == SETTINGS[setting]
+    assert (experiment.backbone, experiment.dataset, experiment.scale) == (BACKBONES[name], "coco", (1333, 800))
+    assert experiment.global_batch == 8 * experiment.batch_size == 16
+    assert (experiment.drop_path, experiment.channels, experiment.roi_samples) == (0.2, 256, 512)
+    docstring = path.read_text().split('"""')[1]
+    assert f"bash dist_train.sh configs/{path.name} 8" in docstring
+    assert f"bash dist_test.sh configs/{path.name} checkpoint_file 8" in docstring
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_learning_rates_and_weight_decay_equal_the_recipes(setting):
+    experiment = load_experiment(FOLDER / f"configs/{setting.format('alt_gvt_s')}.py")
+    _, lr, decay, epochs, milestones, many_scales = SETTINGS[setting]
+    with torch.device("meta"):
+        model = build_detector(experiment, 80, pretrained=False)
+    steps = 7330  # of an epoch: 117,266 images, 16 each
+    schedule = train_script.build_schedule(experiment, steps)
+    args = get_train_parser("").parse_args(["x"])
+    state = build_state(args, experiment, model, schedule, torch.device("cpu"))
+    assert isinstance(state.lr_scheduler, StepSchedule)
+    iterations = [0, 250, 499, 500, *(epoch * steps + shift for epoch in range(1, epochs) for shift in (-1, 0))]
+    for i in iterations:
+        expected = lr * 0.1 ** sum(i // steps >= milestone for milestone in milestones)
+        expected *= 0.001 + 0.999 * i / 500 if i < 500 else 1
+        state.lr_scheduler.step_update(i)
+        for group in state.optimizer.param_groups:
+            assert group["lr"] == pytest.approx(expected, rel=1e-12)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = state.optimizer.param_groups
+    free = {names[id(p)] for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+    assert free == ({name for name in names.values() if re.search("norm|pos_block", name)} if many_scales else set())
+    assert {group["weight_decay"] for group in groups} - {0} == {decay}
+    assert sum(len(group["params"]) for group in groups) == len(names)
+
+
+# ---------------------------------------------------------------------------------------------------------- bad input
+
+
+def fails(capsys, script, *argv) -> str:
+    """Run a script in this process and return its one line of error."""
+    with pytest.raises(SystemExit) as stop:
+        script.main([str(each) for each in argv])
+    assert stop.value.code in (1, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{script.__name__.split('.')[-1]}.py: error: ")
+    return line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["epoch=3"], "--cfg-options epoch: there is no such key; did you mean epochs"),
+        (["detector=yolo"], "detector='yolo' is unknown; it is retinanet, mask_rcnn"),
+        (["epochs=0"], "epochs=0 is not above 0"),
+        (["data_root=/nowhere"], "/nowhere: there is no such folder; name the one of the data set with --data-root"),
+        (["backbone=pcpvt"], "backbone 'pcpvt' is unknown"),
+    ],
+)
+def test_bad_options_of_a_training(options, message, coco_folder, tmp_path, capsys):  # noqa: F811
+    changes = [*SMALL, f"data_root={coco_folder}", *options]
+    command = [FOLDER / MASK, *TINY, "--work-dir", tmp_path / "run", "--cfg-options", *changes]
+    assert message in fails(capsys, train_script, *command)
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_that_do_not_fit_are_refused(trained, coco_folder, tmp_path, capsys):  # noqa: F811
+    folder, _ = trained
+    options = [*TINY, "--data-root", coco_folder, "--cfg-options", *SMALL]
+    line = fails(capsys, test_script, FOLDER / MASK, folder / "checkpoint.pth", *options, "dataset=shapes")
+    assert "cls_score.weight (4, 1024) in the file, (11, 1024) in the model" in line
+    line = fails(capsys, test_script, FOLDER / RETINA, folder / "checkpoint.pth", *options)
+    assert "these weights do not fit the model" in line
+    line = fails(capsys, test_script, FOLDER / RETINA, folder / "checkpoint.pth", "--eval", "segm", *options)
+    assert "--eval segm: retinanet finds no masks; leave segm out" in line
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_pictures_show_boxes_masks_and_names():
+    found = {
+        "boxes": torch.tensor([[20.0, 30, 60, 80]]),
+        "labels": torch.tensor([1]),
+        "scores": torch.tensor([0.9]),
+        "masks": torch.zeros(1, 100, 200, dtype=torch.bool),
+    }
+    found["masks"][0, 40:60, 30:50] = True
+    pixels = np.asarray(draw_detections(Image.new("RGB", (200, 100), (90, 90, 90)), found, ["a", "b", "c"])).astype(int)
+    assert pixels.shape == (200, 400, 3)  # enlarged twice
+    colour = np.array(pixels[100, 40])  # on the left side of the box
+    assert (pixels[120, 40] == colour).all()
+    assert (pixels[100, 120] == colour).all()
+    assert np.abs(pixels[100, 80] - (0.55 * 90 + 0.45 * colour)).max() <= 1
+    assert (pixels[100, 50] == 90).all()
+    assert (pixels[10, 10] == 90).all()
+
+
+def test_a_run_on_shapes_shows_what_it_finds(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(coco, "SHAPES_TRAIN", 16)
+    monkeypatch.setattr(coco, "SHAPES_VAL", 6)
+    config = FOLDER / "configs/retinanet_alt_gvt_tiny_shapes.py"
+    changes = ["--cfg-options", "epochs=1", "scale=(96, 96)"]
+    train_script.main([str(each) for each in (config, *TINY, "--work-dir", tmp_path / "run", *changes)])
+    options = ["--show-dir", tmp_path / "shown", "--show-score-thr", "0", *TINY]
+    test_script.main([str(each) for each in (config, tmp_path / "run/checkpoint.pth", *options, *changes)])
+    assert len(list((tmp_path / "shown").glob("*.png"))) == 6
+    assert "bbox_AP " in capsys.readouterr().out
