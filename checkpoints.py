@@ -103,8 +103,8 @@ class TrainState:
         if self.global_batch == batch:
             return []
         return [
-            f"the global batch is {self.global_batch}, not {batch}, and so are the steps of an epoch and the learning "
-            f"rate, unless --unscale-lr; the epoch goes on at image {self.position}, was at {place}"
+            f"the global batch is {self.global_batch}, not {batch}, and with it all that follows it, such as the "
+            f"learning rate of a recipe; the epoch goes on at image {self.position}, was at {place}"
         ]
 
     def _load_randomness(self, checkpoint: dict[str, Any], seed: int) -> list[str]:

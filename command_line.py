@@ -146,14 +146,19 @@ def add_compute_options(group, amp: str = "auto") -> None:
     )
 
 
-def add_training_options(parser: ArgumentParser):
-    """Add the options of a training run and its folder; return their group. `engine_options` reads some of them."""
+def add_training_options(parser: ArgumentParser, kept: str = "nothing is kept without it"):
+    """Add the options of a training run and its folder; return their group. `engine_options` reads some of them.
+
+    Args:
+        parser: Where to.
+        kept: What is done where no folder is named.
+    """
     group = parser.add_argument_group("run")
     group.add_argument(
         "--output_dir",
         "--work-dir",
         metavar="FOLDER",
-        help="where args.json, log.txt and checkpoints go",
+        help=f"where args.json, log.txt and checkpoints go; {kept}",
     )
     group.add_argument("--resume", metavar="FILE", help="checkpoint to continue from")
     group.add_argument(

@@ -8,8 +8,8 @@ import argparse
 import ast
 import dataclasses
 import logging
+import re
 import runpy
-import types
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,7 +62,11 @@ def load_experiment(path: str | Path, changes: Sequence[str] = ()) -> Any:
     if not Path(path).is_file():
         others = sorted(file.name for file in Path(path).parent.glob("*_*.py"))
         raise ValueError(f"{path}: there is no such config{nearest(Path(path).name, others)}")
-    config = runpy.run_path(str(path)).get("config")
+    try:
+        config = runpy.run_path(str(path)).get("config")
+    except (ImportError, NameError, SyntaxError, TypeError) as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        raise ValueError(f"{path}: {f'there is no such key: {unknown[1]}' if unknown else error}") from error
     if not dataclasses.is_dataclass(config):
         raise ValueError(f"{path}: defines no experiment; it should end with config = one of the recipes")
     return change_fields(config, changes)
@@ -92,9 +96,6 @@ def change_fields(config: E, changes: Sequence[str]) -> E:
 def _as_type(value: Any, hint: Any, text: str) -> Any:
     """Return a value as the type that a field has, `NotImplemented` where it is of another."""
     arguments = typing.get_args(hint)
-    if isinstance(hint, types.UnionType):
-        fitting = (_as_type(value, each, text) for each in arguments)
-        return next((each for each in fitting if each is not NotImplemented), NotImplemented)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, (tuple, list)):
             return NotImplemented
@@ -225,7 +226,7 @@ def get_train_parser(description: str) -> ArgumentParser:
     parser = ArgumentParser(prog="train.py", usage="train.py CONFIG [options]", description=description)
     parser.add_argument("config", metavar="CONFIG", help="an experiment of configs/")
     _add_experiment_options(parser)
-    group = add_training_options(parser)
+    group = add_training_options(parser, kept="by default in work_dirs/NAME_OF_CONFIG")
     group.add_argument(
         "--pretrained",
         nargs="?",
@@ -239,7 +240,7 @@ def get_train_parser(description: str) -> ArgumentParser:
         help="start from these weights of the whole network; heads for other classes are made anew",
     )
     group.add_argument("--grad-checkpointing", action="store_true", help="less memory for about a third more time")
-    add_compute_options(group)
+    add_compute_options(group, amp="off")
     add_process_options(parser)
     return parser
 
@@ -259,7 +260,12 @@ def _add_experiment_options(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("experiment")
     group.add_argument("--data-root", metavar="FOLDER", help="where the data set is")
     group.add_argument(
-        "--cfg-options", nargs="+", default=[], metavar="KEY=VALUE", help="fields of the experiment to change"
+        "--cfg-options",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="KEY=VALUE",
+        help="fields of the experiment to change",
     )
     add_loader_options(group, num_workers=4)
 
@@ -284,6 +290,7 @@ class Training:
         compute_losses: As `engine.train_one_epoch` has it.
         evaluate: Returns the figures of a network on the validation set. All processes call it together.
         best_figure: The one of them that tells the best epoch.
+        same: Fields of the experiment that may not change in a run.
     """
 
     model: nn.Module
@@ -294,6 +301,7 @@ class Training:
     compute_losses: Callable[[nn.Module, Any], dict[str, torch.Tensor]]
     evaluate: Callable[[nn.Module], dict[str, float]]
     best_figure: str
+    same: tuple[str, ...]
 
 
 def run_training(
@@ -308,6 +316,8 @@ def run_training(
         processes: Those of the run.
         build_training: `(args, experiment, processes, new)`; only a new run needs weights to start from.
     """
+    if sum(option is not None for option in (args.pretrained, args.finetune, args.resume)) > 1:
+        raise ValueError("--pretrained, --finetune and --resume each give the first weights; choose one of them")
     experiment = build_experiment(args)
     folder = RunFolder(args.output_dir or f"work_dirs/{Path(args.config).stem}", args.keep)
     options = {**vars(args), **dataclasses.asdict(experiment)}
@@ -324,7 +334,7 @@ def run_training(
         state = build_state(args, experiment, model, training.schedule, device)
         utils.seed_everything(args.seed + processes.rank)  # but drop path and dropout of its own on each
         if checkpoint:
-            resume(state, checkpoint, options, same=("backbone",))
+            resume(state, checkpoint, options, same=training.same)
         compile_if_asked(model, args.compile)
         parallel_model = utils.parallelise(model, processes)
         steps = len(training.train_loader) // accumulation

@@ -242,7 +242,7 @@ class StepGuard:
             return False
         row = f", after {self.meter.skipped_in_a_row} skipped steps in a row" if self.max_skipped else ""
         raise NonFiniteError(
-            f"{found}{row}; training has stopped. A lower --lr, a longer --warmup-epochs, --clip-grad or --amp bf16 "
+            f"{found}{row}; training has stopped. A lower learning rate, a longer warm-up, clipping or --amp bf16 "
             "usually help"
         )
 

@@ -13,7 +13,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python}
 if [ "${NNODES:-1}" -gt 1 ]; then
-    meeting=(--nnodes="$NNODES" --node_rank="$NODE_RANK" --master_addr="$MASTER_ADDR" --master_port="${PORT:-29500}")
+    meeting=(--nnodes="$NNODES" --node_rank="${NODE_RANK:?is the number of this machine, from 0}" \
+        --master_addr="${MASTER_ADDR:?is the address of the first machine}" --master_port="${PORT:-29500}")
 elif [ "$processes" -eq 1 ]; then
     exec "$python" "$script" "$@"
 else

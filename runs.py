@@ -19,6 +19,7 @@ logger = logging.getLogger("twins")
 NOT_OF_THE_RUN = {
     *("resume", "auto_resume", "finetune", "pretrained", "output_dir", "save_every", "keep"),
     *("num_workers", "loader_timeout", "pin_mem", "print_freq", "dist_url", "local_rank", "traceback"),
+    *("config", "cfg_options", "data_root"),
 }
 
 
@@ -54,7 +55,7 @@ def choose_accumulation(batch_size: int, global_batch: int, world_size: int) -> 
         nearest = max(1, round(global_batch / per_batch)) * per_batch
         raise ValueError(
             f"global batch {global_batch} is no multiple of {per_batch} ({batch_size} images x {world_size} "
-            f"processes); {nearest} is, or change the batch size"
+            f"processes); {nearest} is, or change the batch of a process or their number"
         )
     return global_batch // per_batch
 

@@ -236,6 +236,8 @@ def match_anchors(matcher: Matcher, boxes: Tensor, anchors: Tensor, inside: Tens
 class TwinsRetinaNet(RetinaNet):
     """RetinaNet (https://arxiv.org/abs/1708.02002) on the levels P3 to P7."""
 
+    pretrained_cfg = {"classifier": "head.classification_head.cls_logits"}  # noqa: RUF012  see models.load_state_dict
+
     def __init__(self, body: nn.Module, num_classes: int, scale: tuple[int, int], channels: int = 256):
         levels = LevelsP6P7(body.embed_dims[-1], channels)
         super().__init__(
@@ -428,6 +430,14 @@ def mask_loss(logits: Tensor, labels: Tensor, truths: Tensor) -> Tensor:
 
 class TwinsMaskRCNN(GeneralizedRCNN):
     """Mask R-CNN (https://arxiv.org/abs/1703.06870) on the levels P2 to P6."""
+
+    # What depends on the classes, for `models.load_state_dict` to leave as it is where they are others.
+    pretrained_cfg = {  # noqa: RUF012
+        "classifier": tuple(
+            f"roi_heads.{name}"
+            for name in ("box_predictor.cls_score", "box_predictor.bbox_pred", "mask_predictor.mask_fcn_logits")
+        )
+    }
 
     def __init__(
         self,

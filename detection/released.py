@@ -37,17 +37,19 @@ RETINANET_RENAMED = {
 }
 
 
-def load_detector(model: nn.Module, path: str | Path) -> LoadReport:
+def load_detector(model: nn.Module, path: str | Path, finetune: bool = False) -> LoadReport:
     """Load the weights of a whole detector, of ours or as released, strictly.
+
+    With `finetune` heads for other classes stay as they were initialised.
 
     Raises:
         ValueError: If the file cannot be read or does not fit the network, which is then unchanged.
     """
     weights = read_weights(path)
     if not any(name.startswith("neck.") for name in weights):
-        return load_state_dict(model, weights, source=str(path))
+        return load_state_dict(model, weights, source=str(path), finetune=finetune)
     used = {name: tensor for name, tensor in weights.items() if not name.startswith(UNUSED)}
-    report = load_state_dict(model, convert(used), source=str(path))
+    report = load_state_dict(model, convert(used), source=str(path), finetune=finetune)
     report.skipped += [name for name in weights if name not in used]
     return report
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-import models
 from command_line import loader_options, run_script
 from dense import StepSchedule, Training, get_train_parser, process_batch, run_training
 from detection.coco import GroupedBatches, TrainViews, build_dataset, collate, many_scales, one_scale
 from detection.coco_eval import find_objects, summarise
 from detection.configs.recipes import Experiment
 from detection.detectors import build_detector
+from detection.released import load_detector
 from samplers import EvalSampler, SeededSet
 from utils import Processes
 
@@ -60,7 +60,7 @@ def build_training(args: argparse.Namespace, experiment: Experiment, processes: 
     dataset = eval_loader.dataset
     model = build_detector(experiment, len(dataset.classes), new and not args.finetune)
     if args.finetune and new:
-        logger.info("%s", models.load_weights(model, args.finetune, finetune=True))
+        logger.info("%s", load_detector(model, args.finetune, finetune=True))
 
     def evaluate(model: nn.Module) -> dict[str, float]:
         results = find_objects(model, eval_loader, processes.device, dataset.category_ids)
@@ -76,6 +76,7 @@ def build_training(args: argparse.Namespace, experiment: Experiment, processes: 
         compute_losses=compute_losses,
         evaluate=evaluate,
         best_figure=f"test_{KINDS[experiment.detector][-1]}_AP",
+        same=("backbone", "detector", "dataset"),
     )
 
 

@@ -78,6 +78,7 @@ def evaluate(
         **inference: Passed to `segmentor.predict`: `flip`, `window`, `stride`.
 
     Raises:
+        ValueError: If there is no labelled pixel.
         Interrupted: On all processes together, if any of them was asked to stop; the others finish their share.
     """
     model.eval()
@@ -93,4 +94,6 @@ def evaluate(
             on_prediction(index, prediction.cpu())
     stop_if_requested(device)
     matrix.reduce()
+    if not matrix.counts.any():
+        raise ValueError("there is no labelled pixel to evaluate")
     return matrix

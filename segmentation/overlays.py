@@ -34,7 +34,7 @@ def draw_overlay(
     legend = [label for label in present if label != ignored]
     font = ImageFont.load_default(13)
     column = max((int(font.getlength(classes[label])) for label in legend), default=0) + LINE + 2 * GAP
-    rows = height // LINE
+    rows = max(1, height // LINE)
     columns = -(-len(legend) // rows)
     size = (len(panels) * (width + GAP) + columns * column, height + LINE + GAP)
     picture = Image.new("RGB", size, "white")

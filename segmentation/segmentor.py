@@ -27,6 +27,9 @@ class Segmentor(nn.Module):
         auxiliary_weight: Weight of that loss.
     """
 
+    # What depends on the classes, for `models.load_state_dict` to leave as it is where they are others.
+    pretrained_cfg = {"classifier": ("decode_head.conv_seg", "auxiliary_head.conv_seg")}  # noqa: RUF012
+
     def __init__(
         self,
         backbone: nn.Module,
@@ -41,9 +44,6 @@ class Segmentor(nn.Module):
         self.decode_head = decode_head
         self.auxiliary_head = auxiliary_head
         self.auxiliary_weight = auxiliary_weight
-
-    # What depends on the classes, for `models.load_weights` to make anew where they are others.
-    pretrained_cfg = {"classifier": ("decode_head.conv_seg", "auxiliary_head.conv_seg")}  # noqa: RUF012
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | dict[str, Tensor]:
         """Return logits of the images, or the losses where labels are given.
@@ -96,15 +96,17 @@ def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels.long(), ignore_index=IGNORED_LABEL, reduction="sum") / labels.numel()
 
 
-def load_segmentor(model: Segmentor, path: str | Path) -> LoadReport:
+def load_segmentor(model: Segmentor, path: str | Path, finetune: bool = False) -> LoadReport:
     """Load the weights of a whole network, of ours or as released, strictly.
+
+    With `finetune` heads for other classes stay as they were initialised.
 
     Raises:
         ValueError: If the file cannot be read or does not fit the network, which is then unchanged.
     """
     weights = read_weights(path)
     state = {name: tensor for name, tensor in weights.items() if not name.startswith(UNUSED_WEIGHTS)}
-    report = load_state_dict(model, state, source=str(path))
+    report = load_state_dict(model, state, source=str(path), finetune=finetune)
     report.skipped += [name for name in weights if name not in state]
     return report
 

@@ -15,14 +15,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-import models
 from command_line import loader_options, run_script
 from dense import PolySchedule, Training, get_train_parser, process_batch, run_training
 from samplers import EndlessSampler, EvalSampler, SeededSet
 from segmentation.ade20k import EvalViews, TrainViews, build_dataset
 from segmentation.configs.recipes import Experiment
 from segmentation.miou import evaluate
-from segmentation.segmentor import Segmentor, build_segmentor
+from segmentation.segmentor import Segmentor, build_segmentor, load_segmentor
 from utils import Processes
 
 logger = logging.getLogger("twins")
@@ -56,12 +55,13 @@ def build_eval_loader(
 
 def build_training(args: argparse.Namespace, experiment: Experiment, processes: Processes, new: bool) -> Training:
     """Build the data and the network of an experiment; in a new run, with the weights that it starts from."""
+    check_batch(experiment, processes)
     train_loader = build_train_loader(args, experiment, processes)
     eval_loader = build_eval_loader(args, experiment, processes)
     classes = eval_loader.dataset.dataset.classes
     model = build_segmentor(experiment, len(classes), new and not args.finetune)
     if args.finetune and new:
-        logger.info("%s", models.load_weights(model, args.finetune, finetune=True))
+        logger.info("%s", load_segmentor(model, args.finetune, finetune=True))
 
     def evaluate_model(model: Segmentor) -> dict[str, float]:
         matrix = evaluate(model, eval_loader, processes.device, len(classes), **inference_options(experiment))
@@ -78,7 +78,18 @@ def build_training(args: argparse.Namespace, experiment: Experiment, processes: 
         compute_losses=compute_losses,
         evaluate=evaluate_model,
         best_figure="test_mIoU",
+        same=("backbone", "head", "dataset", "eval_interval"),
     )
+
+
+def check_batch(experiment: Experiment, processes: Processes) -> None:
+    """Refuse single images where a BatchNorm sees nothing else of a map pooled to one pixel."""
+    synchronised = processes.world_size > 1 and processes.device.type == "cuda"
+    if experiment.head == "upernet" and process_batch(experiment, processes) == 1 and not synchronised:
+        raise ValueError(
+            f"batch_size={experiment.batch_size}, global_batch={experiment.global_batch}: the BatchNorms of UPerNet "
+            "need two images of each process or more; raise them with --cfg-options, or start fewer processes"
+        )
 
 
 def build_schedule(experiment: Experiment) -> Callable[[torch.optim.Optimizer], PolySchedule]:

@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from PIL import Image
 
 import shapes
 from main import main
+from tests.small_data import write_ade20k, write_coco
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--model", "alt_gvt_tiny", "--input-size", "32", "--batch-size", "4", "--num_workers", "0", "--device", "cpu"]
@@ -34,6 +37,22 @@ def image_folder(tmp_path_factory) -> Path:
             for i in range(count):
                 image = shapes.draw_scene((side, label, i), 72 + 5 * i, labels=[label]).image
                 image.resize((90, 72 + 5 * i)).save(folder / f"{i}.JPEG")
+    return root
+
+
+@pytest.fixture(scope="session")
+def ade20k_folder(tmp_path_factory) -> Path:
+    """ADEChallengeData2016 on a small scale."""
+    root = tmp_path_factory.mktemp("ADEChallengeData2016")
+    write_ade20k(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def coco_folder(tmp_path_factory) -> Path:
+    """COCO 2017 on a small scale."""
+    root = tmp_path_factory.mktemp("coco")
+    write_coco(root)
     return root
 
 
@@ -88,6 +107,73 @@ def free_port() -> int:
 
 def read_log(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+
+
+class Run:
+    """A script in the background, on one process or under torchrun, with what it prints in a file."""
+
+    def __init__(self, processes: int, options: list, output_dir: Path, launcher_options=(), script="main.py"):
+        torchrun = [
+            *LAUNCHERS["torchrun"],
+            f"--nproc_per_node={processes}",
+            f"--master_port={free_port()}",
+            *launcher_options,
+        ]
+        command = [sys.executable, *(torchrun if processes > 1 else []), script, *map(str, options)]
+        command += ["--output_dir", str(output_dir)]
+        self.folder = output_dir
+        self.script = script
+        self.log = output_dir.with_name(f"{output_dir.name}-{time.monotonic_ns()}.out")
+        with open(self.log, "w") as file:
+            env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
+
+    @property
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, condition, what: str, timeout: float = 120) -> None:
+        """Wait until `condition(self)` holds while the run lives."""
+        end = time.monotonic() + timeout
+        while not condition(self):
+            assert self.process.poll() is None, f"ended before {what}:\n{self.output}"
+            assert time.monotonic() < end, f"no {what} in {timeout} s:\n{self.output}"
+            time.sleep(0.001)
+
+    def processes(self) -> dict[int, int]:
+        """Return the ids of the processes of the run by rank."""
+        if self.process.args[1] == self.script:
+            return {0: self.process.pid}
+        ranks = {}
+        for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
+            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            ranks |= {int(entry[5:]): int(pid) for entry in environment if entry.startswith(b"RANK=")}
+        return ranks
+
+    def kill(self) -> None:
+        """Kill everything that still runs at once, as a power cut would."""
+        if self.process.poll() is not None:
+            return
+        for pid in {self.process.pid, *self.processes().values()}:
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+    def end(self, timeout: float = 240) -> int:
+        return self.process.wait(timeout)
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start runs in one folder; whatever a failed test leaves of them is killed."""
+    runs = []
+
+    def start(processes: int, options: list, **kwargs) -> Run:
+        runs.append(Run(processes, options, tmp_path / "run", **kwargs))
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        run.kill()
 
 
 CHECKPOINTS = ("checkpoint.pth", "checkpoint_best.pth", "checkpoint_best_ema.pth")

@@ -23,35 +23,7 @@ from segmentation.ade20k import (
 )
 from segmentation.segmentor import IGNORED_LABEL
 from tests.conftest import damage_jpeg
-
-SIZES = ((64, 48), (90, 70), (50, 80), (33, 100), (120, 41))
-
-
-def make_labels(size: tuple[int, int], seed: int, high: int = 151) -> np.ndarray:
-    """Return blocks of labels as they are in the files, 0 and the last among them."""
-    blocks = np.random.default_rng(seed).integers(high, size=(3, 4), dtype=np.uint8)
-    blocks[0, :2] = 0, high - 1
-    return np.asarray(Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST))
-
-
-@pytest.fixture(scope="session")
-def ade20k_folder(tmp_path_factory):
-    """ADEChallengeData2016 on a small scale: JPEGs of several sizes and PNG labels of 0 to 150."""
-    root = tmp_path_factory.mktemp("ADEChallengeData2016")
-    write_folder(root, high=151)
-    return root
-
-
-def write_folder(root, high: int, count: int = 5) -> None:
-    for part, split in enumerate(("training", "validation")):
-        for i in range(count):
-            size = SIZES[i % len(SIZES)]
-            name = f"ADE_{split[:5]}_{i + 1:08}"
-            pixels = np.random.default_rng((part, i)).integers(256, size=(6, 5, 3), dtype=np.uint8)
-            (root / "images" / split).mkdir(parents=True, exist_ok=True)
-            (root / "annotations" / split).mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).resize(size).save(root / "images" / split / f"{name}.jpg")
-            Image.fromarray(make_labels(size, i, high)).save(root / "annotations" / split / f"{name}.png")
+from tests.small_data import ADE20K_SIZES, make_labels, write_ade20k
 
 
 def test_ade20k_ignores_0_and_shifts_the_others(ade20k_folder):
@@ -59,10 +31,10 @@ def test_ade20k_ignores_0_and_shifts_the_others(ade20k_folder):
     assert (len(dataset.classes), dataset.classes[0], dataset.classes[149]) == (150, "wall", "flag")
     assert len(set(dataset.classes)) == len(set(dataset.colours)) == 150
     assert [dataset.name(i) for i in range(5)] == [f"ADE_valid_{i + 1:08}" for i in range(5)]
-    for i, (width, height) in enumerate(SIZES):
+    for i, (width, height) in enumerate(ADE20K_SIZES):
         image, labels = dataset[i]
         assert (image.shape, image.dtype) == ((3, height, width), torch.uint8)
-        stored = make_labels(SIZES[i], i).astype(int)
+        stored = make_labels(ADE20K_SIZES[i], i).astype(int)
         expected = np.where(stored == 0, IGNORED_LABEL, stored - 1)
         assert np.array_equal(labels.numpy(), expected)
         assert {IGNORED_LABEL, 149} <= set(labels.unique().tolist())
@@ -71,13 +43,13 @@ def test_ade20k_ignores_0_and_shifts_the_others(ade20k_folder):
 
 
 def test_ones_own_folder(tmp_path):
-    write_folder(tmp_path, high=3, count=2)
+    write_ade20k(tmp_path, high=3, count=2)
     (tmp_path / "classes.txt").write_text("road 128 64 128\ntraffic light\n\nsky 1 2 300\n")
     dataset = build_dataset("folder", str(tmp_path), True, 0)
     assert dataset.classes == ["road", "traffic light", "sky 1 2 300"]
     assert dataset.colours[0] == (128, 64, 128)
     assert len(set(dataset.colours)) == 3
-    assert np.array_equal(dataset[0][1].numpy(), make_labels(SIZES[0], 0, 3))  # labels from 0 on, as they are
+    assert np.array_equal(dataset[0][1].numpy(), make_labels(ADE20K_SIZES[0], 0, 3))  # labels from 0 on, as they are
 
 
 def test_shapes_are_the_same_each_time_and_differ_between_parts():
@@ -125,7 +97,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("how", FAULTS)
 def test_faults_of_the_files_are_named(how, tmp_path):
-    write_folder(tmp_path, high=151)
+    write_ade20k(tmp_path)
     break_folder(tmp_path, how)
     with pytest.raises(ValueError, match=FAULTS[how]):
         list(build_dataset("ade20k", str(tmp_path), False, 0))
@@ -142,7 +114,7 @@ def test_missing_folders_and_class_files_are_named(tmp_path):
 
 
 def test_stored_255_is_ignored_everywhere(tmp_path):
-    write_folder(tmp_path, high=2, count=1)
+    write_ade20k(tmp_path, high=2, count=1)
     path = tmp_path / "annotations/training/ADE_train_00000001.png"
     Image.fromarray(np.full((48, 64), 255, np.uint8)).save(path)
     for first_label in (0, 1):

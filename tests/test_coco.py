@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from pycocotools import mask as mask_coding
 
 from detection import coco
@@ -14,64 +13,13 @@ from detection.coco import (
     GroupedBatches,
     build_dataset,
     collate,
-    encode_mask,
     many_scales,
     one_scale,
     random_crop,
     random_flip,
     resize,
 )
-
-SIZES = {7: (80, 60), 12: (64, 90), 3: (100, 50), 40: (70, 70), 41: (200, 30), 42: (90, 64)}  # by id: width, height
-CATEGORIES = [{"id": 18, "name": "dog"}, {"id": 1, "name": "person"}, {"id": 90, "name": "toothbrush"}]
-
-
-def circle(width: int, height: int) -> np.ndarray:
-    y, x = np.mgrid[:height, :width]
-    return ((x - 30) ** 2 + (y - 25) ** 2 < 200).astype(np.uint8)
-
-
-def make_annotations() -> dict:
-    """Return what is in the files: polygons, run lengths, a crowd, boxes without a size, images without boxes."""
-    annotations = []
-
-    def add(image, category, box, segmentation, crowd=0, area=None):
-        annotations.append(
-            {
-                **{"id": 100 + len(annotations), "image_id": image, "category_id": category, "bbox": box},
-                **{"iscrowd": crowd, "area": box[2] * box[3] if area is None else area, "segmentation": segmentation},
-            }
-        )
-
-    for image, (width, height) in SIZES.items():
-        if image == 40:
-            continue  # an image without boxes
-        add(image, 1, [10, 5, 20, 15], [[10, 5, 30, 5, 30, 20, 10, 20]])
-        add(image, 90, [16, 11, 29, 29], encode_mask(circle(width, height)))
-    add(12, 18, [0, 0, 64, 90], {"size": [90, 64], "counts": [10, 500, 5250]}, crowd=1)
-    add(7, 18, [20, 20, 0, 10], [[20, 20, 20, 30, 20, 25]])  # no width
-    add(7, 18, [20, 20, 10, 10], [[20, 20, 30, 20, 30, 30]], area=0)
-    add(42, 18, [85, 60, 10, 10], [[85, 60, 95, 60, 95, 70, 85, 70]])  # reaches over the border
-    images = [{"id": i, "width": w, "height": h, "file_name": f"{i:012}.jpg"} for i, (w, h) in SIZES.items()]
-    return {"images": images, "annotations": annotations, "categories": CATEGORIES}
-
-
-def write_coco(root) -> None:
-    """Write both parts of a data set in COCO's layout."""
-    for split in ("train2017", "val2017"):
-        (root / split).mkdir(parents=True)
-        (root / "annotations").mkdir(exist_ok=True)
-        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(make_annotations()))
-        for i, size in SIZES.items():
-            pixels = np.random.default_rng(i).integers(256, size=(6, 5, 3), dtype=np.uint8)
-            Image.fromarray(pixels).resize(size).save(root / split / f"{i:012}.jpg")
-
-
-@pytest.fixture(scope="session")
-def coco_folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp("coco")
-    write_coco(root)
-    return root
+from tests.small_data import COCO_SIZES, circle, write_coco
 
 
 def test_training_leaves_out_what_the_original_does(coco_folder):
@@ -79,7 +27,7 @@ def test_training_leaves_out_what_the_original_does(coco_folder):
     assert train.classes == ["person", "dog", "toothbrush"]  # by id
     assert train.ids == [3, 7, 12, 42]  # neither without boxes nor with a side under 32
     assert val.ids == [3, 7, 12, 40, 41, 42]
-    assert train.sizes == [(SIZES[i][1], SIZES[i][0]) for i in train.ids]
+    assert train.sizes == [(COCO_SIZES[i][1], COCO_SIZES[i][0]) for i in train.ids]
     image, target = train[1]
     assert (image.shape, image.dtype, target["image_id"]) == ((3, 60, 80), torch.uint8, 7)
     assert target["boxes"].tolist() == [[10, 5, 30, 20], [16, 11, 45, 40]]

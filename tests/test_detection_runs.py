@@ -19,9 +19,7 @@ from detection import test as test_script
 from detection import train as train_script
 from detection.detectors import build_detector
 from detection.pictures import draw_detections
-from tests.conftest import ROOT, assert_same_run, read_log
-from tests.test_coco import SIZES, coco_folder, write_coco  # noqa: F401  a fixture among them
-from tests.test_survival import Run, start  # noqa: F401  a fixture among them
+from tests.conftest import ROOT, Run, assert_same_run, read_log
 
 FOLDER = ROOT / "detection"
 MASK = "configs/mask_rcnn_alt_gvt_s_fpn_1x_coco_pvt_setting.py"
@@ -39,7 +37,7 @@ def run_bash(*command) -> subprocess.CompletedProcess:
 
 
 @pytest.fixture(scope="session")
-def trained(coco_folder, tmp_path_factory):  # noqa: F811
+def trained(coco_folder, tmp_path_factory):
     """Two epochs of Mask R-CNN on COCO's layout by the published command, two processes; the folder and the output."""
     folder = tmp_path_factory.mktemp("detection") / "run"
     options = [*TINY, "--data-root", coco_folder, "--work-dir", folder, "--print-freq", 1, "--cfg-options", *SMALL]
@@ -62,7 +60,7 @@ def test_a_training_leaves_what_is_promised(trained):
     assert [line["train_lr"] for line in lines] == pytest.approx([1e-3 * np.mean(warmth), 1e-4])
 
 
-def test_figures_equal_pycocotools_on_the_written_results(trained, coco_folder, tmp_path):  # noqa: F811
+def test_figures_equal_pycocotools_on_the_written_results(trained, coco_folder, tmp_path):
     folder, _ = trained
     options = [*TINY, "--data-root", coco_folder, "--out", tmp_path / "results.json", "--cfg-options", *SMALL]
     outputs, results = [], []
@@ -74,7 +72,7 @@ def test_figures_equal_pycocotools_on_the_written_results(trained, coco_folder, 
         results.append(sorted(rows, key=lambda row: (row["image_id"], -row["score"], row["bbox"])))
     assert outputs[0] == outputs[1] == outputs[2]
     assert results[0] == results[1] == results[2]
-    assert len(results[0]) > 100
+    assert len(results[0]) > 20
     assert all(set(row) == {"image_id", "category_id", "bbox", "score", "segmentation"} for row in results[0])
     assert {row["category_id"] for row in results[0]} <= {1, 18, 90}
     truth = COCO(str(coco_folder / "annotations/instances_val2017.json"))
@@ -89,7 +87,7 @@ def test_figures_equal_pycocotools_on_the_written_results(trained, coco_folder, 
     assert outputs[0].count("Average Precision") == 12
 
 
-def test_a_killed_run_ends_as_an_uninterrupted_one(coco_folder, tmp_path, start):  # noqa: F811
+def test_a_killed_run_ends_as_an_uninterrupted_one(coco_folder, tmp_path, start):
     """Two processes, with everything that is drawn at random, killed in each epoch."""
     script = "detection/train.py"
     command = [FOLDER / MASK, *TINY, "--save-every", "1", "--print-freq", "1", "--data-root", coco_folder]
@@ -209,14 +207,14 @@ def fails(capsys, script, *argv) -> str:
         (["backbone=pcpvt"], "backbone 'pcpvt' is unknown"),
     ],
 )
-def test_bad_options_of_a_training(options, message, coco_folder, tmp_path, capsys):  # noqa: F811
+def test_bad_options_of_a_training(options, message, coco_folder, tmp_path, capsys):
     changes = [*SMALL, f"data_root={coco_folder}", *options]
     command = [FOLDER / MASK, *TINY, "--work-dir", tmp_path / "run", "--cfg-options", *changes]
     assert message in fails(capsys, train_script, *command)
     assert not list(tmp_path.iterdir())
 
 
-def test_weights_that_do_not_fit_are_refused(trained, coco_folder, tmp_path, capsys):  # noqa: F811
+def test_weights_that_do_not_fit_are_refused(trained, coco_folder, tmp_path, capsys):
     folder, _ = trained
     options = [*TINY, "--data-root", coco_folder, "--cfg-options", *SMALL]
     line = fails(capsys, test_script, FOLDER / MASK, folder / "checkpoint.pth", *options, "dataset=shapes")

@@ -67,7 +67,7 @@ def mask_rcnn_3x_swin_setting(backbone: str, **changes) -> Experiment:
 def shapes_setting(backbone: str, detector: str, **changes) -> Experiment:
     """A small network on the embedded shapes, in minutes on two CPU cores."""
     setting = {
-        **{"channels": 64, "roi_samples": 64, "drop_path": 0.0, "pretrained": "", "dataset": "shapes", "data_root": ""},
+        **{"channels": 64, "roi_samples": 32, "drop_path": 0.0, "pretrained": "", "dataset": "shapes", "data_root": ""},
         **{"scale": (128, 128), "batch_size": 8, "global_batch": 8, "lr": 1e-3, "weight_decay": 0.01},
         **{"epochs": 4, "milestones": (3,), "warmup_iterations": 100},
     }

@@ -1,0 +1,82 @@
+"""Small data sets on disk in the real layouts of ADE20K and COCO."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as mask_coding
+
+ADE20K_SIZES = ((64, 48), (90, 70), (50, 80), (33, 100), (120, 41))  # width, height
+COCO_SIZES = {7: (80, 60), 12: (64, 90), 3: (100, 50), 40: (70, 70), 41: (200, 30), 42: (90, 64)}  # by id
+COCO_CATEGORIES = [{"id": 18, "name": "dog"}, {"id": 1, "name": "person"}, {"id": 90, "name": "toothbrush"}]
+
+
+def write_noise(path: Path, size: tuple[int, int], seed) -> None:
+    """Write a JPEG of coarse noise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(256, size=(6, 5, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize(size).save(path)
+
+
+def make_labels(size: tuple[int, int], seed: int, high: int = 151) -> np.ndarray:
+    """Return blocks of labels as they are in ADE20K's files, 0 and the last among them."""
+    blocks = np.random.default_rng(seed).integers(high, size=(3, 4), dtype=np.uint8)
+    blocks[0, :2] = 0, high - 1
+    return np.asarray(Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST))
+
+
+def write_ade20k(root: Path, high: int = 151, count: int = 5) -> None:
+    """Write JPEGs of several sizes and PNG labels below `high` in ADE20K's layout."""
+    for part, split in enumerate(("training", "validation")):
+        for i in range(count):
+            size, name = ADE20K_SIZES[i % len(ADE20K_SIZES)], f"ADE_{split[:5]}_{i + 1:08}"
+            write_noise(root / "images" / split / f"{name}.jpg", size, (part, i))
+            (root / "annotations" / split).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(make_labels(size, i, high)).save(root / "annotations" / split / f"{name}.png")
+
+
+def circle(width: int, height: int) -> np.ndarray:
+    """Return the mask of the objects whose masks are run lengths."""
+    y, x = np.mgrid[:height, :width]
+    return ((x - 30) ** 2 + (y - 25) ** 2 < 200).astype(np.uint8)
+
+
+def encode(mask: np.ndarray) -> dict:
+    """Return a mask as a run-length code."""
+    code = mask_coding.encode(np.asfortranarray(mask))
+    return {"size": code["size"], "counts": code["counts"].decode()}
+
+
+def make_annotations() -> dict:
+    """Return annotations: polygons, run lengths, a crowd, boxes without a size, images without boxes."""
+    annotations = []
+
+    def add(image, category, box, segmentation, crowd=0, area=None):
+        annotations.append(
+            {
+                **{"id": 100 + len(annotations), "image_id": image, "category_id": category, "bbox": box},
+                **{"iscrowd": crowd, "area": box[2] * box[3] if area is None else area, "segmentation": segmentation},
+            }
+        )
+
+    for image, (width, height) in COCO_SIZES.items():
+        if image == 40:
+            continue  # an image without boxes
+        add(image, 1, [10, 5, 20, 15], [[10, 5, 30, 5, 30, 20, 10, 20]])
+        add(image, 90, [16, 11, 29, 29], encode(circle(width, height)))
+    add(12, 18, [0, 0, 64, 90], {"size": [90, 64], "counts": [10, 500, 5250]}, crowd=1)
+    add(7, 18, [20, 20, 0, 10], [[20, 20, 20, 30, 20, 25]])  # no width
+    add(7, 18, [20, 20, 10, 10], [[20, 20, 30, 20, 30, 30]], area=0)
+    add(42, 18, [85, 60, 10, 10], [[85, 60, 95, 60, 95, 70, 85, 70]])  # reaches over the border
+    images = [{"id": i, "width": w, "height": h, "file_name": f"{i:012}.jpg"} for i, (w, h) in COCO_SIZES.items()]
+    return {"images": images, "annotations": annotations, "categories": COCO_CATEGORIES}
+
+
+def write_coco(root: Path) -> None:
+    """Write both parts of a data set in COCO's layout."""
+    for split in ("train2017", "val2017"):
+        for i, size in COCO_SIZES.items():
+            write_noise(root / split / f"{i:012}.jpg", size, i)
+        (root / "annotations").mkdir(exist_ok=True)
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(make_annotations()))
