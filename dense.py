@@ -223,7 +223,7 @@ class StepSchedule(IterationSchedule):
 
 def get_train_parser(description: str) -> ArgumentParser:
     """Return the parser of a train.py."""
-    parser = ArgumentParser(prog="train.py", usage="train.py CONFIG [options]", description=description)
+    parser = ArgumentParser(prog="train.py", usage="bash dist_train.sh CONFIG GPUS [options]", description=description)
     parser.add_argument("config", metavar="CONFIG", help="an experiment of configs/")
     _add_experiment_options(parser)
     group = add_training_options(parser, kept="by default in work_dirs/NAME_OF_CONFIG")
@@ -247,7 +247,9 @@ def get_train_parser(description: str) -> ArgumentParser:
 
 def get_test_parser(description: str) -> ArgumentParser:
     """Return the parser of a test.py, less the options of the task."""
-    parser = ArgumentParser(prog="test.py", usage="test.py CONFIG CHECKPOINT [options]", description=description)
+    parser = ArgumentParser(
+        prog="test.py", usage="bash dist_test.sh CONFIG CHECKPOINT GPUS [options]", description=description
+    )
     parser.add_argument("config", metavar="CONFIG", help="an experiment of configs/")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="weights of the network: ours or the published ones")
     _add_experiment_options(parser)
@@ -265,7 +267,7 @@ def _add_experiment_options(parser: ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="KEY=VALUE",
-        help="fields of the experiment to change",
+        help="fields of the experiment to change; configs/recipes.py has them all",
     )
     add_loader_options(group, num_workers=4)
 

@@ -12,6 +12,8 @@ shift 2
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python}
+"$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' ||
+    { echo "launch.sh: $python has no torch; activate the environment first: source .venv/bin/activate" >&2; exit 1; }
 if [ "${NNODES:-1}" -gt 1 ]; then
     meeting=(--nnodes="$NNODES" --node_rank="${NODE_RANK:?is the number of this machine, from 0}" \
         --master_addr="${MASTER_ADDR:?is the address of the first machine}" --master_port="${PORT:-29500}")

@@ -46,6 +46,8 @@ def load_detector(model: nn.Module, path: str | Path, finetune: bool = False) ->
         ValueError: If the file cannot be read or does not fit the network, which is then unchanged.
     """
     weights = read_weights(path)
+    if not any(name.startswith("backbone.") for name in weights):
+        raise ValueError(f"{path}: holds no detector; weights of a backbone alone are for --pretrained")
     if not any(name.startswith("neck.") for name in weights):
         return load_state_dict(model, weights, source=str(path), finetune=finetune)
     used = {name: tensor for name, tensor in weights.items() if not name.startswith(UNUSED)}

@@ -139,6 +139,8 @@ def load_backbone(backbone: nn.Module, state: dict[str, Tensor], *, source: str)
     The head and the final norm of the classifier are skipped. The norms between stages that it does not have stay
     as they were initialised.
     """
+    if any(name.startswith("backbone.") for name in state):
+        raise ValueError(f"{source}: holds a whole network, not a classifier; start from it with --finetune")
     used = {name: tensor for name, tensor in state.items() if not name.startswith(CLASSIFIER)}
     own = backbone.state_dict()
     new = {name: own[name] for name in own if name.startswith("norm_list.") and name not in used}
@@ -186,7 +188,10 @@ def _remedy(model: nn.Module, lists: dict[str, list[str]]) -> str:
     """Say what to do about weights that do not fit."""
     heads = tuple(f"{name}." for name in (*_layer_names(model, "classifier"), *_layer_names(model, "first_conv")))
     if heads and not lists["missing"] + lists["unexpected"] and all(m.startswith(heads) for m in lists["mismatched"]):
-        return "They were made for other classes or channels; only fine-tuning (--finetune) adapts them"
+        return (
+            "They were made for other classes or channels: give the data and options of their training, or adapt them "
+            "by fine-tuning (--finetune)"
+        )
     return "Choose the model that the weights were made for"
 
 

@@ -19,6 +19,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 import shapes
 from images import decode_image, fitted_size, load_image, make_colours, resize_image
+from models.twins import MIN_INPUT_SIZE
 from segmentation.segmentor import IGNORED_LABEL
 
 SHAPES_TRAIN, SHAPES_VAL = 10_000, 500  # images
@@ -84,11 +85,16 @@ class MaskFolder(Dataset):
         self.files = sorted(file.relative_to(self.images) for file in files)
         if not self.files:
             raise ValueError(f"{self.images} holds no images (.jpg, .jpeg or .png)")
-        labelled = {file.relative_to(self.labels) for file in self.labels.rglob("*.png")}
+        pngs = (file for file in self.labels.rglob("*") if file.suffix.lower() == ".png")
+        self.label_files = {file.relative_to(self.labels).with_suffix(""): file for file in pngs}
+        seen = set()
         for file in self.files:
-            if file.with_suffix(".png") not in labelled:
+            if file.with_suffix("") not in self.label_files:
                 label = self.labels / file.with_suffix(".png")
                 raise ValueError(f"{self.images / file}: has no labels; {label} is missing")
+            if file.with_suffix("") in seen:
+                raise ValueError(f"{self.images / file}: is a second image of this name; rename or remove it")
+            seen.add(file.with_suffix(""))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -100,7 +106,7 @@ class MaskFolder(Dataset):
     def __getitem__(self, index: int) -> Sample:
         image_path = self.images / self.files[index]
         image = pil_to_tensor(load_image(str(image_path)))
-        label_path = self.labels / self.files[index].with_suffix(".png")
+        label_path = self.label_files[self.files[index].with_suffix("")]
         labels = self._read_labels(label_path)
         if labels.shape != image.shape[1:]:
             (height, width), (h, w) = image.shape[1:], labels.shape
@@ -161,7 +167,9 @@ def read_classes(path: Path) -> tuple[list[str], list[tuple[int, ...]]]:
         ValueError: If there is no such file or no class in it.
     """
     try:
-        lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
+        lines = [line.split() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not in UTF-8 ({error}); save it so") from error
     except OSError as error:
         raise ValueError(
             f"{path}: cannot be read ({error.strerror}); it names the classes, one a line, with a colour behind each "
@@ -229,6 +237,13 @@ class EvalViews(Dataset):
     def __getitem__(self, index: int) -> tuple[int, list[Tensor], Tensor]:
         image, labels = self.dataset[index]
         sizes = [fitted_size(labels.shape, self.scale, ratio) for ratio in self.ratios]
+        smallest = min(sizes, key=min)
+        if min(smallest) < MIN_INPUT_SIZE:
+            raise ValueError(
+                f"image {self.dataset.name(index)}: is {smallest[1]}x{smallest[0]} pixels when it is fitted into scale="
+                f"{self.scale} at the least of the ratios, and {MIN_INPUT_SIZE} a side are needed; raise scale, or "
+                "leave small test_ratios out"
+            )
         return index, [normalise(resize_image(image, size)) for size in sizes], labels
 
 

@@ -48,10 +48,14 @@ class ConfusionMatrix:
         }
 
     def table(self, names: Sequence[str]) -> str:
-        """Return the figures of each class in percent as lines of text."""
+        """Return the figures in percent as lines of text: of each class that occurs, then the names of the others."""
         width = max(map(len, names))
-        rows = zip(names, *self.per_class().values(), strict=True)
-        lines = [f"{name:<{width}}  {100 * iou:6.2f}  {100 * accuracy:6.2f}" for name, iou, accuracy in rows]
+        rows = list(zip(names, *self.per_class().values(), strict=True))
+        lines = [f"{name:<{width}}  {100 * iou:6.2f}  {100 * acc:6.2f}" for name, iou, acc in rows if iou == iou]
+        unlabelled = [name for name, _, acc in rows if acc != acc]
+        if unlabelled:
+            more = f" and {len(unlabelled) - 8} more" if len(unlabelled) > 8 else ""
+            lines.append(f"no pixel has the label: {', '.join(unlabelled[:8])}{more}")
         return "\n".join([f"{'class':<{width}}  {'IoU':>6}  {'Acc':>6}", *lines])
 
 

@@ -105,6 +105,8 @@ def load_segmentor(model: Segmentor, path: str | Path, finetune: bool = False) -
         ValueError: If the file cannot be read or does not fit the network, which is then unchanged.
     """
     weights = read_weights(path)
+    if not any(name.startswith("backbone.") for name in weights):
+        raise ValueError(f"{path}: holds no segmentation network; weights of a backbone alone are for --pretrained")
     state = {name: tensor for name, tensor in weights.items() if not name.startswith(UNUSED_WEIGHTS)}
     report = load_state_dict(model, state, source=str(path), finetune=finetune)
     report.skipped += [name for name in weights if name not in state]
@@ -129,7 +131,7 @@ def predict(
         size: Height and width of the result, those of the original image.
         flip: See each size mirrored, too.
         window: Side of the square windows that the image is seen through; None for the whole image at once.
-        stride: Pixels between windows.
+        stride: Pixels between windows; their side by default.
 
     Returns:
         Class indices `(H, W)`.
@@ -138,7 +140,7 @@ def predict(
     for image in images:
         for mirrored in (False, True) if flip else (False,):
             seen = image.flip(3) if mirrored else image
-            logits = model(seen) if window is None else slide(model, seen, window, stride)
+            logits = model(seen) if window is None else slide(model, seen, window, stride or window)
             logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
             shares = logits.softmax(dim=1)
             probabilities = probabilities + (shares.flip(3) if mirrored else shares)

@@ -55,6 +55,7 @@ def run_test(args: argparse.Namespace, processes: Processes) -> None:
     loader = build_eval_loader(args, experiment, processes, experiment.test_ratios if args.aug_test else (1.0,))
     dataset = loader.dataset.dataset
     classes = dataset.classes
+    write = build_writer(dataset, args.out, args.show_dir)
     model = build_segmentor(experiment, len(classes), pretrained=False)
     logger.info("%s", load_segmentor(model, args.checkpoint))
     model.to(processes.device)
@@ -66,7 +67,7 @@ def run_test(args: argparse.Namespace, processes: Processes) -> None:
             processes.device,
             len(classes),
             amp_dtype=choose_amp(args.amp, processes.device),
-            on_prediction=build_writer(dataset, args.out, args.show_dir),
+            on_prediction=write,
             flip=args.aug_test,
             **inference_options(experiment),
         )

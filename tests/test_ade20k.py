@@ -260,3 +260,27 @@ def test_views_of_an_evaluation(ade20k_folder):
     for channel, (mean, std) in enumerate(((0.485, 0.229), (0.456, 0.224), (0.406, 0.225))):
         assert torch.allclose(one[channel].double(), (expected[channel] - mean) / std, atol=1e-5)
     assert torch.equal(one, normalise(dataset[0][0]))
+
+
+def test_images_too_flat_for_the_network_are_named(ade20k_folder):
+    views = EvalViews(build_dataset("ade20k", str(ade20k_folder), False, 0), (2048, 48), (0.5, 1.0))
+    with pytest.raises(ValueError, match=r"image ADE_valid_00000001: is 32x24 pixels when .* raise scale, or leave"):
+        views[0]
+
+
+def test_label_files_are_found_in_any_case_of_letters(tmp_path):
+    write_ade20k(tmp_path, count=2)
+    path = tmp_path / "annotations/training/ADE_train_00000002.png"
+    path.rename(path.with_suffix(".PNG"))
+    dataset = build_dataset("ade20k", str(tmp_path), True, 0)
+    assert np.array_equal(dataset[1][1] != IGNORED_LABEL, make_labels(ADE20K_SIZES[1], 1) != 0)
+    image = tmp_path / "images/training/ADE_train_00000002.jpg"
+    image.with_suffix(".png").write_bytes(image.read_bytes())
+    with pytest.raises(ValueError, match=r"00000002\.png: is a second image of this name"):
+        build_dataset("ade20k", str(tmp_path), True, 0)
+
+
+def test_class_files_that_are_no_text_are_named(tmp_path):
+    (tmp_path / "classes.txt").write_bytes("Stra\xdfe".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"classes\.txt: is not in UTF-8"):
+        read_classes(tmp_path / "classes.txt")

@@ -370,6 +370,14 @@ def test_weights_of_another_network_are_refused(trained, ade20k_folder, tmp_path
     assert "checkpoint.pth: these weights do not fit the model; " in line
     line = fails(capsys, test_script, FOLDER / FPN, folder / "checkpoint.pth", *options)
     assert "missing: neck.lateral_convs.0.conv.weight" in line
+    classifier = timm.create_model("alt_gvt_tiny", num_classes=3)
+    torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
+    line = fails(capsys, test_script, FOLDER / UPERNET, tmp_path / "classifier.pth", *options)
+    assert "holds no segmentation network; weights of a backbone alone are for --pretrained" in line
+    command = [FOLDER / UPERNET, "--pretrained", folder / "checkpoint.pth", "--work-dir", tmp_path / "new", *options]
+    assert "holds a whole network, not a classifier; start from it with --finetune" in fails(
+        capsys, train_script, *command
+    )
     line = fails(capsys, test_script, FOLDER / UPERNET, tmp_path / "none.pth", *options)
     assert "none.pth: there is no such file" in line
     shutil.copytree(folder, tmp_path / "run")
