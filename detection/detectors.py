@@ -312,7 +312,9 @@ class ProposalNetwork(RegionProposalNetwork):
         labels, matched_boxes = [], []
         for each, target, inside in zip(anchors, targets, self.anchor_generator.inside, strict=True):
             matches = match_anchors(self.proposal_matcher, target["boxes"], each, inside)
-            labels.append(matches.sign().clamp(max=0).add(1).where(matches >= -1, matches.new_tensor(-1)).float())
+            label = (matches >= 0).float()
+            label[matches == Matcher.BETWEEN_THRESHOLDS] = -1  # does not count
+            labels.append(label)
             boxes = target["boxes"] if len(target["boxes"]) else each.new_zeros(1, 4)
             matched_boxes.append(boxes[matches.clamp(min=0)])
         return labels, matched_boxes

@@ -10,7 +10,7 @@ from dense import build_backbone
 from detection.detectors import TwinsMaskRCNN, TwinsRetinaNet
 from detection.released import load_detector
 from tests import golden_rule
-from tests.test_models import DATA
+from tests.test_models import DATA, PARAMETERS
 
 KINDS = {"retinanet": TwinsRetinaNet, "mask_rcnn": TwinsMaskRCNN}
 SCALE = (1333, 800)
@@ -178,3 +178,18 @@ def test_losses_equal_the_originals(golden, without_second, monkeypatch):
     expected = golden.facts["losses"]["values_second_image_without_objects" if without_second else "values"]
     found = {LOSSES[name]: value.item() for name, value in losses.items()}
     assert found == pytest.approx(expected, rel=golden.facts["tolerance"]["losses"]["rtol"])
+
+
+# Millions, of the original's without its unused classifier; Mask R-CNN's background adds 4,357.
+COUNTS = {
+    "retinanet": (33.84, 53.56, 70.73, 33.78, 66.24, 109.89),
+    "mask_rcnn": (43.76, 63.48, 80.64, 43.70, 75.58, 118.64),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parameter_counts(kind):
+    for name, expected in zip(PARAMETERS, COUNTS[kind], strict=True):
+        with torch.device("meta"):
+            count = sum(parameter.numel() for parameter in build(kind, name).parameters())
+        assert (count - 4357 * (kind == "mask_rcnn")) / 1e6 == pytest.approx(expected, abs=0.006), name

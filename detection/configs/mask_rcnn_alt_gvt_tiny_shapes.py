@@ -5,7 +5,7 @@
 
 The weights to start from are those of the README's first command.
 
-To expect: XX
+To expect: no figure yet; the setting is not tuned.
 """
 
 from detection.configs.recipes import shapes_setting
