@@ -138,6 +138,9 @@ def load_backbone(backbone: nn.Module, state: dict[str, Tensor], *, source: str)
 
     The head and the final norm of the classifier are skipped. The norms between stages that it does not have stay
     as they were initialised.
+
+    Raises:
+        ValueError: If the weights do not fit, or are those of a whole network.
     """
     if any(name.startswith("backbone.") for name in state):
         raise ValueError(f"{source}: holds a whole network, not a classifier; start from it with --finetune")
