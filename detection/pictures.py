@@ -36,5 +36,5 @@ def draw_detections(image: Image.Image, found: dict[str, Tensor], classes: Seque
         text = f"{classes[label]} {score:.2f}"
         place = (box[0], max(0, box[1] - 16))
         draw.rectangle(draw.textbbox(place, text, font), fill="black")
-        draw.text(place, text, fill=colours[label], font=font)
+        draw.text(place, text, fill="white", font=font)
     return picture
