@@ -19,7 +19,7 @@ import timm
 import torch
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 import models
 import utils
@@ -37,6 +37,7 @@ from command_line import (
 )
 from engine import train_one_epoch
 from runs import choose_accumulation, choose_checkpoint, compile_if_asked, describe_batch, resume, run_epochs
+from samplers import EpochSampler
 from utils import Processes
 
 logger = logging.getLogger("twins")
@@ -284,12 +285,11 @@ class Training:
     """What a task brings to its training.
 
     Attributes:
-        model: The network, with the weights to start from.
+        model: The network, with the weights to start from; called with a batch, it returns its losses.
         train_loader: Of this process.
-        sampler: That of the loader, which knows `set_epoch(epoch, start)`.
+        sampler: That of the loader.
         epochs: Of the whole run.
         schedule: Builds the schedule of an optimizer.
-        compute_losses: As `engine.train_one_epoch` has it.
         evaluate: Returns the figures of a network on the validation set. All processes call it together.
         best_figure: The one of them that tells the best epoch.
         same: Fields of the experiment that may not change in a run.
@@ -297,10 +297,9 @@ class Training:
 
     model: nn.Module
     train_loader: DataLoader
-    sampler: Sampler
+    sampler: EpochSampler
     epochs: int
     schedule: Callable[[torch.optim.Optimizer], Scheduler]
-    compute_losses: Callable[[nn.Module, Any], dict[str, torch.Tensor]]
     evaluate: Callable[[nn.Module], dict[str, float]]
     best_figure: str
     same: tuple[str, ...]
@@ -348,7 +347,7 @@ def run_training(
             training.sampler.set_epoch(epoch, state.position)
             return train_one_epoch(
                 parallel_model,
-                training.compute_losses,
+                lambda model, batch: model(*batch),
                 training.train_loader,
                 state.optimizer,
                 device,
@@ -376,6 +375,11 @@ def run_training(
 def process_batch(experiment: Any, processes: Processes) -> int:
     """Return the images of one process and batch: those of the experiment, or fewer where many share a step."""
     return min(experiment.batch_size, max(1, experiment.global_batch // processes.world_size))
+
+
+def describe(figures: dict[str, float]) -> str:
+    """Return the figures of an evaluation in percent, as a line of text."""
+    return "  ".join(f"{name} {100 * value:.2f}" for name, value in figures.items())
 
 
 def build_state(

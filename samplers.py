@@ -44,7 +44,29 @@ class SeededSet(Dataset):
         return self.dataset[key.index]
 
 
-class TrainSampler(Sampler[SampleKey]):
+class EpochSampler(Sampler):
+    """What training orders share: the part of a process, and a place to go on from.
+
+    Args:
+        world_size: Number of processes.
+        rank: This process.
+        seed: Seed of the order.
+    """
+
+    def __init__(self, world_size: int, rank: int, seed: int):
+        self.world_size = world_size
+        self.rank = rank
+        self.seed = seed
+        self.epoch = 0
+        self.start = 0
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch whose order comes next, and the images of it, whole steps, that are done already."""
+        self.epoch = epoch
+        self.start = start
+
+
+class TrainSampler(EpochSampler):
     """Hands every process its part of one shuffled order.
 
     The order depends on (seed, epoch) alone. Process `rank` takes each `world_size`-th entry, so a step of all
@@ -82,19 +104,10 @@ class TrainSampler(Sampler[SampleKey]):
                 "lower --batch-size, --global-batch or the number of processes"
             )
         assert global_batch % world_size == 0
+        super().__init__(world_size, rank, seed)
         self.num_samples = num_samples
         self.length = num_samples // global_batch * global_batch
-        self.world_size = world_size
-        self.rank = rank
-        self.seed = seed
         self.repeats = repeats
-        self.epoch = 0
-        self.start = 0
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch whose order comes next, and the images of it, whole steps, that are done already."""
-        self.epoch = epoch
-        self.start = start
 
     def __len__(self) -> int:
         return max(0, self.length - self.start) // self.world_size
@@ -106,7 +119,7 @@ class TrainSampler(Sampler[SampleKey]):
             yield SampleKey(self.epoch, int(order[index]), copy)
 
 
-class EndlessSampler(Sampler[SampleKey]):
+class EndlessSampler(EpochSampler):
     """Hands every process its part of an order without end: the data set shuffled anew again and again.
 
     Made for training that is counted in steps: an "epoch" is a fixed number of images, wherever in the data set
@@ -122,18 +135,9 @@ class EndlessSampler(Sampler[SampleKey]):
 
     def __init__(self, num_samples: int, *, length: int, world_size: int = 1, rank: int = 0, seed: int = 0):
         assert length % world_size == 0
+        super().__init__(world_size, rank, seed)
         self.num_samples = num_samples
         self.length = length
-        self.world_size = world_size
-        self.rank = rank
-        self.seed = seed
-        self.epoch = 0
-        self.start = 0
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch that comes next, and the images of it, whole steps, that are done already."""
-        self.epoch = epoch
-        self.start = start
 
     def __len__(self) -> int:
         return (self.length - self.start) // self.world_size

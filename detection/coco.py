@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from pycocotools import mask as mask_coding
 from pycocotools.coco import COCO
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import shapes
 from images import fitted_size, load_image, resize_image
-from samplers import SampleKey
+from samplers import EpochSampler, SampleKey
 
 SHAPES_TRAIN, SHAPES_VAL = 4000, 300  # images
 MIN_SIDE = 32  # pixels; smaller training images are left out
@@ -324,7 +324,7 @@ def collate(samples: Sequence[Sample]) -> tuple[list[Tensor], list[Target]]:
     return list(images), list(targets)
 
 
-class GroupedBatches(Sampler[list[SampleKey]]):
+class GroupedBatches(EpochSampler):
     """Hands every process its batches, each of images that are all wide or all high, which saves padding.
 
     The order depends on (seed, epoch) alone. Each group is shuffled and filled up, by images from its beginning, to
@@ -349,21 +349,12 @@ class GroupedBatches(Sampler[list[SampleKey]]):
         rank: int = 0,
         seed: int = 0,
     ):
+        super().__init__(world_size, rank, seed)
         wide = np.array([width > height for height, width in sizes])
         self.groups = [group for group in (np.flatnonzero(wide), np.flatnonzero(~wide)) if len(group)]
         self.batch_size = batch_size
         self.global_batch = global_batch
-        self.world_size = world_size
-        self.rank = rank
-        self.seed = seed
-        self.epoch = 0
-        self.start = 0
         self.steps = sum(-(-len(group) // global_batch) for group in self.groups)
-
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch whose order comes next, and the images of it, whole steps, that are done already."""
-        self.epoch = epoch
-        self.start = start
 
     def __len__(self) -> int:
         per_step = self.global_batch // (self.batch_size * self.world_size)

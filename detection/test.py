@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import to_pil_image
 
 from command_line import ArgumentParser, choose_amp, run_script
-from dense import build_experiment, get_test_parser
+from dense import build_experiment, describe, get_test_parser
 from detection.coco_eval import find_objects, summarise, write_results
 from detection.detectors import build_detector
 from detection.pictures import draw_detections
@@ -69,7 +69,7 @@ def run_test(args: argparse.Namespace, processes: Processes) -> None:
             model, loader, processes.device, dataset.category_ids, amp_dtype=amp_dtype, on_detections=show
         )
     figures = summarise(dataset.coco, dataset.ids, results, wanted)
-    logger.info("%s", "  ".join(f"{name} {100 * value:.2f}" for name, value in figures.items()))
+    logger.info("%s", describe(figures))
     if args.out:
         on_main(partial(write_results, results, Path(args.out)))
 

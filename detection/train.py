@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from command_line import loader_options, run_script
@@ -73,7 +73,6 @@ def build_training(args: argparse.Namespace, experiment: Experiment, processes: 
         sampler=train_loader.batch_sampler,
         epochs=experiment.epochs,
         schedule=build_schedule(experiment, train_loader.batch_sampler.steps),
-        compute_losses=compute_losses,
         evaluate=evaluate,
         best_figure=f"test_{KINDS[experiment.detector][-1]}_AP",
         same=("backbone", "detector", "dataset"),
@@ -88,12 +87,6 @@ def build_schedule(experiment: Experiment, steps: int) -> Callable[[torch.optim.
         warmup_iterations=experiment.warmup_iterations,
         warmup_ratio=experiment.warmup_ratio,
     )
-
-
-def compute_losses(model: nn.Module, batch: tuple[list[Tensor], list[dict]]) -> dict[str, Tensor]:
-    """Return the losses of a batch of images and targets."""
-    images, targets = batch
-    return model(images, targets)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

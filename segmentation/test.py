@@ -18,13 +18,13 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import to_pil_image
 
 from command_line import ArgumentParser, choose_amp, run_script
-from dense import build_experiment, get_test_parser
+from dense import build_experiment, describe, get_test_parser
 from images import save_png
 from runs import compile_if_asked
 from segmentation.miou import evaluate
 from segmentation.overlays import draw_overlay
 from segmentation.segmentor import IGNORED_LABEL, build_segmentor, load_segmentor
-from segmentation.train import build_eval_loader, describe, inference_options
+from segmentation.train import build_eval_loader, inference_options
 from utils import Processes, signals_noted
 
 logger = logging.getLogger("twins")

@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import nn
 from torch.utils.data import DataLoader
 
 from command_line import loader_options, run_script
-from dense import PolySchedule, Training, get_train_parser, process_batch, run_training
+from dense import PolySchedule, Training, describe, get_train_parser, process_batch, run_training
 from samplers import EndlessSampler, EvalSampler, SeededSet
 from segmentation.ade20k import EvalViews, TrainViews, build_dataset
 from segmentation.configs.recipes import Experiment
@@ -75,7 +74,6 @@ def build_training(args: argparse.Namespace, experiment: Experiment, processes: 
         sampler=train_loader.sampler,
         epochs=experiment.iterations // experiment.eval_interval,
         schedule=build_schedule(experiment),
-        compute_losses=compute_losses,
         evaluate=evaluate_model,
         best_figure="test_mIoU",
         same=("backbone", "head", "dataset", "eval_interval"),
@@ -104,20 +102,9 @@ def build_schedule(experiment: Experiment) -> Callable[[torch.optim.Optimizer], 
     )
 
 
-def compute_losses(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return the losses of a batch of images and labels."""
-    images, labels = batch
-    return model(images, labels)
-
-
 def inference_options(experiment: Experiment) -> dict:
     """Return how an experiment sees an image: whole, or through windows."""
     return {"window": experiment.window, "stride": experiment.stride} if experiment.window else {}
-
-
-def describe(figures: dict[str, float]) -> str:
-    """Return the figures of an evaluation in percent, as a line of text."""
-    return "  ".join(f"{name} {100 * value:.2f}" for name, value in figures.items())
 
 
 def main(argv: Sequence[str] | None = None) -> None:

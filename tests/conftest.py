@@ -19,6 +19,11 @@ from tests.small_data import write_ade20k, write_coco
 
 ROOT = Path(__file__).parents[1]
 TINY = ["--model", "alt_gvt_tiny", "--input-size", "32", "--batch-size", "4", "--num_workers", "0", "--device", "cpu"]
+# In the names of the dense tasks' experiments.
+BACKBONES = {
+    **{"pcpvt_s": "pcpvt_small", "pcpvt_b": "pcpvt_base", "pcpvt_l": "pcpvt_large"},
+    **{"alt_gvt_s": "alt_gvt_small", "alt_gvt_b": "alt_gvt_base", "alt_gvt_l": "alt_gvt_large"},
+}
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run"],
     "launch": ["-m", "torch.distributed.launch", "--use_env"],
@@ -80,6 +85,23 @@ def run_command(command: list, timeout: int = 240, **environment: str) -> subpro
     env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, *map(str, command)]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+def run_bash_in(folder: Path, *command) -> subprocess.CompletedProcess:
+    """Run a script of segmentation/ or detection/ in that folder, as the README has it."""
+    env = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    command = ["bash", *map(str, command)]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240, check=False)
+
+
+def fails(capsys, script, *argv) -> str:
+    """Run a script in this process and return its one line of error."""
+    with pytest.raises(SystemExit) as stop:
+        script.main([str(each) for each in argv])
+    assert stop.value.code in (1, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{script.__name__.split('.')[-1]}.py: error: ")
+    return line
 
 
 def damage_jpeg(path: Path) -> None:

@@ -1,10 +1,8 @@
 """Training and testing of detection as its users run them: the published commands, configs, resuming, bad input."""
 
 import json
-import os
 import re
-import subprocess
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,7 +17,7 @@ from detection import test as test_script
 from detection import train as train_script
 from detection.detectors import build_detector
 from detection.pictures import draw_detections
-from tests.conftest import ROOT, Run, assert_same_run, read_log
+from tests.conftest import BACKBONES, ROOT, Run, assert_same_run, fails, read_log, run_bash_in
 
 FOLDER = ROOT / "detection"
 MASK = "configs/mask_rcnn_alt_gvt_s_fpn_1x_coco_pvt_setting.py"
@@ -29,11 +27,7 @@ SMALL = ["backbone=alt_gvt_tiny", "pretrained=", "channels=16", "roi_samples=16"
 SMALL += ["global_batch=2", "epochs=2", "milestones=(1,)", "warmup_iterations=3", "lr=1e-3", "drop_path=0.3"]
 
 
-def run_bash(*command) -> subprocess.CompletedProcess:
-    """Run a script of detection/ in that folder, as the README has it."""
-    env = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    command = ["bash", *map(str, command)]
-    return subprocess.run(command, cwd=FOLDER, env=env, capture_output=True, text=True, timeout=240, check=False)
+run_bash = partial(run_bash_in, FOLDER)
 
 
 @pytest.fixture(scope="session")
@@ -131,10 +125,6 @@ def test_images_without_objects_have_finite_losses_and_gradients(config):
 
 # -------------------------------------------------------------------------------------------------------- experiments
 
-BACKBONES = {
-    **{"pcpvt_s": "pcpvt_small", "pcpvt_b": "pcpvt_base", "pcpvt_l": "pcpvt_large"},
-    **{"alt_gvt_s": "alt_gvt_small", "alt_gvt_b": "alt_gvt_base", "alt_gvt_l": "alt_gvt_large"},
-}
 SETTINGS = {  # detector, lr, weight decay, epochs, milestones, many scales
     "retinanet_{}_fpn_1x_coco_pvt_setting": ("retinanet", 1e-4, 1e-4, 12, (8, 11), False),
     "retinanet_{}_fpn_3x_ms_coco": ("retinanet", 1e-4, 0.05, 36, (27, 33), True),
@@ -185,16 +175,6 @@ def test_learning_rates_and_weight_decay_equal_the_recipes(setting):
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
-
-
-def fails(capsys, script, *argv) -> str:
-    """Run a script in this process and return its one line of error."""
-    with pytest.raises(SystemExit) as stop:
-        script.main([str(each) for each in argv])
-    assert stop.value.code in (1, 2)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{script.__name__.split('.')[-1]}.py: error: ")
-    return line
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,8 @@
 """Training and testing of segmentation as its users run them: the published commands, configs, resuming, bad input."""
 
-import os
 import re
 import shutil
-import subprocess
-import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -19,7 +17,7 @@ from segmentation import train as train_script
 from segmentation.ade20k import build_dataset
 from segmentation.overlays import draw_overlay
 from segmentation.segmentor import build_segmentor
-from tests.conftest import ROOT, Run, assert_same_run, read_log
+from tests.conftest import BACKBONES, ROOT, Run, assert_same_run, fails, read_log, run_bash_in
 from tests.small_data import ADE20K_SIZES, make_labels, write_ade20k
 from utils import Processes
 
@@ -31,11 +29,7 @@ SMALL = ["backbone=alt_gvt_tiny", "pretrained=", "channels=16", "scale=(256, 64)
 SMALL += ["eval_interval=3", "batch_size=2", "global_batch=4", "warmup_iterations=2", "lr=1e-3", "window=0"]
 
 
-def run_bash(*command) -> subprocess.CompletedProcess:
-    """Run a script of segmentation/ in that folder, as the README has it."""
-    env = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    command = ["bash", *map(str, command)]
-    return subprocess.run(command, cwd=FOLDER, env=env, capture_output=True, text=True, timeout=240, check=False)
+run_bash = partial(run_bash_in, FOLDER)
 
 
 @pytest.fixture(scope="session")
@@ -222,11 +216,6 @@ def test_heads_start_as_the_originals():
 
 # -------------------------------------------------------------------------------------------------------- experiments
 
-BACKBONES = {
-    **{"pcpvt_s": "pcpvt_small", "pcpvt_b": "pcpvt_base", "pcpvt_l": "pcpvt_large"},
-    **{"alt_gvt_s": "alt_gvt_small", "alt_gvt_b": "alt_gvt_base", "alt_gvt_l": "alt_gvt_large"},
-}
-
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_the_published_experiments(name):
@@ -308,16 +297,6 @@ def test_weight_decay_of_the_whole_networks():
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input
-
-
-def fails(capsys, script, *argv) -> str:
-    """Run a script in this process and return its one line of error."""
-    with pytest.raises(SystemExit) as stop:
-        script.main([str(each) for each in argv])
-    assert stop.value.code in (1, 2)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{script.__name__.split('.')[-1]}.py: error: ")
-    return line
 
 
 @pytest.mark.parametrize(
