@@ -1,21 +1,64 @@
-"""Print parameters and multiply-accumulates of models, in both conventions in use.
+"""Measure models, side by side with timm's, and the input pipeline.
 
-python benchmark.py
-python benchmark.py alt_gvt_small twins_svt_small --input-size 384
+    python benchmark.py                                        # all six models, on a GPU if there is one
+    python benchmark.py --compare timm --device cpu            # in turns with timm's twins_*, on the same weights
+    python benchmark.py alt_gvt_small --compare timm --features --input-size 800 1333 --batch-size 1
+    python benchmark.py --data path_to_imagenet                # images/s of one data-loading process
+
+Two models are timed in turns, so that a machine whose speed drifts treats both alike; the ratio is the median of
+those of the pairs. Memory is measured in a process of its own on a CPU.
 """
 
 import argparse
-from typing import NamedTuple
+import json
+import logging
+import math
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import timm
 import torch
-from torch import nn
+import torch.nn.functional as F
+import torchvision
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageDataset, create_loader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.transforms import v2
 
+import main as classification
 import models  # noqa: F401  registers our models
+import shapes
+from command_line import (
+    POSITIVE_INT,
+    ArgumentParser,
+    add_compute_options,
+    add_process_options,
+    choose_amp,
+    run_script,
+)
+from engine import peak_memory
+from models.cpu import Linear
+from utils import Processes
+
+logger = logging.getLogger("twins")
 
 PUBLISHED = ("pcpvt_small", "pcpvt_base", "pcpvt_large", "alt_gvt_small", "alt_gvt_base", "alt_gvt_large")
 NORM_OPERATIONS = 5  # counted for each normalised element, as the original's counter does
+MODES = {"inference": 1, "training": 3}  # and how many times the forward pass's operations each takes
+TURN_SECONDS = 0.3  # least length of a turn; short steps are repeated
+TOLERANCES = {None: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}  # relative; outputs of both models, by autocast
+PIPELINE_SIDES = (500, 375)  # pixels, width and height, of images drawn for the pipeline: ImageNet's usual ones
+
+
+# ---------------------------------------------------------------------------------------------------------- counting
 
 
 class Macs(NamedTuple):
@@ -38,7 +81,7 @@ def count_macs(name: str, input_size: int | tuple[int, int] = 224, **kwargs) -> 
         return count_module_macs(timm.create_model(name, **kwargs), torch.empty(1, 3, *size))
 
 
-def count_module_macs(model: nn.Module, *inputs: torch.Tensor) -> Macs:
+def count_module_macs(model: nn.Module, *inputs: Tensor) -> Macs:
     """Count the multiply-accumulates of a network, which may be on torch's meta device with its inputs."""
     normalised = []
     for module in model.eval().modules():
@@ -59,15 +102,442 @@ def count_parameters(name: str, **kwargs) -> int:
         return sum(parameter.numel() for parameter in timm.create_model(name, **kwargs).parameters())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=PUBLISHED, help="models of models/twins.py or of timm")
-    parser.add_argument("--input-size", type=int, default=224, help="pixels a side (default: 224)")
-    args = parser.parse_args()
-    print(f"{'model':<24}{'parameters':>14}{'conv + linear + norm':>24}{'with attention':>18}")
-    for name in args.models:
-        macs = count_macs(name, args.input_size)
-        print(f"{name:<24}{count_parameters(name):>14,}{macs.layers / 1e9:>22.3f} G{macs.total / 1e9:>16.3f} G")
+# ------------------------------------------------------------------------------------------------------------- models
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How models are measured.
+
+    Attributes:
+        device: Where.
+        amp_dtype: Type of autocast; None for full precision.
+        batch_size: Images of a step.
+        input_size: Height and width of the images, in pixels.
+        features: Measure the backbone of dense tasks: four maps, no classifier.
+        compile: Compile the models.
+        channels_last: Give images and convolutions in channels-last memory.
+        grad_checkpointing: Recompute blocks in the backward pass.
+        threads: Of a CPU; 0 for torch's choice.
+    """
+
+    device: torch.device
+    amp_dtype: torch.dtype | None = None
+    batch_size: int = 8
+    input_size: tuple[int, int] = (224, 224)
+    features: bool = False
+    compile: bool = False
+    channels_last: bool = False
+    grad_checkpointing: bool = False
+    threads: int = 0
+
+
+class Subject:
+    """A model that is measured, with its input and optimizer."""
+
+    def __init__(self, name: str, setting: Setting, state: dict[str, Tensor] | None = None):
+        self.setting = setting
+        self.layout = torch.channels_last if setting.channels_last else torch.contiguous_format
+        self.model = build_model(name, setting)
+        if state is not None:
+            self.model.load_state_dict(state)
+        self.model.to(setting.device, memory_format=self.layout)
+        if setting.compile:
+            self.model.compile()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(setting.batch_size, 3, *setting.input_size, generator=generator)
+        self.images = images.to(setting.device, memory_format=self.layout)
+        self.targets = torch.arange(setting.batch_size, device=setting.device)
+
+    def step(self, mode: str) -> None:
+        """Take one step of inference or training."""
+        if mode == "inference":
+            self.infer()
+        else:
+            self.train()
+
+    @torch.inference_mode()
+    def infer(self) -> Tensor | list[Tensor]:
+        """Return the logits, or the maps of the four stages."""
+        self.model.eval()
+        with self.autocast():
+            return self.model(self.images)
+
+    def train(self) -> None:
+        """Forward and backward pass and an update of the weights by AdamW."""
+        self.model.train()
+        with self.autocast():
+            output = self.model(self.images)
+            if self.setting.features:
+                loss = sum(each.float().square().mean() for each in output)
+            else:
+                loss = F.cross_entropy(output, self.targets)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def autocast(self):
+        dtype = self.setting.amp_dtype
+        return torch.autocast(self.setting.device.type, dtype) if dtype else nullcontext()
+
+
+def build_model(name: str, setting: Setting) -> nn.Module:
+    """Build a model of ours or of timm as it is measured: with its classifier, or as a backbone of dense tasks."""
+    # What lies over the border takes part in timm's windows, so in ours, too, where both are to agree.
+    padding = {"window_padding": "zero"} if name.startswith("alt_gvt") else {}
+    try:
+        model = timm.create_model(name, features_only=setting.features, **padding)
+    except RuntimeError as error:
+        raise ValueError(f"model {name!r} cannot be built ({error})") from error
+    if setting.grad_checkpointing:
+        (model.model if setting.features else model).set_grad_checkpointing()
+    return model
+
+
+def name_peer(name: str) -> str:
+    """Return timm's name of one of the published models."""
+    if name not in PUBLISHED:
+        raise ValueError(f"--compare timm: timm has no twin of {name}, only of {', '.join(PUBLISHED)}")
+    return name.replace("pcpvt", "twins_pcpvt").replace("alt_gvt", "twins_svt")
+
+
+def check_outputs(ours: Subject, peer: Subject) -> float:
+    """Return how far the outputs of two models are apart, over the largest value.
+
+    Raises:
+        ValueError: If they are further apart than the precision explains: then there is nothing to compare.
+    """
+    outputs = [each.infer() for each in (ours, peer)]
+    pairs = zip(*outputs, strict=True) if ours.setting.features else [outputs]
+    error = max(((a.float() - b.float()).abs().max() / b.float().abs().max()).item() for a, b in pairs)
+    if not error <= TOLERANCES[ours.setting.amp_dtype]:
+        raise ValueError(f"the outputs of the two models differ by {error:.1e} of the largest; their times say nothing")
+    return error
+
+
+# ------------------------------------------------------------------------------------------------------------- timing
+
+
+def time_in_turns(steps: Sequence[Callable[[], Any]], turns: int, device: torch.device) -> list[list[float]]:
+    """Time functions in turns, after a warm-up that is not counted.
+
+    Returns:
+        Seconds of one call in each turn, for each function.
+    """
+    repeats = []
+    for step in steps:
+        for _ in range(2):  # the first compiles, picks kernels and fills caches
+            seconds = _time(step, 1, device)
+        repeats.append(max(1, math.ceil(TURN_SECONDS / seconds)))
+        _time(step, repeats[-1], device)
+    times = [[] for _ in steps]
+    for _ in range(turns):
+        for step, repeat, of_step in zip(steps, repeats, times, strict=True):
+            of_step.append(_time(step, repeat, device) / repeat)
+    return times
+
+
+def _time(step: Callable[[], Any], repeats: int, device: torch.device) -> float:
+    """Return the seconds that some calls take, on a GPU by its own clock."""
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeats):
+            step()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000
+    start = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    return time.perf_counter() - start
+
+
+def measure_peak(setting: Setting) -> float:
+    """Return the operations per second, two for a multiply-accumulate, of a large matrix product on this machine."""
+    side = 8192 if setting.device.type == "cuda" else 2048
+    dtype = setting.amp_dtype or torch.float32
+    x = torch.randn(side, side, device=setting.device, dtype=dtype)
+    layer = Linear(side, side, device=setting.device, dtype=dtype)
+    with torch.inference_mode():
+        times = time_in_turns([lambda: x @ x, lambda: layer(x)], 5, setting.device)
+    return 2 * side**3 / min(map(min, times))
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def measure_memory(name: str, setting: Setting, mode: str) -> int:
+    """Return the bytes that a step adds to the peak memory: on a CPU to that of a process of its own."""
+    if setting.device.type == "cuda":
+        return _add_memory(name, setting, mode)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_add_memory, (name, setting, mode))
+
+
+def _add_memory(name: str, setting: Setting, mode: str) -> int:
+    set_threads(setting)
+    subject = Subject(name, setting)
+    if setting.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(setting.device)
+    before = peak_memory(setting.device)
+    subject.step(mode)
+    return peak_memory(setting.device) - before
+
+
+def set_threads(setting: Setting) -> None:
+    """Use so many threads of the CPU as are asked for."""
+    if setting.threads:
+        torch.set_num_threads(setting.threads)
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+def benchmark_model(name: str, peer: str | None, setting: Setting, modes: Sequence[str], turns: int, peak: float):
+    """Yield a row of figures for each mode.
+
+    Args:
+        name: The model.
+        peer: The model to compare it with, None for none.
+        setting: How.
+        modes: Keys of `MODES`.
+        turns: Times that each is measured.
+        peak: From `measure_peak`.
+    """
+    counts = {"features_only": True} if setting.features else {}
+    macs = count_macs(name, setting.input_size, **counts)
+    subjects = [Subject(name, setting)]
+    row = {"model": name, "parameters": count_parameters(name, **counts), **macs._asdict()}
+    if peer:
+        subjects.append(Subject(peer, setting, subjects[0].model.state_dict()))
+        row |= {"peer": peer, "output_difference": check_outputs(*subjects)}
+    for mode in modes:
+        steps = [lambda subject=subject, mode=mode: subject.step(mode) for subject in subjects]
+        times = time_in_turns(steps, turns, setting.device)
+        seconds = statistics.median(times[0])
+        figures = {
+            "mode": mode,
+            "images_per_second": setting.batch_size / seconds,
+            "memory": measure_memory(name, setting, mode),
+            "share_of_peak": 2 * macs.total * MODES[mode] * setting.batch_size / seconds / peak,
+        }
+        if peer:
+            ratios = [theirs / ours for ours, theirs in zip(*times, strict=True)]
+            figures |= {
+                "peer_images_per_second": setting.batch_size / statistics.median(times[1]),
+                "peer_memory": measure_memory(peer, setting, mode),
+                "ratio": statistics.median(ratios),
+                "ratio_least": min(ratios),
+                "ratio_most": max(ratios),
+            }
+        yield row | figures
+
+
+def print_header(peer: bool) -> None:
+    """Print the names of the columns."""
+    columns = f"{'model':<16}{'parameters':>12}{'G layers':>10}{'G total':>9}  {'mode':<10}{'images/s':>9}"
+    columns += f"{'MiB':>8}{'of peak':>9}" + (f"{'peer':>9}{'MiB':>8}{'ratio':>8}  least to most" if peer else "")
+    logger.info("%s", columns)
+
+
+def print_row(row: dict[str, Any]) -> None:
+    """Print a row of figures."""
+    line = f"{row['model']:<16}{row['parameters']:>12,}{row['layers'] / 1e9:>10.3f}{row['total'] / 1e9:>9.3f}  "
+    line += f"{row['mode']:<10}{row['images_per_second']:>9.2f}{row['memory'] / 2**20:>8.0f}{row['share_of_peak']:>9.0%}"
+    if "peer" in row:
+        line += f"{row['peer_images_per_second']:>9.2f}{row['peer_memory'] / 2**20:>8.0f}{row['ratio']:>8.3f}  "
+        line += f"{row['ratio_least']:.3f} to {row['ratio_most']:.3f}"
+    logger.info("%s", line)
+
+
+def run_models(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    """Measure the models that the options name, and print a table."""
+    setting = Setting(
+        device=device,
+        amp_dtype=choose_amp(args.amp, device),
+        batch_size=args.batch_size,
+        input_size=tuple(args.input_size) if len(args.input_size) == 2 else (args.input_size[0],) * 2,
+        features=args.features,
+        compile=args.compile,
+        channels_last=args.channels_last,
+        grad_checkpointing=args.grad_checkpointing,
+        threads=args.threads,
+    )
+    peers = [name_peer(name) if args.compare else None for name in args.models]
+    modes = list(MODES) if args.mode == "both" else [args.mode]
+    set_threads(setting)
+    peak = measure_peak(setting)
+    logger.info("%s; a large matrix product: %.0f GFLOP/s", describe_machine(device), peak / 1e9)
+    logger.info("batch %d, %dx%d pixels, %s", args.batch_size, *setting.input_size, setting.amp_dtype or "float32")
+    print_header(bool(args.compare))
+    rows = []
+    for name, peer in zip(args.models, peers, strict=True):
+        for row in benchmark_model(name, peer, setting, modes, args.turns, peak):
+            print_row(row)
+            rows.append(row)
+    for mode in modes if args.compare else []:
+        ratios = [row["ratio"] for row in rows if row["mode"] == mode]
+        logger.info("%s: geometric mean %.3f x timm, least %.3f", mode, statistics.geometric_mean(ratios), min(ratios))
+    return rows
+
+
+def describe_machine(device: torch.device) -> str:
+    """Name what computes."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return f"{where}, torch {torch.__version__}, timm {timm.__version__}"
+
+
+# ------------------------------------------------------------------------------------------------------ input pipeline
+
+
+def build_pipelines(root: Path, batch_size: int, workers: int) -> dict[str, DataLoader]:
+    """Build the training loaders of main.py, of timm and with torchvision's transforms, in the published augmentation.
+
+    Args:
+        root: Holds `train/` and `val/` with one folder for each class.
+        batch_size: Images of a batch.
+        workers: Data-loading processes; 0 to load in the process itself.
+    """
+    options = ["--data-path", str(root), "--batch-size", str(batch_size), "--num_workers", str(workers)]
+    args = classification.get_args_parser().parse_args([*options, "--device", "cpu"])
+    ours = classification.build_train_loader(args, Processes(torch.device("cpu")), batch_size)
+    timms = create_loader(
+        ImageDataset(str(root / "train")),
+        args.input_size,
+        batch_size,
+        is_training=True,
+        color_jitter=args.color_jitter,
+        auto_augment=args.aa,
+        interpolation=args.train_interpolation,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        device=torch.device("cpu"),
+    )
+    transform = v2.Compose(  # as torchvision's reference scripts put it together
+        [
+            v2.RandomResizedCrop(args.input_size, interpolation=v2.InterpolationMode.BICUBIC),
+            v2.RandomHorizontalFlip(),
+            v2.RandAugment(interpolation=v2.InterpolationMode.BICUBIC),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+            v2.RandomErasing(args.reprob),
+        ]
+    )
+    torchvisions = DataLoader(
+        torchvision.datasets.ImageFolder(root / "train", transform),
+        batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
+    return {"ours": ours, "timm": timms, "torchvision": torchvisions}
+
+
+def run_pipelines(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure the input pipelines in turns on the same files, and print a table."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() if args.data == "" else nullcontext(args.data) as folder:
+        root = Path(folder)
+        if args.data == "":
+            write_images(root, PIPELINE_SIDES)
+        loaders = build_pipelines(root, args.batch_size, args.workers)
+        images = {name: len(loader) * args.batch_size for name, loader in loaders.items()}
+        passes = [lambda loader=loader: [None for _ in loader] for loader in loaders.values()]
+        times = time_in_turns(passes, args.turns, torch.device("cpu"))
+    rows = []
+    logger.info("%d data-loading processes, batch %d", args.workers, args.batch_size)
+    for (name, count), of_one in zip(images.items(), times, strict=True):
+        ratios = [theirs / ours * images["ours"] / count for ours, theirs in zip(times[0], of_one, strict=True)]
+        rows.append(
+            {
+                "pipeline": name,
+                "images_per_second": count / statistics.median(of_one),
+                "ratio": statistics.median(ratios),
+                "ratio_least": min(ratios),
+                "ratio_most": max(ratios),
+            }
+        )
+        speed, ratio = rows[-1]["images_per_second"], rows[-1]["ratio"]
+        logger.info("%-12s %6.0f images/s   ours / it %.2f (%.2f to %.2f)", name, speed, ratio, min(ratios), max(ratios))
+    return rows
+
+
+def write_images(root: Path, sides: tuple[int, int], count: int = 256) -> None:
+    """Write shapes as JPEG files of a given width and height, in the layout of ImageNet."""
+    for split in ("train", "val"):
+        for i in range(count if split == "train" else 1):
+            folder = root / split / shapes.CLASSES[i % 4 if split == "train" else 0]
+            folder.mkdir(parents=True, exist_ok=True)
+            labels = [(i + k) % len(shapes.CLASSES) for k in range(3)]
+            image = shapes.draw_scene((9, i), max(sides), labels=labels).image
+            image.crop((0, 0, *sides)).save(folder / f"{i}.jpg", quality=90)
+    for name in shapes.CLASSES[:4]:  # both splits need the same classes
+        (root / "val" / name).mkdir(exist_ok=True)
+        image.save(root / "val" / name / "0.jpg")
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def get_parser() -> ArgumentParser:
+    parser = ArgumentParser(prog="benchmark.py", description=__doc__)
+    parser.add_argument(
+        "models", nargs="*", metavar="MODEL", default=PUBLISHED, help="of models/twins.py or of timm (default: all six)"
+    )
+    group = parser.add_argument_group("models")
+    group.add_argument("--compare", choices=("timm",), help="measure timm's twin of each model, too, in turns")
+    group.add_argument("--mode", default="both", choices=(*MODES, "both"), help="what is measured")
+    group.add_argument("--batch-size", default=8, type=POSITIVE_INT, metavar="N", help="images of a step")
+    group.add_argument(
+        "--input-size",
+        nargs="+",
+        default=[224],
+        type=POSITIVE_INT,
+        metavar="PIXELS",
+        help="side of the images, or height and width",
+    )
+    group.add_argument("--features", action="store_true", help="the backbone of dense tasks: four maps, no classifier")
+    add_compute_options(group, amp="off")
+    group.add_argument("--channels-last", action="store_true", help="images and convolutions in channels-last memory")
+    group.add_argument("--grad-checkpointing", action="store_true", help="recompute blocks in the backward pass")
+    group.add_argument("--threads", default=0, type=int, metavar="N", help="of the CPU; 0: torch's choice")
+    group = parser.add_argument_group("input pipeline")
+    group.add_argument(
+        "--data",
+        nargs="?",
+        const="",
+        metavar="FOLDER",
+        help="measure the input pipeline alone, on the images of train/ there; without a folder on shapes drawn for it",
+    )
+    group.add_argument("--workers", default=1, type=int, metavar="N", help="data-loading processes")
+    group = parser.add_argument_group("report")
+    group.add_argument("--turns", default=7, type=POSITIVE_INT, metavar="N", help="times that each is measured")
+    group.add_argument("--json", metavar="FILE", help="write the figures there, too")
+    add_process_options(parser)
+    parser.set_defaults(loader_timeout=0)
+    return parser
+
+
+def run(args: argparse.Namespace, processes: Processes) -> None:
+    """Measure what the options ask for."""
+    if len(args.input_size) > 2:
+        raise ValueError(f"--input-size {' '.join(map(str, args.input_size))}: give a side, or height and width")
+    rows = run_models(args, processes.device) if args.data is None else run_pipelines(args)
+    if args.json:
+        report = {"machine": describe_machine(processes.device), "options": vars(args), "rows": rows}
+        Path(args.json).write_text(json.dumps(report, indent=1))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run from the command line; see `command_line.run_script` for how it ends."""
+    parser = get_parser()
+    run_script(parser.prog, run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

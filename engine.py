@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import resource
 import sys
 import time
@@ -9,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -306,8 +308,11 @@ def peak_memory(device: torch.device) -> int:
     """Return the most memory taken so far in bytes: tensors on a GPU, the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    try:  # unlike getrusage's, this figure does not start at that of the process that started this one
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # not Linux; macOS counts bytes, other systems KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
 
 
 def _add_losses(sums: Losses, loss: Tensor, parts: Losses, batches: int) -> Losses:

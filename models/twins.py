@@ -19,11 +19,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, Mlp, trunc_normal_
+from timm.layers import DropPath, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_model_deprecations
 from timm.models._features import feature_take_indices
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from models.cpu import Linear, Mlp
 
 MIN_INPUT_SIZE = 32  # pixels a side: the stride of the last stage
 WINDOW_PADDINGS = ("mask", "zero")
@@ -84,8 +86,8 @@ class LocallyGroupedAttention(nn.Module):
         self.window_size = window_size
         self.window_padding = window_padding
         self.attn_drop = attn_drop
-        self.qkv = nn.Linear(dim, dim * 3)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, dim * 3)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -95,10 +97,9 @@ class LocallyGroupedAttention(nn.Module):
             x = F.pad(x, (0, 0, 0, -W % self.window_size, 0, -H % self.window_size))
         # Differs from the original: there the mask was wrong where only one side reached over the border.
         bands = [
-            _cat([self.attend(part) for part in self.split(band, dim=2)], dim=2)
-            for band in self.split(self.qkv(x), dim=1)
+            _cat([self.attend(part) for part in self.split(band, dim=2)], dim=2) for band in self.split(x, dim=1)
         ]
-        return self.proj_drop(self.proj(_cat(bands, dim=1)[:, :H, :W]))
+        return self.proj_drop(_cat(bands, dim=1)[:, :H, :W])
 
     def split(self, x: torch.Tensor, dim: int) -> list[torch.Tensor]:
         """Split a map into its whole windows and what remains, leaving out empty parts."""
@@ -106,20 +107,20 @@ class LocallyGroupedAttention(nn.Module):
         parts = x.split([x.shape[dim] - remainder, remainder], dim=dim)
         return [part for part in parts if part.shape[dim] > 0]
 
-    def attend(self, qkv: torch.Tensor) -> torch.Tensor:
-        """Attend inside the windows of a part, whose sides are multiples of the window or less: 3C -> C channels."""
-        B, H, W, C = *qkv.shape[:3], qkv.shape[3] // 3
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        """Attend inside the windows of a part, `(B, H, W, C)`, whose sides are multiples of the window or less."""
+        B, H, W, C = x.shape
         height, width = min(H, self.window_size), min(W, self.window_size)
         rows, cols, tokens = H // height, W // width, height * width
-        # (B, rows, height, cols, width, 3C) -> (B * windows, tokens, 3, heads, C / heads)
-        qkv = qkv.reshape(B, rows, height, cols, width, 3 * C).transpose(2, 3)
-        qkv = qkv.reshape(B * rows * cols, tokens, 3, self.num_heads, C // self.num_heads)
+        # Windows are cut out before they are widened to q, k and v: (B, H, W, C) -> (B * windows, tokens, C)
+        x = x.reshape(B, rows, height, cols, width, C).transpose(2, 3).reshape(B * rows * cols, tokens, C)
+        qkv = self.qkv(x).reshape(-1, tokens, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B * windows, heads, tokens, C / heads) each
         dropout = self.attn_drop if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        # (B * windows, heads, tokens, C / heads) -> (B, rows * height, cols * width, C)
-        x = x.transpose(1, 2).reshape(B, rows, cols, height, width, C)
-        return x.transpose(2, 3).reshape(B, H, W, C)
+        x = self.proj(x.transpose(1, 2).reshape(-1, tokens, C))
+        # (B * windows, tokens, C) -> (B, H, W, C)
+        return x.reshape(B, rows, cols, height, width, C).transpose(2, 3).reshape(B, H, W, C)
 
 
 class GlobalSubsampledAttention(nn.Module):
@@ -133,9 +134,9 @@ class GlobalSubsampledAttention(nn.Module):
         self.num_heads = num_heads
         self.sr_ratio = sr_ratio
         self.attn_drop = attn_drop
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, dim * 2)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.kv = Linear(dim, dim * 2)
+        self.proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         if sr_ratio > 1:
             self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio)
@@ -164,7 +165,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
