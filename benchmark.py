@@ -18,6 +18,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -272,8 +273,8 @@ def measure_memory(name: str, setting: Setting, mode: str) -> int:
     """Return the bytes that a step adds to the peak memory: on a CPU to that of a process of its own."""
     if setting.device.type == "cuda":
         return _add_memory(name, setting, mode)
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_add_memory, (name, setting, mode))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_add_memory, name, setting, mode).result()
 
 
 def _add_memory(name: str, setting: Setting, mode: str) -> int:

@@ -23,6 +23,7 @@ from timm.layers import DropPath, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_model_deprecations
 from timm.models._features import feature_take_indices
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.checkpoint import checkpoint
 
 from models.cpu import Linear, Mlp
@@ -39,6 +40,11 @@ def conv_channels_last(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 def _cat(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
     """Concatenate; a single part is returned as it is, without a copy."""
     return torch.cat(parts, dim=dim) if len(parts) > 1 else parts[0]
+
+
+def _is_known_multiple(side: int, window: int) -> bool:
+    """Tell whether a side is a multiple of the window; False, too, in a graph that is captured for many sizes."""
+    return statically_known_true(side % window == 0)
 
 
 class PatchEmbed(nn.Module):
@@ -93,13 +99,20 @@ class LocallyGroupedAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `(B, H, W, C)` to the same shape."""
         _, H, W, _ = x.shape
-        if self.window_padding == "zero":
-            x = F.pad(x, (0, 0, 0, -W % self.window_size, 0, -H % self.window_size))
-        # Differs from the original: there the mask was wrong where only one side reached over the border.
-        bands = [
-            _cat([self.attend(part) for part in self.split(band, dim=2)], dim=2) for band in self.split(x, dim=1)
-        ]
-        return self.proj_drop(_cat(bands, dim=1)[:, :H, :W])
+        size = self.window_size
+        if _is_known_multiple(H, size) and _is_known_multiple(W, size):
+            x = self.attend(x)
+        elif torch.compiler.is_compiling():
+            x = self.attend_by_index(x)
+        elif self.window_padding == "zero":
+            x = self.attend(F.pad(x, (0, 0, 0, -W % size, 0, -H % size)))[:, :H, :W]
+        else:
+            # Differs from the original: there the mask was wrong where only one side reached over the border.
+            bands = [
+                _cat([self.attend(part) for part in self.split(band, dim=2)], dim=2) for band in self.split(x, dim=1)
+            ]
+            x = _cat(bands, dim=1)
+        return self.proj_drop(x)
 
     def split(self, x: torch.Tensor, dim: int) -> list[torch.Tensor]:
         """Split a map into its whole windows and what remains, leaving out empty parts."""
@@ -108,19 +121,45 @@ class LocallyGroupedAttention(nn.Module):
         return [part for part in parts if part.shape[dim] > 0]
 
     def attend(self, x: torch.Tensor) -> torch.Tensor:
-        """Attend inside the windows of a part, `(B, H, W, C)`, whose sides are multiples of the window or less."""
+        """Attend inside the windows of a part `(B, H, W, C)`, whose sides are multiples of the window or less."""
         B, H, W, C = x.shape
         height, width = min(H, self.window_size), min(W, self.window_size)
-        rows, cols, tokens = H // height, W // width, height * width
-        # Windows are cut out before they are widened to q, k and v: (B, H, W, C) -> (B * windows, tokens, C)
-        x = x.reshape(B, rows, height, cols, width, C).transpose(2, 3).reshape(B * rows * cols, tokens, C)
-        qkv = self.qkv(x).reshape(-1, tokens, 3, self.num_heads, C // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B * windows, heads, tokens, C / heads) each
+        rows, cols = H // height, W // width
+        # Windows are cut out before they are widened to q, k and v: that moves a third of the memory.
+        x = x.reshape(B, rows, height, cols, width, C).transpose(2, 3).reshape(-1, height * width, C)
+        x = self.attend_windows(x).reshape(B, rows, cols, height, width, C)
+        return x.transpose(2, 3).reshape(B, H, W, C)
+
+    def attend_by_index(self, x: torch.Tensor) -> torch.Tensor:
+        """Attend inside the windows of a map `(B, H, W, C)` of any size, so that one captured graph serves all."""
+        B, H, W, C = x.shape
+        size, device = self.window_size, x.device
+        rows, cols = (H + size - 1) // size, (W + size - 1) // size
+        place = torch.arange(rows * cols * size**2, device=device)  # of tokens, window by window
+        window, token = place // size**2, place % size**2
+        band = window // cols
+        row, col = band * size + token // size, (window - band * cols) * size + token % size
+        inside = (row < H) & (col < W)
+        x = x.reshape(B, H * W, C).index_select(1, row.clamp(max=H - 1) * W + col.clamp(max=W - 1))
+        if self.window_padding == "zero":
+            x, real = x * inside[:, None], None
+        else:
+            real = inside.repeat(B).view(-1, 1, 1, size**2)
+        x = self.attend_windows(x.view(-1, size**2, C), real).view(B, -1, C)
+        place = torch.arange(H * W, device=device)  # of tokens, row by row
+        row = place // W
+        col = place - row * W
+        place = (row // size * cols + col // size) * size**2 + row % size * size + col % size
+        return x.index_select(1, place).view(B, H, W, C)
+
+    def attend_windows(self, x: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
+        """Attend inside windows, `(windows, tokens, C)`, to tokens that are `real`, bool `(windows, 1, 1, tokens)`."""
+        _, tokens, C = x.shape
+        qkv = self.qkv(x).view(-1, tokens, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (windows, heads, tokens, C / heads) each
         dropout = self.attn_drop if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        x = self.proj(x.transpose(1, 2).reshape(-1, tokens, C))
-        # (B * windows, tokens, C) -> (B, H, W, C)
-        return x.reshape(B, rows, cols, height, width, C).transpose(2, 3).reshape(B, H, W, C)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=real, dropout_p=dropout)
+        return self.proj(x.transpose(1, 2).reshape(-1, tokens, C))
 
 
 class GlobalSubsampledAttention(nn.Module):
