@@ -43,6 +43,7 @@ from command_line import (
     add_compute_options,
     add_process_options,
     choose_amp,
+    nearest,
     run_script,
 )
 from engine import peak_memory
@@ -187,10 +188,7 @@ def build_model(name: str, setting: Setting) -> nn.Module:
     """Build a model of ours or of timm as it is measured: with its classifier, or as a backbone of dense tasks."""
     # What lies over the border takes part in timm's windows, so in ours, too, where both are to agree.
     padding = {"window_padding": "zero"} if name.startswith("alt_gvt") else {}
-    try:
-        model = timm.create_model(name, features_only=setting.features, **padding)
-    except RuntimeError as error:
-        raise ValueError(f"model {name!r} cannot be built ({error})") from error
+    model = timm.create_model(name, features_only=setting.features, **padding)
     if setting.grad_checkpointing:
         (model.model if setting.features else model).set_grad_checkpointing()
     return model
@@ -346,7 +344,9 @@ def print_header(peer: bool) -> None:
 def print_row(row: dict[str, Any]) -> None:
     """Print a row of figures."""
     line = f"{row['model']:<16}{row['parameters']:>12,}{row['layers'] / 1e9:>10.3f}{row['total'] / 1e9:>9.3f}  "
-    line += f"{row['mode']:<10}{row['images_per_second']:>9.2f}{row['memory'] / 2**20:>8.0f}{row['share_of_peak']:>9.0%}"
+    line += (
+        f"{row['mode']:<10}{row['images_per_second']:>9.2f}{row['memory'] / 2**20:>8.0f}{row['share_of_peak']:>9.0%}"
+    )
     if "peer" in row:
         line += f"{row['peer_images_per_second']:>9.2f}{row['peer_memory'] / 2**20:>8.0f}{row['ratio']:>8.3f}  "
         line += f"{row['ratio_least']:.3f} to {row['ratio_most']:.3f}"
@@ -366,6 +366,9 @@ def run_models(args: argparse.Namespace, device: torch.device) -> list[dict[str,
         grad_checkpointing=args.grad_checkpointing,
         threads=args.threads,
     )
+    for name in args.models:
+        if not timm.is_model(name):
+            raise ValueError(f"model {name!r} is unknown{nearest(name, timm.list_models())}")
     peers = [name_peer(name) if args.compare else None for name in args.models]
     modes = list(MODES) if args.mode == "both" else [args.mode]
     set_threads(setting)
@@ -465,7 +468,9 @@ def run_pipelines(args: argparse.Namespace) -> list[dict[str, Any]]:
             }
         )
         speed, ratio = rows[-1]["images_per_second"], rows[-1]["ratio"]
-        logger.info("%-12s %6.0f images/s   ours / it %.2f (%.2f to %.2f)", name, speed, ratio, min(ratios), max(ratios))
+        logger.info(
+            "%-12s %6.0f images/s   ours / it %.2f (%.2f to %.2f)", name, speed, ratio, min(ratios), max(ratios)
+        )
     return rows
 
 

@@ -10,10 +10,13 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
+from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
 from torch.utils.data import Dataset
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
@@ -38,6 +41,39 @@ def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
 
 
 auto_augment.NAME_TO_OP.update({name: posterize for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")})
+
+
+class RandomCrop(RandomResizedCropAndInterpolation):
+    """timm's random crop of a PIL image, resized by torch's kernel, which takes a third of Pillow's time.
+
+    Where crops lie is drawn exactly as timm draws it; values of pixels differ by 2 of 255 at most.
+    """
+
+    modes = {InterpolationMode.BILINEAR: "bilinear", InterpolationMode.BICUBIC: "bicubic"}  # noqa: RUF012
+
+    def __call__(self, img: Image.Image) -> Image.Image:
+        mode = self.modes.get(self.interpolation) if isinstance(self.interpolation, InterpolationMode) else None
+        if mode is None:  # rarely used; Pillow has them all
+            return super().__call__(img)
+        top, left, height, width = self.get_params(img, self.scale, self.ratio)
+        pixels = np.array(img.crop((left, top, left + width, top + height)))
+        pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None]  # (1, 3, height, width), channels-last
+        pixels = F.interpolate(pixels, size=self.size, mode=mode, antialias=True)
+        return Image.fromarray(pixels[0].permute(1, 2, 0).contiguous().numpy())
+
+
+class ToNormalised:
+    """Turn a PIL image into a normalised float tensor `(3, H, W)`, in one pass less than in two transforms."""
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]):
+        self.mean, self.std = (torch.tensor(values)[:, None, None] * 255 for values in (mean, std))
+
+    def __call__(self, img: Image.Image) -> torch.Tensor:
+        pixels = torch.from_numpy(np.array(img)).permute(2, 0, 1)
+        return pixels.to(torch.float32, memory_format=torch.contiguous_format).sub_(self.mean).div_(self.std)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"
 
 
 def build_dataset(is_train: bool, args) -> Dataset:
@@ -83,9 +119,9 @@ def build_transform(is_train: bool, args) -> Callable:
             )
         except (AssertionError, ValueError, LookupError) as error:
             raise ValueError(f"--aa {args.aa!r} is no policy of timm; use one such as rand-m9-mstd0.5-inc1") from error
-        if shifts:
-            transform.transforms[0] = transforms.RandomCrop(args.input_size, padding=4)
-        return transform
+        crop = RandomCrop(args.input_size, args.scale, interpolation=args.train_interpolation)
+        transform.transforms[0] = transforms.RandomCrop(args.input_size, padding=4) if shifts else crop
+        return _fuse(transform)
     # Shapes are drawn at the input size, objects up to the border, so nothing of them is cut off.
     crops = not shifts and args.data_set != "SHAPES"
     size = int(args.input_size / args.eval_crop_ratio) if crops else args.input_size
@@ -97,6 +133,15 @@ def build_transform(is_train: bool, args) -> Callable:
             transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
         ]
     )
+
+
+def _fuse(transform: transforms.Compose) -> transforms.Compose:
+    """Put one transform in the place of the two that make a tensor and normalise it."""
+    kinds = [type(each) for each in transform.transforms]
+    first = kinds.index(MaybeToTensor)
+    assert kinds[first + 1] is transforms.Normalize
+    transform.transforms[first : first + 2] = [ToNormalised(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+    return transform
 
 
 class TrainSet(SeededSet):

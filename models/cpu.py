@@ -1,11 +1,11 @@
-"""Linear layers and MLPs that are fast on CPUs: the same results and gradients as torch's, in fewer passes over memory.
+"""Linear layers and MLPs that are fast on CPUs: the same results and gradients as torch's, in less time and memory.
 
 In float32 on a CPU, torch multiplies matrices by MKL, which leaves half of the vector units of other makers' processors
-unused, and makes a pass of its own over memory for each GELU. Here oneDNN multiplies, by the operator that torch.compile
-uses for it, and an MLP goes through its wide hidden layer in parts that stay in the cache. Training keeps the hidden
-layer before its GELU alone and computes the GELU again in the backward pass.
+unused, and makes a pass of its own over memory for each GELU. Here oneDNN multiplies, by the operator that
+torch.compile uses for it, and an MLP goes through its wide hidden layer in parts that stay in the cache. Training keeps
+the hidden layer before its GELU alone and computes the GELU again in the backward pass.
 
-Everywhere else (GPUs, other types, autocast, export) the layers are torch's. `set_enabled(False)` makes them so here, too.
+Everywhere else (GPUs, other types, autocast, export) the layers are torch's; `set_enabled(False)` makes them so here.
 """
 
 import torch
@@ -28,6 +28,7 @@ def _is_fast(x: Tensor) -> bool:
     """Tell whether an input is one that this file computes by itself."""
     return (
         _enabled
+        and x.numel() > 0
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and not torch.is_autocast_enabled("cpu")
@@ -42,7 +43,7 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is None or not _is_fast(x):
             return super().forward(x)
-        return linear(x, self.weight, self.bias)
+        return linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias).view(*x.shape[:-1], -1)
 
 
 class Mlp(TimmMlp):
@@ -57,10 +58,9 @@ class Mlp(TimmMlp):
         plain = type(self.fc1) is type(self.fc2) is Linear  # not replaced, say by adapters for fine-tuning
         if drops or not plain or not _is_fast(x):
             return super().forward(x)
-        parameters = self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
-        if torch.is_grad_enabled():
-            return mlp_training(x, *parameters)[0]
-        return mlp(x, *parameters)
+        arguments = x.reshape(-1, x.shape[-1]), self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
+        output = mlp_training(*arguments)[0] if torch.is_grad_enabled() else mlp(*arguments)
+        return output.view(x.shape)
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
@@ -80,26 +80,25 @@ def _multiply_tokens(left: Tensor, right: Tensor) -> Tensor:
 
 @torch.library.custom_op("twins::linear", mutates_args=(), device_types="cpu")
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Return `x @ weight.T + bias`, `(..., in) -> (..., out)`."""
+    """Return `x @ weight.T + bias`, `(tokens, in) -> (tokens, out)`."""
     return _multiply(x, weight, bias)
 
 
 @linear.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 @torch.library.custom_op("twins::linear_backward", mutates_args=(), device_types="cpu")
 def linear_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of the input, the weight and the bias of `linear`."""
-    grad = grad.contiguous()
-    rows = grad.flatten(0, -2)
-    return _multiply(grad, weight.t()), _multiply_tokens(rows, x.flatten(0, -2)), rows.sum(0)
+    grad = grad.contiguous()  # once, for all three
+    return _multiply(grad, weight.t()), _multiply_tokens(grad, x), grad.sum(0)
 
 
 @linear_backward.register_fake
 def _(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight), weight.new_empty(weight.shape[0])
+    return x.new_empty(x.shape), torch.empty_like(weight), weight.new_empty(weight.shape[0])
 
 
 def _save_for_linear(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -114,32 +113,26 @@ linear.register_autograd(lambda ctx, grad: linear_backward(grad, *ctx.saved_tens
 
 @torch.library.custom_op("twins::mlp", mutates_args=(), device_types="cpu")
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-    """Return `gelu(x @ weight1.T + bias1) @ weight2.T + bias2`, without a gradient."""
-    parts = _split(x.flatten(0, -2), hidden=len(weight1))
-    return _cat([_multiply(_multiply(part, weight1, bias1, "gelu"), weight2, bias2) for part in parts]).view(
-        *x.shape[:-1], -1
-    )
+    """Return `gelu(x @ weight1.T + bias1) @ weight2.T + bias2`, `(tokens, C) -> (tokens, C)`, without a gradient."""
+    parts = _split(x, hidden=len(weight1))
+    return _cat([_multiply(_multiply(part, weight1, bias1, "gelu"), weight2, bias2) for part in parts])
 
 
 @mlp.register_fake
 def _(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight2.shape[0])
+    return x.new_empty(x.shape[0], weight2.shape[0])
 
 
 @torch.library.custom_op("twins::mlp_training", mutates_args=(), device_types="cpu")
-def mlp_training(
-    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
-) -> tuple[Tensor, Tensor]:
+def mlp_training(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> tuple[Tensor, Tensor]:
     """Return what `mlp` returns, and the hidden layer before its GELU, `(tokens, hidden)`."""
-    hidden = _multiply(x.flatten(0, -2), weight1, bias1)
-    parts = _split(hidden, hidden=len(weight1))
-    return _cat([_multiply(F.gelu(part), weight2, bias2) for part in parts]).view(*x.shape[:-1], -1), hidden
+    hidden = _multiply(x, weight1, bias1)
+    return _cat([_multiply(F.gelu(part), weight2, bias2) for part in _split(hidden, hidden=len(weight1))]), hidden
 
 
 @mlp_training.register_fake
 def _(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> tuple[Tensor, Tensor]:
-    tokens = x.numel() // x.shape[-1]
-    return x.new_empty(*x.shape[:-1], weight2.shape[0]), x.new_empty(tokens, weight1.shape[0])
+    return x.new_empty(x.shape[0], weight2.shape[0]), x.new_empty(x.shape[0], weight1.shape[0])
 
 
 @torch.library.custom_op("twins::mlp_backward", mutates_args=(), device_types="cpu")
@@ -147,20 +140,22 @@ def mlp_backward(
     grad: Tensor, x: Tensor, hidden: Tensor, weight1: Tensor, weight2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of the input, the weights and the biases of `mlp_training`."""
-    grad, tokens = grad.flatten(0, -2), x.flatten(0, -2)
     of_x, sums = [], None
-    for g, t, h in zip(*(_split(each, hidden=len(weight1)) for each in (grad, tokens, hidden)), strict=True):
-        of_hidden = torch.ops.aten.gelu_backward(_multiply(g, weight2.t()), h)
+    parts = (_split(each, hidden=len(weight1)) for each in (grad.contiguous(), x, hidden))
+    for grad_part, x_part, hidden_part in zip(*parts, strict=True):
+        of_hidden = torch.ops.aten.gelu_backward(_multiply(grad_part, weight2.t()), hidden_part)
         of_x.append(_multiply(of_hidden, weight1.t()))
-        new = _multiply_tokens(of_hidden, t), of_hidden.sum(0), _multiply_tokens(g, F.gelu(h)), g.sum(0)
+        of_first = _multiply_tokens(of_hidden, x_part), of_hidden.sum(0)
+        of_second = _multiply_tokens(grad_part, F.gelu(hidden_part)), grad_part.sum(0)
+        new = [*of_first, *of_second]
         sums = new if sums is None else [total.add_(part) for total, part in zip(sums, new, strict=True)]
-    return _cat(of_x).view(x.shape), *sums
+    return _cat(of_x), *sums
 
 
 @mlp_backward.register_fake
 def _(grad: Tensor, x: Tensor, hidden: Tensor, weight1: Tensor, weight2: Tensor) -> tuple[Tensor, ...]:
-    bias1, bias2 = weight1.new_empty(weight1.shape[0]), weight2.new_empty(weight2.shape[0])
-    return torch.empty_like(x), torch.empty_like(weight1), bias1, torch.empty_like(weight2), bias2
+    biases = weight1.new_empty(weight1.shape[0]), weight2.new_empty(weight2.shape[0])
+    return x.new_empty(x.shape), torch.empty_like(weight1), biases[0], torch.empty_like(weight2), biases[1]
 
 
 def _save_for_mlp(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -169,12 +164,10 @@ def _save_for_mlp(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]
     ctx.save_for_backward(x, output[1], weight1, weight2)
 
 
-mlp_training.register_autograd(
-    lambda ctx, grad, _: mlp_backward(grad, *ctx.saved_tensors), setup_context=_save_for_mlp
-)
+mlp_training.register_autograd(lambda ctx, grad, _: mlp_backward(grad, *ctx.saved_tensors), setup_context=_save_for_mlp)
 
 
-def _split(x: Tensor, hidden: int) -> list[Tensor]:
+def _split(x: Tensor, hidden: int) -> tuple[Tensor, ...]:
     """Split tokens `(tokens, C)` into parts whose hidden layer stays in the cache."""
     return x.split(max(1, PART_BYTES // (hidden * x.element_size())))
 

@@ -1,0 +1,105 @@
+"""The benchmark: what it counts, times and refuses."""
+
+import json
+import time
+
+import pytest
+import torch
+
+import benchmark
+from tests.conftest import fails
+
+SMALL = ["--device", "cpu", "--turns", "2", "--batch-size", "2", "--input-size", "64"]
+
+
+def run(capsys, *argv) -> str:
+    """Run benchmark.py in this process and return what it prints."""
+    threads = torch.get_num_threads()
+    try:
+        benchmark.main([str(each) for each in argv])
+    finally:
+        torch.set_num_threads(threads)
+    return capsys.readouterr().out
+
+
+def test_a_model_beside_timms(tmp_path, capsys):
+    report = tmp_path / "report.json"
+    output = run(capsys, "alt_gvt_small", "--compare", "timm", *SMALL, "--threads", "1", "--json", report)
+    assert "geometric mean" in output
+    rows = json.loads(report.read_text())["rows"]
+    assert [(row["model"], row["peer"], row["mode"]) for row in rows] == [
+        ("alt_gvt_small", "twins_svt_small", mode) for mode in ("inference", "training")
+    ]
+    for row in rows:
+        assert row["parameters"] == 24_060_776
+        assert 0 < row["output_difference"] < 1e-5
+        assert row["ratio_least"] <= row["ratio"] <= row["ratio_most"]
+        quotient = row["images_per_second"] / row["peer_images_per_second"]
+        assert row["ratio_least"] * 0.99 <= quotient <= row["ratio_most"] * 1.01
+        assert 0 < row["share_of_peak"] < 1
+    assert rows[1]["memory"] > 24_060_776 * 4  # of gradients
+    assert rows[0]["images_per_second"] > rows[1]["images_per_second"]
+
+
+def test_backbones_of_dense_tasks(tmp_path, capsys):
+    options = [*SMALL[:-2], "--input-size", "70", "100", "--features", "--grad-checkpointing", "--mode", "inference"]
+    run(capsys, "alt_gvt_small", "--compare", "timm", *options, "--json", tmp_path / "report.json")
+    (row,) = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert row["output_difference"] < 1e-5
+    assert row["parameters"] < 24_060_776  # without the classifier
+
+
+def test_outputs_that_differ_are_not_compared():
+    setting = benchmark.Setting(torch.device("cpu"), batch_size=1, input_size=(32, 32))
+    ours = benchmark.Subject("alt_gvt_tiny", setting)
+    other = benchmark.Subject("alt_gvt_tiny", setting)
+    with pytest.raises(ValueError, match="the outputs of the two models differ by"):
+        benchmark.check_outputs(ours, other)
+    same = benchmark.Subject("alt_gvt_tiny", setting, ours.model.state_dict())
+    assert benchmark.check_outputs(ours, same) == 0
+
+
+def test_times_are_those_of_one_call():
+    calls = []
+
+    def step(seconds):
+        calls.append(seconds)
+        time.sleep(seconds)
+
+    times = benchmark.time_in_turns([lambda: step(0.02), lambda: step(0.4)], 3, torch.device("cpu"))
+    assert [len(each) for each in times] == [3, 3]
+    assert all(0.02 <= each < 0.04 for each in times[0])
+    assert all(0.4 <= each < 0.5 for each in times[1])
+    runs = "".join("s" if each == 0.02 else "l" for each in calls)
+    assert runs.lstrip("s").lstrip("l").count("sl") == 3  # in turns, after the warm-up
+
+
+def test_input_pipelines(image_folder, tmp_path, capsys):
+    options = ["--data", image_folder, "--batch-size", "4", "--turns", "2", "--workers", "0", "--device", "cpu"]
+    output = run(capsys, *options, "--json", tmp_path / "report.json")
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert [row["pipeline"] for row in rows] == ["ours", "timm", "torchvision"]
+    assert rows[0]["ratio"] == 1
+    assert "images/s" in output
+
+
+def test_images_written_for_the_pipeline(tmp_path):
+    benchmark.write_images(tmp_path, (50, 40), count=8)
+    loaders = benchmark.build_pipelines(tmp_path, batch_size=4, workers=0)
+    for loader in loaders.values():
+        shapes = [images.shape for images, _ in loader]
+        assert shapes == [(4, 3, 224, 224)] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["alt_gvt_tiny", "--compare", "timm"], "timm has no twin of alt_gvt_tiny"),
+        (["alt_gvt"], "model 'alt_gvt' is unknown; did you mean"),
+        (["alt_gvt_tiny", "--input-size", "1", "2", "3"], "--input-size 1 2 3: give a side, or height and width"),
+        (["alt_gvt_tiny", "--input-size", "16"], "16x16 pixels are too small"),
+        (["--data", "/nowhere"], "--data-path '/nowhere' is no folder"),
+    ],
+)
+def test_bad_input(options, message, capsys):
+    assert message in fails(capsys, benchmark, *options, "--device", "cpu")
