@@ -24,7 +24,7 @@ import shapes
 from images import fitted_size, load_image, resize_image
 from samplers import EpochSampler, SampleKey
 
-SHAPES_TRAIN, SHAPES_VAL = 4000, 300  # images
+SHAPES_TRAIN, SHAPES_VAL = 3000, 300  # images
 MIN_SIDE = 32  # pixels; smaller training images are left out
 
 Target = dict[str, Tensor | int]

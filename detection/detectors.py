@@ -53,8 +53,9 @@ def build_detector(experiment: Experiment, num_classes: int, pretrained: bool) -
     # Zeros around the map take part in the attention of windows, as they did when the published models were trained.
     body = build_backbone(experiment.backbone, weights, drop_path_rate=experiment.drop_path, window_padding="zero")
     if experiment.detector == "retinanet":
-        return TwinsRetinaNet(body, num_classes, experiment.scale, experiment.channels)
-    return TwinsMaskRCNN(body, num_classes, experiment.scale, experiment.channels, experiment.roi_samples)
+        return TwinsRetinaNet(body, num_classes, experiment.scale, experiment.channels, experiment.head_std)
+    sizes = experiment.channels, experiment.proposals, experiment.roi_samples
+    return TwinsMaskRCNN(body, num_classes, experiment.scale, *sizes)
 
 
 # -------------------------------------------------------------------------------------------- backbone and pyramid
@@ -238,7 +239,14 @@ class TwinsRetinaNet(RetinaNet):
 
     pretrained_cfg = {"classifier": "head.classification_head.cls_logits"}  # noqa: RUF012  see models.load_state_dict
 
-    def __init__(self, body: nn.Module, num_classes: int, scale: tuple[int, int], channels: int = 256):
+    def __init__(
+        self,
+        body: nn.Module,
+        num_classes: int,
+        scale: tuple[int, int],
+        channels: int = 256,
+        head_std: float = 0.01,
+    ):
         levels = LevelsP6P7(body.embed_dims[-1], channels)
         super().__init__(
             TwinsFPN(body, first=1, extra=levels, channels=channels),
@@ -249,6 +257,10 @@ class TwinsRetinaNet(RetinaNet):
         )
         self.transform = Transform(scale)
         self.box_coder = SymmetricBoxCoder((1.0, 1.0, 1.0, 1.0))
+        for head in (self.head.classification_head, self.head.regression_head):
+            for layer in head.conv.modules():
+                if isinstance(layer, nn.Conv2d):
+                    nn.init.normal_(layer.weight, std=head_std)
 
     def compute_loss(self, targets: list[Target], head_outputs: dict[str, Tensor], anchors: list[Tensor]) -> dict:
         """Differs from torchvision: sums over the batch over all its positives; padding counts for nothing."""
@@ -447,6 +459,7 @@ class TwinsMaskRCNN(GeneralizedRCNN):
         num_classes: int,
         scale: tuple[int, int],
         channels: int = 256,
+        proposals: int = 1000,
         roi_samples: int = 512,
     ):
         anchors = Anchors((4, 8, 16, 32, 64), [8])
@@ -457,8 +470,8 @@ class TwinsMaskRCNN(GeneralizedRCNN):
             bg_iou_thresh=0.3,
             batch_size_per_image=256,
             positive_fraction=0.5,
-            pre_nms_top_n={"training": 2000, "testing": 1000},
-            post_nms_top_n={"training": 1000, "testing": 1000},
+            pre_nms_top_n={"training": 2 * proposals, "testing": proposals},
+            post_nms_top_n={"training": proposals, "testing": proposals},
             nms_thresh=0.7,
         )
         rpn.min_size = 0

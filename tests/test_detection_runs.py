@@ -142,10 +142,22 @@ def test_the_published_experiments(setting, name):
     assert (*found, experiment.many_scales) == SETTINGS[setting]
     assert (experiment.backbone, experiment.dataset, experiment.scale) == (BACKBONES[name], "coco", (1333, 800))
     assert experiment.global_batch == 8 * experiment.batch_size == 16
-    assert (experiment.drop_path, experiment.channels, experiment.roi_samples) == (0.2, 256, 512)
+    assert (experiment.drop_path, experiment.channels, experiment.head_std) == (0.2, 256, 0.01)
+    assert (experiment.proposals, experiment.roi_samples) == (1000, 512)
     docstring = path.read_text().split('"""')[1]
     assert f"bash dist_train.sh configs/{path.name} 8" in docstring
     assert f"bash dist_test.sh configs/{path.name} checkpoint_file 8" in docstring
+
+
+def test_initial_weights_and_proposals_are_those_of_the_experiment():
+    for changes, std, counts in (([], 0.01, (2000, 1000)), (["head_std=0.06", "proposals=100"], 0.06, (200, 100))):
+        head = build_detector(load_experiment(FOLDER / RETINA, [*SMALL, *changes]), 3, pretrained=False).head
+        for tower in (head.classification_head.conv, head.regression_head.conv):
+            assert [layer[0].weight.std().item() for layer in tower] == pytest.approx([std] * 4, rel=0.1)
+        rpn = build_detector(load_experiment(FOLDER / MASK, [*SMALL, *changes]), 3, pretrained=False).rpn
+        for training in (True, False):
+            rpn.train(training)
+            assert (rpn.pre_nms_top_n(), rpn.post_nms_top_n()) == (counts[not training], counts[1])
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
