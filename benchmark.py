@@ -190,7 +190,10 @@ def build_model(name: str, setting: Setting) -> nn.Module:
     padding = {"window_padding": "zero"} if name.startswith("alt_gvt") else {}
     model = timm.create_model(name, features_only=setting.features, **padding)
     if setting.grad_checkpointing:
-        (model.model if setting.features else model).set_grad_checkpointing()
+        try:
+            (model.model if setting.features else model).set_grad_checkpointing()
+        except AssertionError as error:
+            raise ValueError(f"--grad-checkpointing: {name} does not support it") from error
     return model
 
 

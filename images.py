@@ -8,12 +8,29 @@ from pathlib import Path
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torchvision.io import decode_jpeg, read_file
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from checkpoints import write_atomically
 
 
 class BadImageError(ValueError):
     """An image file that cannot be decoded."""
+
+
+def load_pixels(path: str) -> Tensor:
+    """Decode an image file to RGB bytes `(3, H, W)`; see `decode_image` for what is raised.
+
+    Plain JPEG files go through torchvision, which gives the values of Pillow without its copies.
+    """
+    if path.lower().endswith((".jpg", ".jpeg")):
+        try:
+            pixels = decode_jpeg(read_file(path))
+            if len(pixels) == 3:  # others are grey or CMYK
+                return pixels
+        except RuntimeError:
+            pass  # Pillow knows more kinds of files, and says what is wrong
+    return pil_to_tensor(load_image(path))
 
 
 def load_image(path: str) -> Image.Image:
@@ -30,7 +47,7 @@ def decode_image(path: str, mode: str | None = None) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            return image.convert(mode) if mode else image
+            return image.convert(mode) if mode not in (None, image.mode) else image
     except Exception as error:  # decoders raise many kinds of errors on damaged files
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
             raise  # the machine is at fault, not the file

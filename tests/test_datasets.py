@@ -10,13 +10,17 @@ import pytest
 import torch
 import torchvision
 from PIL import Image
-from timm.data import auto_augment
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import DataLoader
+from torchvision import transforms
 
 from datasets import (
     IGNORED_TARGET,
     BadImageError,
     EvalSet,
+    RandomCrop,
+    ToNormalised,
     TrainSet,
     build_dataset,
 )
@@ -78,6 +82,32 @@ def test_loading_leaves_the_generators_as_they_were(image_folder):
     before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     dataset.__getitems__([SampleKey(0, 5, 0), SampleKey(0, 6, 0)])
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "random", "lanczos"])
+@pytest.mark.parametrize("size", [(500, 375), (60, 90)])  # made smaller, and larger
+def test_crops_are_timms(size, interpolation):
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1] // 4, size[0] // 4, 3), np.uint8)
+    photo = Image.fromarray(pixels).resize(size)
+    crops = [kind(112, interpolation=interpolation) for kind in (RandomCrop, RandomResizedCropAndInterpolation)]
+    for seed in range(20):
+        found = []
+        for crop in crops:
+            random.seed(seed)
+            found.append((np.asarray(crop(photo), int), random.random()))  # and as much is drawn
+        assert found[0][0].shape == (112, 112, 3)
+        assert np.abs(found[0][0] - found[1][0]).max() <= 3
+        assert np.abs(found[0][0] - found[1][0]).mean() < 0.1
+        assert found[0][1] == found[1][1]
+
+
+def test_normalised_tensors_are_torchvisions():
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8))
+    statistics = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    peer = transforms.Compose([transforms.ToTensor(), transforms.Normalize(*statistics)])
+    found = ToNormalised(*statistics)(photo)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, peer(photo), rtol=0, atol=1e-6)
 
 
 def test_image_folder(image_folder):
