@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,20 +17,22 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
+from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, default_collate
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 import shapes
-from images import BadImageError, load_image, load_pixels
+from images import BadImageError, load_image
 from samplers import SampleKey, SeededSet
 
 logger = logging.getLogger("twins")
 
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "SHAPES")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
+STATISTICS = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 BAD_IMAGE_POLICIES = ("raise", "skip")
 IGNORED_TARGET = -1  # target of an image that evaluation must not count
 SHAPES_TRAIN, SHAPES_VAL = 10000, 1000  # images
@@ -45,37 +48,98 @@ auto_augment.NAME_TO_OP.update({name: posterize for name in auto_augment.NAME_TO
 
 
 class RandomCrop(RandomResizedCropAndInterpolation):
-    """timm's random crop of a PIL image or of bytes `(3, H, W)`, resized by torch's kernel, which takes a third of Pillow's time.
+    """timm's random crop of a PIL image, resized by torch in a third of Pillow's time.
 
     Where crops lie is drawn exactly as timm draws it; values of pixels differ by 2 of 255 at most.
     """
 
     modes = {InterpolationMode.BILINEAR: "bilinear", InterpolationMode.BICUBIC: "bicubic"}  # noqa: RUF012
 
-    def __call__(self, img: Image.Image | torch.Tensor) -> Image.Image:
+    def __call__(self, img: Image.Image) -> Image.Image:
         mode = self.modes.get(self.interpolation) if isinstance(self.interpolation, InterpolationMode) else None
         if mode is None:  # rarely used; Pillow has them all
-            return super().__call__(to_pil_image(img) if isinstance(img, torch.Tensor) else img)
-        pixels = img if isinstance(img, torch.Tensor) else pil_to_tensor(img)
-        top, left, height, width = self.get_params(pixels, self.scale, self.ratio)
-        pixels = pixels[None, :, top : top + height, left : left + width]
-        pixels = pixels.contiguous(memory_format=torch.channels_last)  # for which the kernel is quickest
-        pixels = F.interpolate(pixels, size=self.size, mode=mode, antialias=True)[0]
+            return super().__call__(img)
+        top, left, height, width = self.get_params(img, self.scale, self.ratio)
+        pixels = pil_to_tensor(img.crop((left, top, left + width, top + height)))
+        pixels = F.interpolate(pixels[None], size=self.size, mode=mode, antialias=True)[0]
         return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
 
 
-class ToNormalised:
-    """Turn a PIL image into a normalised float tensor `(3, H, W)`, in one pass less than in two transforms."""
+class View(NamedTuple):
+    """A training image: bytes, which are quick to hand from process to process, and what random erasing wrote into it.
 
-    def __init__(self, mean: Sequence[float], std: Sequence[float]):
-        self.mean, self.std = (torch.tensor(values)[:, None, None] * 255 for values in (mean, std))
+    Attributes:
+        pixels: uint8 `(H, W, 3)`, RGB.
+        erased: Parts as `((top, left), values)`, the values normalised floats `(3, height, width)`.
+    """
 
-    def __call__(self, img: Image.Image) -> torch.Tensor:
-        pixels = torch.from_numpy(np.array(img)).permute(2, 0, 1)
-        return pixels.to(torch.float32, memory_format=torch.contiguous_format).sub_(self.mean).div_(self.std)
+    pixels: torch.Tensor
+    erased: list[tuple[tuple[int, int], torch.Tensor]]
+
+
+class ToView:
+    """Turn a PIL image into a `View`; `eraser` is timm's RandomErasing or None."""
+
+    def __init__(self, eraser: RandomErasing | None):
+        self.eraser = eraser
+
+    def __call__(self, img: Image.Image) -> View:
+        erased = Erased(img.height, img.width)
+        if self.eraser is not None:
+            self.eraser(erased)
+        return View(torch.from_numpy(np.array(img)), erased.parts)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}()"
+        return f"{type(self).__name__}({self.eraser})"
+
+
+class Erased:
+    """Takes the place of a normalised image for timm's RandomErasing, and keeps what is written into it."""
+
+    dtype = torch.float32
+
+    def __init__(self, height: int, width: int):
+        self.shape = torch.Size((3, height, width))
+        self.parts = []
+
+    def size(self) -> torch.Size:
+        return self.shape
+
+    def __setitem__(self, place: tuple[slice, slice, slice], values: torch.Tensor) -> None:
+        _, rows, columns = place
+        values = values.expand(3, rows.stop - rows.start, columns.stop - columns.start)
+        self.parts.append(((rows.start, columns.start), values))
+
+
+Batch = tuple[torch.Tensor, torch.Tensor, list[tuple[int, ...]], torch.Tensor]
+
+
+def collate_views(samples: Sequence[tuple[View, int]]) -> Batch:
+    """Return a batch of views.
+
+    Returns:
+        Bytes `(B, H, W, 3)`; targets `(B,)`; image, top, left, height and width of each erased part; and the values of
+        all those parts in a row.
+    """
+    pixels, targets = default_collate([(view.pixels, target) for view, target in samples])
+    parts = [(i, *part) for i, (view, _) in enumerate(samples) for part in view.erased]
+    places = [(i, *corner, *values.shape[1:]) for i, corner, values in parts]
+    values = torch.cat([torch.empty(0), *(values.flatten() for _, _, values in parts)])
+    return pixels, targets, places, values
+
+
+class ToImages:
+    """Turn batches of `collate_views` into normalised images `(B, 3, H, W)` in channels-last memory, on a device."""
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self.mean, self.std = (255 * torch.tensor(values, device=device) for values in STATISTICS)
+
+    def __call__(self, pixels: torch.Tensor, places: Sequence[tuple[int, ...]], values: torch.Tensor) -> torch.Tensor:
+        images = pixels.float().sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
+        sizes = [3 * height * width for *_, height, width in places]
+        for (i, top, left, height, width), part in zip(places, values.split(sizes), strict=True):
+            images[i, :, top : top + height, left : left + width] = part.view(3, height, width)
+        return images
 
 
 def build_dataset(is_train: bool, args) -> Dataset:
@@ -104,7 +168,7 @@ def build_dataset(is_train: bool, args) -> Dataset:
 
 
 def build_transform(is_train: bool, args) -> Callable:
-    """Build the transform from a PIL image to an ImageNet-normalised tensor `(3, input_size, input_size)`."""
+    """Build the transform of an image to a `View` in training, else to a normalised tensor `(3, size, size)`."""
     shifts = args.data_set == "CIFAR" and args.input_size <= 32  # small images are shifted, not cropped
     if is_train:
         try:
@@ -122,8 +186,11 @@ def build_transform(is_train: bool, args) -> Callable:
         except (AssertionError, ValueError, LookupError) as error:
             raise ValueError(f"--aa {args.aa!r} is no policy of timm; use one such as rand-m9-mstd0.5-inc1") from error
         crop = RandomCrop(args.input_size, args.scale, interpolation=args.train_interpolation)
-        transform.transforms[0] = transforms.RandomCrop(args.input_size, padding=4) if shifts else crop
-        return _fuse(transform)
+        changes = transform.transforms
+        end = next(i for i, change in enumerate(changes) if isinstance(change, MaybeToTensor))
+        erasers = [change for change in changes[end:] if isinstance(change, RandomErasing)]
+        first = transforms.RandomCrop(args.input_size, padding=4) if shifts else crop
+        return transforms.Compose([first, *changes[1:end], ToView(*erasers or [None])])
     # Shapes are drawn at the input size, objects up to the border, so nothing of them is cut off.
     crops = not shifts and args.data_set != "SHAPES"
     size = int(args.input_size / args.eval_crop_ratio) if crops else args.input_size
@@ -132,18 +199,9 @@ def build_transform(is_train: bool, args) -> Callable:
             transforms.Resize(size, interpolation=InterpolationMode.BICUBIC),
             transforms.CenterCrop(args.input_size),
             transforms.ToTensor(),
-            transforms.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+            transforms.Normalize(*STATISTICS),
         ]
     )
-
-
-def _fuse(transform: transforms.Compose) -> transforms.Compose:
-    """Put one transform in the place of the two that make a tensor and normalise it."""
-    kinds = [type(each) for each in transform.transforms]
-    first = kinds.index(MaybeToTensor)
-    assert kinds[first + 1] is transforms.Normalize
-    transform.transforms[first : first + 2] = [ToNormalised(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
-    return transform
 
 
 class TrainSet(SeededSet):
@@ -156,7 +214,7 @@ class TrainSet(SeededSet):
         super().__init__(dataset, seed)
         self.bad_image = bad_image
 
-    def get(self, key: SampleKey) -> tuple[torch.Tensor, int]:
+    def get(self, key: SampleKey) -> tuple[View, int]:
         for offset in range(len(self)):
             try:
                 return self.dataset[(key.index + offset) % len(self)]
@@ -235,14 +293,13 @@ class INaturalist(Dataset):
                 f"categories.json, train{year}.json and val{year}.json of iNaturalist {year}, with {category!r} given"
             ) from error
         self.transform = transform
-        self.load = load_pixels if is_train else load_image
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         path, label = self.samples[index]
-        return self.transform(self.load(path)), label
+        return self.transform(load_image(path)), label
 
 
 def _open_image_folder(root: Path, is_train: bool, transform: Callable) -> Dataset:
@@ -259,9 +316,7 @@ def _open_image_folder(root: Path, is_train: bool, transform: Callable) -> Datas
         )
     if not classes[folder.name]:
         raise ValueError(f"{folder} holds no class folders; it should have one folder of images for each class")
-    dataset = torchvision.datasets.ImageFolder(
-        folder, transform, loader=load_pixels if is_train else load_image, allow_empty=True
-    )
+    dataset = torchvision.datasets.ImageFolder(folder, transform, loader=load_image, allow_empty=True)
     filled = set(dataset.targets)
     empty = [name for name, label in dataset.class_to_idx.items() if label not in filled]
     if empty:

@@ -8,29 +8,12 @@ from pathlib import Path
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.io import decode_jpeg, read_file
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 from checkpoints import write_atomically
 
 
 class BadImageError(ValueError):
     """An image file that cannot be decoded."""
-
-
-def load_pixels(path: str) -> Tensor:
-    """Decode an image file to RGB bytes `(3, H, W)`; see `decode_image` for what is raised.
-
-    Plain JPEG files go through torchvision, which gives the values of Pillow without its copies.
-    """
-    if path.lower().endswith((".jpg", ".jpeg")):
-        try:
-            pixels = decode_jpeg(read_file(path))
-            if len(pixels) == 3:  # others are grey or CMYK
-                return pixels
-        except RuntimeError:
-            pass  # Pillow knows more kinds of files, and says what is wrong
-    return pil_to_tensor(load_image(path))
 
 
 def load_image(path: str) -> Image.Image:

@@ -46,7 +46,17 @@ from command_line import (
     one_line,
     run_script,
 )
-from datasets import BAD_IMAGE_POLICIES, DATA_SETS, IGNORED_TARGET, INAT_CATEGORIES, EvalSet, TrainSet, build_dataset
+from datasets import (
+    BAD_IMAGE_POLICIES,
+    DATA_SETS,
+    IGNORED_TARGET,
+    INAT_CATEGORIES,
+    EvalSet,
+    ToImages,
+    TrainSet,
+    build_dataset,
+    collate_views,
+)
 from engine import evaluate, train_one_epoch
 from losses import DISTILLATION_TYPES, DistillationLoss, choose_criterion
 from models.twins import MIN_INPUT_SIZE
@@ -390,7 +400,7 @@ def build_train_loader(args: argparse.Namespace, processes: Processes, global_ba
         repeats=3 if args.repeated_aug else 1,
     )
     loading = loader_options(args, processes.device)
-    return DataLoader(dataset, batch_size=args.batch_size, sampler=sampler, **loading)
+    return DataLoader(dataset, batch_size=args.batch_size, sampler=sampler, collate_fn=collate_views, **loading)
 
 
 def build_model(name: str, nb_classes: int, **kwargs) -> nn.Module:
@@ -417,7 +427,8 @@ def build_teacher(args: argparse.Namespace, nb_classes: int, device: torch.devic
 
 
 def build_compute_losses(args: argparse.Namespace, nb_classes: int, device: torch.device) -> Callable:
-    """Build the closure that the engine calls: mixup, the forward pass, the criterion or the distillation."""
+    """Build the closure that the engine calls: images, mixup, the forward pass, the criterion or the distillation."""
+    to_images = ToImages(device)
     criterion = choose_criterion(soft_targets=uses_mixup(args), smoothing=args.smoothing)
     mixup = None
     if uses_mixup(args):
@@ -438,7 +449,10 @@ def build_compute_losses(args: argparse.Namespace, nb_classes: int, device: torc
         distillation = DistillationLoss(criterion, teacher, kind, alpha, tau)
 
     def compute_losses(model: nn.Module, batch) -> dict[str, torch.Tensor]:
-        images, targets = mixup(*batch) if mixup else batch
+        pixels, targets, *erased = batch
+        images = to_images(pixels, *erased)
+        if mixup:
+            images, targets = mixup(images, targets)
         logits = model(images)
         return distillation(images, logits, targets) if distillation else {"loss": criterion(logits, targets)}
 
