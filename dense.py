@@ -378,8 +378,8 @@ def process_batch(experiment: Any, processes: Processes) -> int:
 
 
 def describe(figures: dict[str, float]) -> str:
-    """Return the figures of an evaluation in percent, as a line of text."""
-    return "  ".join(f"{name} {100 * value:.2f}" for name, value in figures.items())
+    """Return the figures of an evaluation in percent, as a line of text; `-` for those below 0, which do not exist."""
+    return "  ".join(f"{name} {100 * value:.2f}" if value >= 0 else f"{name} -" for name, value in figures.items())
 
 
 def build_state(
