@@ -309,10 +309,13 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:  # unlike getrusage's, this figure does not start at that of the process that started this one
-        status = Path("/proc/self/status").read_text()
-    except OSError:  # not Linux; macOS counts bytes, other systems KiB
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
+        peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        peak = None
+    if peak:
+        return int(peak[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _add_losses(sums: Losses, loss: Tensor, parts: Losses, batches: int) -> Losses:

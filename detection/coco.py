@@ -8,8 +8,10 @@ the annotations. Its attribute `coco` has those annotations as pycocotools reads
 import contextlib
 import io
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,7 +105,7 @@ class CocoDetection(Dataset):
         found = self._annotations(image_id)
         boxes = torch.tensor([each["bbox"] for each in found], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        masks = [self.coco.annToMask(each) if each.get("segmentation") else _box_mask(each, image) for each in found]
+        masks = [self.coco.annToMask(each) for each in found]
         target = {
             "boxes": boxes,
             "labels": torch.tensor([self.label_of[each["category_id"]] for each in found], dtype=torch.int64),
@@ -118,7 +120,7 @@ class CocoDetection(Dataset):
         return [
             each
             for each in self.coco.imgToAnns[image_id]
-            if not each.get("iscrowd", 0) and _is_box(each, image["width"], image["height"])
+            if not each["iscrowd"] and _is_box(each, image["width"], image["height"])
         ]
 
     def _is_trained(self, image_id: int) -> bool:
@@ -187,7 +189,7 @@ def read_annotations(path: Path) -> COCO:
         content = json.loads(path.read_text())
     except OSError as error:
         raise ValueError(
-            f"{path}: cannot be read ({error.strerror}); the data set has it as annotations/{path.name}"
+            f"{path}: cannot be read ({error.strerror}); --data-root is the folder that holds annotations/{path.name}"
         ) from error
     except ValueError as error:
         raise ValueError(f"{path}: is no valid JSON ({error}); fetch it again") from error
@@ -198,27 +200,76 @@ def read_annotations(path: Path) -> COCO:
         raise ValueError(f"{path}: is not in the format of COCO; it needs the lists images, annotations and categories")
     try:
         _check_annotations(*lists)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: an entry lacks {error}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return index_annotations(content)
 
 
 def _check_annotations(images: list[dict], annotations: list[dict], categories: list[dict]) -> None:
-    sizes = {image["id"]: (image["width"], image["height"]) for image in images if image["file_name"]}
-    known = {category["id"] for category in categories if category["name"]}
-    for each in annotations:
-        if each["image_id"] not in sizes:
-            raise ValueError(f"annotation {each['id']} is of image {each['image_id']}, which is not listed")
-        if each["category_id"] not in known:
-            raise ValueError(f"annotation {each['id']} has the category {each['category_id']}, which is not listed")
-        (x, y, w, h), (width, height) = each["bbox"], sizes[each["image_id"]]
-        if x >= width or y >= height or x + w <= 0 < w or y + h <= 0 < h:
-            raise ValueError(
-                f"annotation {each['id']} has a box {each['bbox']} outside its image {each['image_id']}, of "
-                f"{width}x{height} pixels"
-            )
+    """Check entries, and complete what some tools leave out of annotations: area, masks, that they are no crowd."""
+    known_images, known_categories = _identify("image", images), _identify("category", categories)
+    if not categories:
+        raise ValueError("its list of categories is empty")
+    for name, image in known_images.items():
+        if not isinstance(image.get("file_name"), str) or not image["file_name"]:
+            raise ValueError(f"image {name} has no file_name")
+        for side in ("width", "height"):
+            if not isinstance(image.get(side), int) or image[side] <= 0:
+                raise ValueError(f"image {name} has the {side} {image.get(side)}; it should be a number of pixels")
+    for name, category in known_categories.items():
+        if not isinstance(category.get("name"), str) or not category["name"]:
+            raise ValueError(f"category {name} has no name")
+    for number, each in enumerate(annotations, 1):
+        name = f"annotation {each.get('id', f'number {number}')}" if isinstance(each, dict) else f"entry {number}"
+        if not isinstance(each, dict):
+            raise ValueError(f"{name} of the annotations is no object")
+        if each.get("image_id") not in known_images:
+            raise ValueError(f"{name} is of image {each.get('image_id')}, which is not listed")
+        if each.get("category_id") not in known_categories:
+            raise ValueError(f"{name} has the category {each.get('category_id')}, which is not listed")
+        image = known_images[each["image_id"]]
+        _check_box(name, each.get("bbox"), each["image_id"], image["width"], image["height"])
+        x, y, w, h = each["bbox"]
+        each["segmentation"] = _check_mask(name, each.get("segmentation"), image["width"], image["height"]) or [
+            [x, y, x + w, y, x + w, y + h, x, y + h]
+        ]
+        each.setdefault("iscrowd", 0)
+        each.setdefault("area", w * h)
+        each["id"] = number  # pycocotools takes an id of 0 for none, and equal ones for one
+
+
+def _identify(kind: str, entries: list[dict]) -> dict[int, dict]:
+    """Return entries by their ids, which must be different whole numbers."""
+    known = {}
+    for number, each in enumerate(entries, 1):
+        if not isinstance(each, dict) or not isinstance(each.get("id"), int):
+            raise ValueError(f"{kind} number {number} of the list has no id that is a whole number")
+        if each["id"] in known:
+            raise ValueError(f"the {kind} id {each['id']} is there twice")
+        known[each["id"]] = each
+    return known
+
+
+def _check_box(name: str, box: Any, image_id: int, width: int, height: int) -> None:
+    numbers = isinstance(box, list) and all(isinstance(each, (int, float)) and math.isfinite(each) for each in box)
+    if not numbers or len(box) != 4:
+        raise ValueError(f"{name} has the box {box}; it should be four numbers: x, y, width and height")
+    x, y, w, h = box
+    if x >= width or y >= height or x + w <= 0 < w or y + h <= 0 < h:
+        raise ValueError(f"{name} has a box {box} outside its image {image_id}, of {width}x{height} pixels")
+
+
+def _check_mask(name: str, mask: Any, width: int, height: int) -> dict | list | None:
+    """Return a mask, less polygons of fewer than three points; None or an empty list where there is none."""
+    if isinstance(mask, dict):
+        if list(mask.get("size", ())) != [height, width] or not isinstance(mask.get("counts"), (str, list)):
+            raise ValueError(f"{name} has a mask that is no run-length code of {height}x{width} pixels")
+        return mask
+    if mask is None:
+        return None
+    if not isinstance(mask, list) or not all(isinstance(each, list) and len(each) % 2 == 0 for each in mask):
+        raise ValueError(f"{name} has a segmentation that is neither polygons, each a list x1, y1, x2, ..., nor a code")
+    return [polygon for polygon in mask if len(polygon) >= 6]
 
 
 def index_annotations(content: dict) -> COCO:
@@ -234,15 +285,7 @@ def _is_box(annotation: dict, width: int, height: int) -> bool:
     """Tell whether a box, as far as it is inside the image, has a size and an area."""
     x, y, w, h = annotation["bbox"]
     inside = min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0)
-    return inside and annotation.get("area", w * h) > 0 and w >= 1 and h >= 1
-
-
-def _box_mask(annotation: dict, image: Tensor) -> np.ndarray:
-    """Return the mask of an object of which only the box is known."""
-    mask = np.zeros(image.shape[1:], np.uint8)
-    x, y, w, h = (int(side) for side in annotation["bbox"])
-    mask[max(y, 0) : y + h, max(x, 0) : x + w] = 1
-    return mask
+    return inside and annotation["area"] > 0 and w >= 1 and h >= 1
 
 
 # --------------------------------------------------------------------------------------------------- augmentation

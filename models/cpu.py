@@ -5,15 +5,19 @@ unused, and makes a pass of its own over memory for each GELU. Here oneDNN multi
 torch.compile uses for it, and an MLP goes through its wide hidden layer in parts that stay in the cache. Training keeps
 the hidden layer before its GELU alone and computes the GELU again in the backward pass.
 
-Everywhere else (GPUs, other types, autocast, export) the layers are torch's; `set_enabled(False)` makes them so here.
+Everywhere else (GPUs, other types, autocast, small layers, export, torch.func) the layers are torch's;
+`set_enabled(False)` makes them so here, for tools that look for torch's layers and operations.
 """
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp as TimmMlp
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 
 PART_BYTES = 4 << 20  # of the hidden layer of an MLP: about what the caches of two cores hold
+
+LEAST_PRODUCTS = 1 << 21  # multiply-accumulates; in smaller layers the way to oneDNN takes longer than it saves
 
 _enabled = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -24,16 +28,31 @@ def set_enabled(enabled: bool) -> None:
     _enabled = enabled
 
 
-def _is_fast(x: Tensor) -> bool:
-    """Tell whether an input is one that this file computes by itself."""
+def _is_fast(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether a layer `(..., in) -> (..., out)` with a weight `(out, in)` is one to compute here."""
     return (
         _enabled
-        and x.numel() > 0
         and x.device.type == "cpu"
-        and x.dtype == torch.float32
+        and x.dtype == weight.dtype == torch.float32
+        and x.shape[-1] == weight.shape[1]  # torch has the better message
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_exporting()
+        and (_is_captured() or _is_worth_it(x, weight))
+    )
+
+
+def _is_captured() -> bool:
+    """Tell whether torch.compile captures a graph, for all sizes, which export and tracing leave to torch."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
+def _is_worth_it(x: Tensor, weight: Tensor) -> bool:
+    """Tell whether a layer is large enough, and nobody looks at its operations one by one."""
+    return (
+        not torch.compiler.is_exporting()
         and not torch.jit.is_tracing()
+        and x.numel() * weight.shape[0] >= LEAST_PRODUCTS
+        and torch._C._functorch.peek_interpreter_stack() is None  # torch.func
+        and torch.autograd.forward_ad._current_level < 0  # forward-mode differentiation
     )
 
 
@@ -41,7 +60,7 @@ class Linear(nn.Linear):
     """torch's linear layer, `(..., in_features)` -> `(..., out_features)`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bias is None or not _is_fast(x):
+        if self.bias is None or not _is_fast(x, self.weight):
             return super().forward(x)
         return linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias).view(*x.shape[:-1], -1)
 
@@ -54,13 +73,25 @@ class Mlp(TimmMlp):
         self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        drops = self.training and self.drop1.p > 0
-        plain = type(self.fc1) is type(self.fc2) is Linear  # not replaced, say by adapters for fine-tuning
-        if drops or not plain or not _is_fast(x):
+        if not self.is_plain() or not _is_fast(x, self.fc1.weight):
             return super().forward(x)
         arguments = x.reshape(-1, x.shape[-1]), self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
         output = mlp_training(*arguments)[0] if torch.is_grad_enabled() else mlp(*arguments)
         return output.view(x.shape)
+
+    def is_plain(self) -> bool:
+        """Tell whether the parts are as they were built: not replaced, hooked or dropping anything."""
+        parts = {self.fc1: Linear, self.act: nn.GELU, self.norm: nn.Identity, self.fc2: Linear}
+        return (
+            all(type(part) is kind and not _has_hooks(part) for part, kind in parts.items())
+            and self.act.approximate == "none"
+            and not any((self.training and drop.p > 0) or _has_hooks(drop) for drop in (self.drop1, self.drop2))
+        )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks)
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
@@ -105,7 +136,14 @@ def _save_for_linear(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
     ctx.save_for_backward(inputs[0], inputs[1])
 
 
-linear.register_autograd(lambda ctx, grad: linear_backward(grad, *ctx.saved_tensors), setup_context=_save_for_linear)
+def _differentiate_linear(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    x, weight = ctx.saved_tensors
+    if torch.is_grad_enabled():  # the gradients are to be differentiated, too
+        return grad @ weight, grad.t() @ x, grad.sum(0)
+    return linear_backward(grad, x, weight)
+
+
+linear.register_autograd(_differentiate_linear, setup_context=_save_for_linear)
 
 
 # ------------------------------------------------------------------------------------------------------------- MLP
@@ -159,12 +197,23 @@ def _(grad: Tensor, x: Tensor, hidden: Tensor, weight1: Tensor, weight2: Tensor)
 
 
 def _save_for_mlp(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, weight1, _, weight2, _ = inputs
     ctx.set_materialize_grads(False)  # nothing depends on the hidden layer, which is wide
-    ctx.save_for_backward(x, output[1], weight1, weight2)
+    ctx.save_for_backward(*inputs[:4], output[1])
 
 
-mlp_training.register_autograd(lambda ctx, grad, _: mlp_backward(grad, *ctx.saved_tensors), setup_context=_save_for_mlp)
+def _differentiate_mlp(ctx, grad: Tensor | None, _) -> tuple[Tensor | None, ...]:
+    x, weight1, bias1, weight2, hidden = ctx.saved_tensors
+    if grad is None:
+        return (None,) * 5
+    if torch.is_grad_enabled():  # the gradients are to be differentiated, too
+        hidden = F.linear(x, weight1, bias1)
+        of_hidden = torch.ops.aten.gelu_backward(grad @ weight2, hidden)
+        of_second = grad.t() @ F.gelu(hidden), grad.sum(0)
+        return of_hidden @ weight1, of_hidden.t() @ x, of_hidden.sum(0), *of_second
+    return mlp_backward(grad, x, hidden, weight1, weight2)
+
+
+mlp_training.register_autograd(_differentiate_mlp, setup_context=_save_for_mlp)
 
 
 def _split(x: Tensor, hidden: int) -> tuple[Tensor, ...]:
@@ -175,3 +224,21 @@ def _split(x: Tensor, hidden: int) -> tuple[Tensor, ...]:
 def _cat(parts: list[Tensor]) -> Tensor:
     """Join parts of tokens; a single part is returned as it is, without a copy."""
     return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+# --------------------------------------------------------------------------------------------------------- counting
+
+
+def _count_linear(x_shape: torch.Size, weight_shape: torch.Size, *_, **__) -> int:
+    return 2 * x_shape[0] * weight_shape.numel()
+
+
+def _count_mlp(x_shape: torch.Size, weight1_shape: torch.Size, *_, **__) -> int:
+    return 4 * x_shape[0] * weight1_shape.numel()
+
+
+# For torch's FlopCounterMode.
+register_flop_formula(torch.ops.twins.linear)(_count_linear)
+register_flop_formula(torch.ops.twins.linear_backward)(lambda _, *shapes, **__: 2 * _count_linear(*shapes))
+register_flop_formula([torch.ops.twins.mlp, torch.ops.twins.mlp_training])(_count_mlp)
+register_flop_formula(torch.ops.twins.mlp_backward)(lambda _, x, __, *shapes, **___: 2 * _count_mlp(x, *shapes))

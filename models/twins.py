@@ -23,7 +23,6 @@ from timm.layers import DropPath, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_model_deprecations
 from timm.models._features import feature_take_indices
 from torch import nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.checkpoint import checkpoint
 
 from models.cpu import Linear, Mlp
@@ -44,6 +43,10 @@ def _cat(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
 
 def _is_known_multiple(side: int, window: int) -> bool:
     """Tell whether a side is a multiple of the window; False, too, in a graph that is captured for many sizes."""
+    if not torch.compiler.is_compiling():
+        return side % window == 0
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # here, for it takes long to import
+
     return statically_known_true(side % window == 0)
 
 

@@ -68,8 +68,8 @@ def test_times_are_those_of_one_call():
 
     times = benchmark.time_in_turns([lambda: step(0.02), lambda: step(0.4)], 3, torch.device("cpu"))
     assert [len(each) for each in times] == [3, 3]
-    assert all(0.02 <= each < 0.04 for each in times[0])
-    assert all(0.4 <= each < 0.5 for each in times[1])
+    assert all(0.02 <= each < 0.2 for each in times[0])  # of one call, not of the 15 of a turn
+    assert all(each >= 0.4 for each in times[1])
     runs = "".join("s" if each == 0.02 else "l" for each in calls)
     assert runs.lstrip("s").lstrip("l").count("sl") == 3  # in turns, after the warm-up
 
@@ -98,7 +98,9 @@ def test_images_written_for_the_pipeline(tmp_path):
         (["alt_gvt"], "model 'alt_gvt' is unknown; did you mean"),
         (["alt_gvt_tiny", "--input-size", "1", "2", "3"], "--input-size 1 2 3: give a side, or height and width"),
         (["alt_gvt_tiny", "--input-size", "16"], "16x16 pixels are too small"),
-        (["--data", "/nowhere"], "--data-path '/nowhere' is no folder"),
+        (["--data", "/nowhere"], "--data /nowhere: has no folder train/"),
+        (["alt_gvt_tiny", "--json", "/nowhere/report.json"], "--json /nowhere/report.json: there is no such folder"),
+        (["alt_gvt_tiny", "--threads", "-1"], "'-1' is no whole number of at least 0"),
     ],
 )
 def test_bad_input(options, message, capsys):

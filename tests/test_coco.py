@@ -19,6 +19,7 @@ from detection.coco import (
     random_flip,
     resize,
 )
+from detection.coco_eval import summarise, to_results
 from tests.small_data import COCO_SIZES, circle, write_coco
 
 
@@ -40,15 +41,52 @@ def test_training_leaves_out_what_the_original_does(coco_folder):
     assert val[5][1]["labels"].tolist() == [0, 2, 1]  # with the box over the border
 
 
-def test_an_object_without_a_mask_has_that_of_its_box(tmp_path):
-    write_coco(tmp_path)
-    path = tmp_path / "annotations/instances_val2017.json"
-    content = json.loads(path.read_text())
-    for each in content["annotations"]:
-        del each["segmentation"]
-    path.write_text(json.dumps(content))
-    _, target = build_dataset("coco", str(tmp_path), False, 0)[0]
-    assert target["masks"][0].nonzero().tolist() == [[y, x] for y in range(5, 20) for x in range(10, 30)]
+@pytest.fixture
+def written(tmp_path):
+    """Return a function that writes COCO's layout with annotations changed, and opens the validation set."""
+
+    def write(change):
+        write_coco(tmp_path)
+        path = tmp_path / "annotations/instances_val2017.json"
+        content = json.loads(path.read_text())
+        change(content)
+        path.write_text(json.dumps(content))
+        return build_dataset("coco", str(tmp_path), False, 0)
+
+    return write
+
+
+def evaluate_truth(dataset) -> dict[str, float]:
+    """Return the figures of the objects of a data set themselves as what was found."""
+    results = []
+    for _, target in dataset:
+        scores = torch.ones(len(target["labels"]))
+        results += to_results(target["image_id"], {**target, "scores": scores}, dataset.category_ids)
+    return summarise(dataset.coco, dataset.ids, results, ("bbox", "segm"))
+
+
+@pytest.mark.parametrize("missing", ["segmentation", "area", "iscrowd", "id"])
+def test_what_annotations_may_leave_out(missing, written):
+    def change(content):
+        for each in content["annotations"]:
+            del each[missing]
+
+    dataset = written(change)
+    if missing == "segmentation":  # the mask is that of the box
+        _, target = dataset[0]
+        assert target["masks"][0].nonzero().tolist() == [[y, x] for y in range(5, 20) for x in range(10, 30)]
+    assert all(0 <= value <= 1 or value == -1 for value in evaluate_truth(dataset).values())
+
+
+@pytest.mark.parametrize("ids", [range(15), [7] * 15])
+def test_numbers_of_annotations_do_not_matter(ids, written):
+    expected = evaluate_truth(written(lambda content: None))
+
+    def change(content):
+        for each, number in zip(content["annotations"], ids, strict=False):
+            each["id"] = number
+
+    assert evaluate_truth(written(change)) == expected
 
 
 @pytest.mark.parametrize(
@@ -60,21 +98,27 @@ def test_an_object_without_a_mask_has_that_of_its_box(tmp_path):
             lambda c: c["annotations"][0].update(bbox=[80, 5, 20, 15]),
             r"annotation 100 has a box \[80, 5, 20, 15\] outside its image 7, of 80x60 pixels",
         ),
-        (lambda c: c["annotations"][0].pop("bbox"), "an entry lacks 'bbox'"),
-        (lambda c: c["images"][0].pop("width"), "an entry lacks 'width'"),
+        (lambda c: c["annotations"][0].pop("bbox"), "annotation 100 has the box None; it should be four numbers"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), r"annotation 100 has the box \[1, 2, 3\]; it should be"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, "3", 4]), "annotation 100 has the box"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, float("nan"), 4]), "annotation 100 has the box"),
+        (lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3]]), "annotation 100 has a segmentation that is"),
+        (lambda c: c["annotations"][1]["segmentation"].update(size=[9, 9]), "annotation 101 has a mask that is no"),
+        (lambda c: c["annotations"].append(5), "entry 15 of the annotations is no object"),
+        (lambda c: c["images"][0].pop("width"), "image 7 has the width None"),
+        (lambda c: c["images"][0].update(file_name=""), "image 7 has no file_name"),
+        (lambda c: c["images"][0].pop("id"), "image number 1 of the list has no id"),
+        (lambda c: c["images"][1].update(id=7), "the image id 7 is there twice"),
+        (lambda c: c["categories"][0].update(name=""), "category 18 has no name"),
+        (lambda c: c["categories"].clear(), "its list of categories is empty"),
         (lambda c: c.pop("categories"), "needs the lists images, annotations and categories"),
         (lambda c: c["images"][1].update(file_name="none.jpg"), r"none\.jpg is missing; .* lists it as image 12"),
-        (lambda c: c["images"][2].update(width=101), r"has 100x50 pixels, but image 3 of the annotations 101x50"),
+        (lambda c: c["images"][3].update(width=71), r"has 70x70 pixels, but image 40 of the annotations 71x70"),
     ],
 )
-def test_faults_of_the_annotations_are_named(change, message, tmp_path):
-    write_coco(tmp_path)
-    path = tmp_path / "annotations/instances_val2017.json"
-    content = json.loads(path.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
+def test_faults_of_the_annotations_are_named(change, message, written, tmp_path):
     with pytest.raises(ValueError, match=message) as error:
-        list(build_dataset("coco", str(tmp_path), False, 0))
+        list(written(change))
     assert str(tmp_path) in str(error.value)
 
 

@@ -7,23 +7,39 @@ import timm
 import torch
 from timm.layers import Mlp as TimmMlp
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from models import cpu
 from models.cpu import Linear, Mlp
 
 
+@pytest.fixture(autouse=True)
+def small_layers_too(monkeypatch):
+    monkeypatch.setattr(cpu, "LEAST_PRODUCTS", 1)
+
+
 @pytest.fixture
-def plain():
-    """Return a way to run something with torch's layers."""
+def calls(monkeypatch):
+    """Return a list that grows with each layer that is computed here, not by torch."""
+    made = []
 
-    def run(function):
-        cpu.set_enabled(False)
-        try:
-            return function()
-        finally:
-            cpu.set_enabled(True)
+    def count(x, *others):
+        made.append(x.shape)
+        return multiply(x, *others)
 
-    return run
+    multiply = cpu._multiply
+    monkeypatch.setattr(cpu, "_multiply", count)
+    return made
+
+
+def run_plain(function):
+    """Run something with torch's layers."""
+    before = cpu._enabled
+    cpu.set_enabled(False)
+    try:
+        return function()
+    finally:
+        cpu.set_enabled(before)
 
 
 def build(kind: str) -> tuple[nn.Module, nn.Module]:
@@ -82,7 +98,7 @@ def test_the_mlp_keeps_its_hidden_layer_once():
         ):
             layer(torch.randn(1000, 24, requires_grad=True))
         sizes.append(sum(x.numel() for x in saved.values()))
-    weights = 2 * 24 * 96
+    weights = 2 * 24 * 96 + 96
     assert sizes[0] <= 1000 * (24 + 96) + weights
     assert sizes[1] >= 1000 * (24 + 2 * 96)
 
@@ -113,20 +129,82 @@ def test_dropout_is_left_to_torch():
     torch.testing.assert_close(layer(x), layer.fc2(layer.act(layer.fc1(x))))
 
 
-def test_replaced_and_hooked_layers_take_part():
-    layer, _ = build("mlp")
+@pytest.mark.parametrize(
+    ("part", "other"),
+    [("fc1", nn.Linear(24, 96)), ("act", nn.ReLU()), ("norm", nn.LayerNorm(96)), ("fc2", nn.Linear(96, 24))],
+)
+def test_replaced_parts_of_an_mlp_take_part(part, other):
+    layer, peer = build("mlp")
+    for each in (layer, peer):
+        setattr(each, part, other)
     x = torch.randn(5, 24)
-    layer.fc1 = nn.Sequential(layer.fc1, nn.Linear(96, 96))
-    torch.testing.assert_close(layer(x), layer.fc2(layer.act(layer.fc1(x))))
-    calls = []
-    linear = Linear(24, 24)
-    linear.register_forward_hook(lambda *_: calls.append(1))
-    linear(x)
-    assert calls
+    torch.testing.assert_close(layer(x), peer(x))
+
+
+@pytest.mark.parametrize("part", ["fc1", "act", "drop1", "norm", "fc2", "drop2"])
+@pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
+def test_hooks_inside_an_mlp_are_called(part, kind):
+    layer, _ = build("mlp")
+    seen = []
+    getattr(getattr(layer, part), kind)(lambda *_: seen.append(part))
+    layer(torch.randn(5, 24, requires_grad=True)).sum().backward()
+    assert seen == [part]
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_gradients_of_gradients(kind):
+    results = []
+    for layer in build(kind):
+        x = torch.randn(5, 24, generator=torch.Generator().manual_seed(3)).requires_grad_()
+        (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        grad.square().sum().backward()
+        results.append([x.grad, *(parameter.grad for parameter in layer.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_functional_transforms(kind):
+    ours, peer = build(kind)
+    x, v = torch.randn(2, 5, 24)
+    for a, b in zip(torch.func.jvp(ours, (x,), (v,)), torch.func.jvp(peer, (x,), (v,)), strict=True):
+        torch.testing.assert_close(a, b)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, v)
+        a, b = (torch.autograd.forward_ad.unpack_dual(each(dual)).tangent for each in (ours, peer))
+        torch.testing.assert_close(a, b)
+    for transform in (torch.vmap, lambda f: torch.func.jacrev(lambda x: f(x).sum(0))):
+        torch.testing.assert_close(transform(ours)(x), transform(peer)(x))
+
+
+def test_which_layers_are_computed_here(calls, monkeypatch):
+    ours, _ = build("linear")
+    ours(torch.randn(5, 24))
+    assert len(calls) == 1
+    monkeypatch.setattr(cpu, "LEAST_PRODUCTS", 5 * 24 * 40 + 1)
+    ours(torch.randn(5, 24))
+    assert len(calls) == 1  # too small
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        ours(torch.randn(500, 23))
+    with pytest.raises(RuntimeError, match="same dtype"):
+        ours.double()(torch.randn(500, 24))
+
+
+def test_operations_are_counted():
+    model = timm.create_model("alt_gvt_tiny")
+
+    def count() -> int:
+        with FlopCounterMode(display=False) as counter:
+            model(torch.randn(1, 3, 64, 64)).sum().backward()
+            with torch.no_grad():
+                model(torch.randn(1, 3, 64, 64))
+        return counter.get_total_flops()
+
+    assert count() == run_plain(count)
 
 
 @pytest.mark.parametrize("name", ["pcpvt_tiny", "alt_gvt_tiny"])
-def test_models_are_the_same_without_them(name, plain):
+def test_models_are_the_same_without_them(name):
     model = timm.create_model(name, num_classes=5)
     images = torch.randn(2, 3, 96, 70)
 
@@ -136,5 +214,5 @@ def test_models_are_the_same_without_them(name, plain):
         output.square().sum().backward()
         return [output, *(parameter.grad for parameter in model.parameters())]
 
-    for a, b in zip(step(), plain(step), strict=True):
+    for a, b in zip(step(), run_plain(step), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -71,6 +71,18 @@ def test_equals_timm(name):
         torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["pcpvt_small", "alt_gvt_small"])
+def test_gradients_equal_timms(name):
+    ours, theirs = timm.create_model(name, window_padding="zero"), timm.create_model(TIMM_NAMES[name])
+    theirs.load_state_dict(ours.state_dict())
+    for model in (ours, theirs):
+        model(image(2, 96, 160)).square().sum().backward()
+    expected = dict(theirs.named_parameters())
+    for key, parameter in ours.named_parameters():
+        error = (parameter.grad - expected[key].grad).norm() / expected[key].grad.norm()
+        assert error < 1e-4, key
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_multiply_accumulates(name):
     macs = count_macs(name)
@@ -299,6 +311,15 @@ def test_export(name):
     for size in SIZES:
         with torch.no_grad():
             torch.testing.assert_close(exported(image(*size)), model(image(*size)), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_trace(name):
+    model = timm.create_model(name, num_classes=3).eval()
+    traced = torch.jit.trace(model, image(1, 96, 70))
+    images = image(2, 96, 70)
+    with torch.no_grad():
+        torch.testing.assert_close(traced(images), model(images), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", TINY)
