@@ -353,10 +353,8 @@ def print_header(peer: bool) -> None:
 def print_row(row: dict[str, Any]) -> None:
     """Print a row of figures."""
     line = f"{row['model']:<16}{row['parameters']:>12,}{row['layers'] / 1e9:>10.3f}{row['total'] / 1e9:>9.3f}  "
-    line += (
-        f"{row['mode']:<10}{row['images_per_second']:>9.2f}{_in_mib(row['memory'])}"
+    line += f"{row['mode']:<10}{row['images_per_second']:>9.2f}{_in_mib(row['memory'])}"
     line += f"{100 * row['share_of_peak']:>11.0f}"
-    )
     if "peer" in row:
         line += f"{row['peer_images_per_second']:>9.2f}{_in_mib(row['peer_memory'])}{row['ratio']:>8.3f}  "
         line += f"{row['ratio_least']:.3f} to {row['ratio_most']:.3f}"
@@ -509,9 +507,7 @@ def write_images(root: Path, sides: tuple[int, int], count: int = 256) -> None:
 
 def get_parser() -> ArgumentParser:
     parser = ArgumentParser(prog="benchmark.py", description=__doc__)
-    parser.add_argument(
-        "models", nargs="*", metavar="MODEL", default=PUBLISHED, help="of models/twins.py or of timm"
-    )
+    parser.add_argument("models", nargs="*", metavar="MODEL", default=PUBLISHED, help="of models/twins.py or of timm")
     group = parser.add_argument_group("models")
     group.add_argument("--compare", choices=("timm",), help="measure timm's twin of each model, too, in turns")
     group.add_argument("--mode", default="both", choices=(*MODES, "both"), help="what is measured")
