@@ -288,7 +288,7 @@ def write_atomically(path: Path, write: Callable, before_replacing: Callable[[],
         if isinstance(error, Exception) and isinstance(cause, OSError):
             raise OSError(
                 f"{path}: cannot be written ({cause.strerror or cause}); what was there before is intact. Mend "
-                "that, then run the same command with --auto-resume"
+                "that, then run the same command again, a training with --auto-resume"
             ) from error
         raise
     folder = os.open(path.parent, os.O_RDONLY)

@@ -276,6 +276,11 @@ def _add_experiment_options(parser: ArgumentParser) -> None:
 def build_experiment(args: argparse.Namespace) -> Any:
     """Return the experiment that the options ask for."""
     experiment = load_experiment(args.config, args.cfg_options)
+    if args.data_root and experiment.dataset == "shapes":
+        raise ValueError(
+            f"--data-root {args.data_root}: shapes are drawn, not read; for your own data set choose another data set "
+            "with --cfg-options dataset=..."
+        )
     shortcuts = {name: getattr(args, name, None) for name in ("data_root", "pretrained")}
     return dataclasses.replace(experiment, **{name: value for name, value in shortcuts.items() if value is not None})
 

@@ -48,7 +48,7 @@ def fitted_size(size: Sequence[int], scale: tuple[int, int], ratio: float = 1.0)
     """
     longer, shorter = (int(side * ratio) for side in sorted(scale, reverse=True))
     factor = min(longer / max(size), shorter / min(size))
-    return int(size[0] * factor + 0.5), int(size[1] * factor + 0.5)
+    return max(1, int(size[0] * factor + 0.5)), max(1, int(size[1] * factor + 0.5))
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:

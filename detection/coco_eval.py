@@ -44,7 +44,7 @@ def find_objects(
         on_detections: Called with the id of each image and what was found in it, on the CPU.
 
     Returns:
-        Results of all processes, in COCO's format.
+        Results of all processes, in COCO's format, image by image.
 
     Raises:
         Interrupted: On all processes together, if any of them was asked to stop; the others finish their share.
@@ -62,7 +62,8 @@ def find_objects(
             if on_detections is not None:
                 on_detections(target["image_id"], found)
     stop_if_requested(device)
-    return [result for share in gather(results) for result in share]
+    together = [result for share in gather(results) for result in share]
+    return sorted(together, key=lambda result: result["image_id"])  # the same for any number of processes
 
 
 def to_results(image_id: int, found: dict[str, Tensor], category_ids: list[int]) -> list[dict]:
@@ -101,6 +102,7 @@ def summarise(truth: COCO, image_ids: list[int], results: list[dict], kinds: Ite
 
 def write_results(results: list[dict], path: Path) -> None:
     """Write results as JSON, as COCO's server takes them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(results))
 
 

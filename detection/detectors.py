@@ -234,7 +234,14 @@ def match_anchors(matcher: Matcher, boxes: Tensor, anchors: Tensor, inside: Tens
 # ------------------------------------------------------------------------------------------------------ RetinaNet
 
 
-class TwinsRetinaNet(RetinaNet):
+class CompiledBackbone:
+    """A detector of which `compile` compiles the backbone alone: the rest works on lists of any lengths and sizes."""
+
+    def compile(self, *args, **kwargs) -> None:
+        self.backbone.compile(*args, **kwargs)
+
+
+class TwinsRetinaNet(CompiledBackbone, RetinaNet):
     """RetinaNet (https://arxiv.org/abs/1708.02002) on the levels P3 to P7."""
 
     pretrained_cfg = {"classifier": "head.classification_head.cls_logits"}  # noqa: RUF012  see models.load_state_dict
@@ -368,7 +375,7 @@ class RoIPool(nn.Module):
             x = features[str(level)].float()  # and the boxes, which half precision would move by pixels
             part = roi_align(x, rois[of_level], self.output_size, 1 / stride, sampling_ratio=0, aligned=True)
             pooled = pooled.index_put((of_level,), part)
-        return pooled
+        return pooled.to(features["0"].dtype)
 
 
 class TwinsRoIHeads(RoIHeads):
@@ -442,7 +449,7 @@ def mask_loss(logits: Tensor, labels: Tensor, truths: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits[torch.arange(len(labels), device=labels.device), labels], truths)
 
 
-class TwinsMaskRCNN(GeneralizedRCNN):
+class TwinsMaskRCNN(CompiledBackbone, GeneralizedRCNN):
     """Mask R-CNN (https://arxiv.org/abs/1703.06870) on the levels P2 to P6."""
 
     # What depends on the classes, for `models.load_state_dict` to leave as it is where they are others.

@@ -68,10 +68,9 @@ def run_test(args: argparse.Namespace, processes: Processes) -> None:
         results = find_objects(
             model, loader, processes.device, dataset.category_ids, amp_dtype=amp_dtype, on_detections=show
         )
-    figures = summarise(dataset.coco, dataset.ids, results, wanted)
-    logger.info("%s", describe(figures))
     if args.out:
         on_main(partial(write_results, results, Path(args.out)))
+    logger.info("%s", describe(summarise(dataset.coco, dataset.ids, results, wanted)))
 
 
 def build_painter(dataset: Dataset, folder: str, least_score: float) -> Callable[[int, dict[str, Tensor]], None]:

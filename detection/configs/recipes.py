@@ -62,7 +62,10 @@ def retinanet_3x_ms_setting(backbone: str, **changes) -> Experiment:
 
 
 def mask_rcnn_3x_swin_setting(backbone: str, **changes) -> Experiment:
-    """Mask R-CNN, 36 epochs at many scales; the published runs used fp16 (--amp fp16)."""
+    """Mask R-CNN, 36 epochs at many scales; the published runs used fp16 (--amp fp16).
+
+    Differs from the original: the scale of the loss in fp16 adapts itself, from 65,536; there it was always 512.
+    """
     return Experiment(backbone, "mask_rcnn", **(_MANY_SCALES_3X | changes))
 
 
