@@ -423,7 +423,7 @@ def build_pipelines(root: Path, batch_size: int, workers: int) -> dict[str, Data
     ours = classification.build_train_loader(args, Processes(torch.device("cpu")), batch_size)
     timms = create_loader(
         ImageDataset(str(root / "train")),
-        args.input_size,
+        (3, args.input_size, args.input_size),
         batch_size,
         is_training=True,
         color_jitter=args.color_jitter,

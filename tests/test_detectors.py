@@ -112,11 +112,14 @@ def test_detections_equal_the_originals(golden, detect):
         0,
         np.unpackbits(arrays["masks"])[: 20 * 256 * 360].reshape(20, 256, 360) if "masks" in arrays else [],
     )
+    matched = set()
     for i, (box, label) in enumerate(zip(arrays["boxes"], arrays["labels"], strict=True)):
         distances = np.abs(found["boxes"] - box).max(axis=1) + 1e6 * (found["labels"] != label)
         assert distances.min() < tolerance["boxes"]["atol"], i
+        matched.add(distances.argmin())
         if i < len(masks):
             different += (found["masks"][distances.argmin()] != masks[i]).sum()
+    assert len(matched) == 100  # each by another
     assert different <= 1e-4 * 20 * 256 * 360
 
 
