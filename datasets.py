@@ -47,6 +47,57 @@ def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
 auto_augment.NAME_TO_OP.update({name: posterize for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")})
 
 
+class Movable:
+    """Takes the place of a PIL image for timm's shears and shifts, which move rows or columns, in a third of the time.
+
+    Values of pixels differ from Pillow's by 1 of 255 at most.
+    """
+
+    def __init__(self, img: Image.Image):
+        self.img = img
+        self.size = img.size
+
+    def transform(self, size, method, data: Sequence[float], resample=None, fillcolor=None) -> Image.Image:
+        """Do what Pillow's images do for `Image.transform`."""
+        if resample != Image.Resampling.BICUBIC or self.img.mode != "RGB" or fillcolor is None:
+            return self.img.transform(size, method, data, resample=resample, fillcolor=fillcolor)
+        _, xy, x, yx, _, y = data  # what is at (i, j) comes from (i + xy j + x, yx i + j + y)
+        if (yx, y) == (0, 0):
+            return move_rows(self.img, xy * (np.arange(size[1]) + 0.5) + x, fillcolor)
+        transposed = self.img.transpose(Image.Transpose.TRANSPOSE)
+        moved = move_rows(transposed, yx * (np.arange(size[0]) + 0.5) + y, fillcolor)
+        return moved.transpose(Image.Transpose.TRANSPOSE)
+
+
+def move_rows(img: Image.Image, shifts: np.ndarray, fill: tuple[int, int, int]) -> Image.Image:
+    """Move each row of an RGB image to the left by its own number of pixels, with Pillow's bicubic interpolation."""
+    pixels = np.array(img.convert("RGBX")).view(np.uint32)[..., 0]  # (H, W), for four bytes move as fast as one
+    width = pixels.shape[1]
+    whole = np.floor(shifts).astype(np.int64)
+    columns = np.arange(-1, width + 2) + whole[:, None]  # (H, W + 3): each pixel's neighbours one behind the other
+    near = np.take_along_axis(pixels, columns.clip(0, width - 1), axis=1).view(np.uint8).reshape(*columns.shape, 4)
+    near = torch.from_numpy(near).float()
+    t = torch.from_numpy((shifts - whole).astype(np.float32))[:, None, None]
+    moved = near[:, 1:-2] * (1 - 2 * t**2 + t**3)
+    for first, weight in ((0, -t + 2 * t**2 - t**3), (2, t + t**2 - t**3), (3, t**3 - t**2)):
+        moved.addcmul_(near[:, first : first + width], weight)
+    moved = moved.clamp_(0, 255).byte().numpy()[..., :3]
+    places = np.arange(width) + 0.5 + shifts[:, None]
+    moved[(places < 0) | (places >= width)] = fill
+    return Image.fromarray(moved)
+
+
+def move_quickly(augmentation: auto_augment.RandAugment) -> None:
+    """Have the shears and shifts of a policy work on `Movable` images."""
+    for operation in augmentation.ops:
+        if operation.name.startswith(("Shear", "Translate")):
+            operation.aug_fn = _on_movable(operation.aug_fn)
+
+
+def _on_movable(change: Callable) -> Callable:
+    return lambda img, *args, **kwargs: change(Movable(img), *args, **kwargs)
+
+
 class RandomCrop(RandomResizedCropAndInterpolation):
     """timm's random crop of a PIL image, resized by torch in a third of Pillow's time.
 
@@ -187,6 +238,9 @@ def build_transform(is_train: bool, args) -> Callable:
             raise ValueError(f"--aa {args.aa!r} is no policy of timm; use one such as rand-m9-mstd0.5-inc1") from error
         crop = RandomCrop(args.input_size, args.scale, interpolation=args.train_interpolation)
         changes = transform.transforms
+        for change in changes:
+            if isinstance(change, auto_augment.RandAugment):
+                move_quickly(change)
         end = next(i for i, change in enumerate(changes) if isinstance(change, MaybeToTensor))
         erasers = [change for change in changes[end:] if isinstance(change, RandomErasing)]
         first = transforms.RandomCrop(args.input_size, padding=4) if shifts else crop

@@ -24,6 +24,7 @@ from datasets import (
     build_dataset,
     build_transform,
     collate_views,
+    move_quickly,
 )
 from main import get_args_parser
 from samplers import SampleKey, TrainSampler
@@ -312,6 +313,27 @@ def test_posterize_works_at_every_magnitude(name, magnitude):
     assert result.shape == (32, 32, 3)
     if name == "PosterizeIncreasing" and magnitude == 10:
         assert result.max() == 0
+
+
+@pytest.mark.parametrize("name", ["ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel"])
+@pytest.mark.parametrize("interpolation", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
+def test_moved_pixels_are_pillows(name, interpolation):
+    photo = Image.effect_noise((50, 40), 80).resize((64, 48)).convert("RGB")
+    hints = {"magnitude_std": 0.5, "translate_const": 30, "img_mean": (124, 116, 104), "interpolation": interpolation}
+    policies = [
+        auto_augment.RandAugment([auto_augment.AugmentOp(name, prob=1, magnitude=9, hparams=hints)], num_layers=1)
+        for _ in range(2)
+    ]
+    move_quickly(policies[0])
+    for seed in range(20):
+        found = []
+        for policy in policies:
+            random.seed(seed), np.random.seed(seed)
+            found.append((np.asarray(policy(photo), int), random.random()))
+        assert np.abs(found[0][0] - found[1][0]).max() <= 1
+        assert (found[0][0] != found[1][0]).mean() < 0.01
+        assert found[0][1] == found[1][1]
+    assert (found[0][0] != np.asarray(photo)).any()
 
 
 def test_the_published_augmentation_never_fails():
