@@ -46,6 +46,7 @@ from command_line import (
     nearest,
     run_script,
 )
+from datasets import ToImages
 from engine import peak_memory
 from models.cpu import Linear
 from utils import Processes
@@ -457,6 +458,15 @@ def build_pipelines(root: Path, batch_size: int, workers: int) -> dict[str, Data
     return {"ours": ours, "timm": timms, "torchvision": torchvisions}
 
 
+def make_images(name: str, loader: DataLoader) -> None:
+    """Go through a loader; ours gives bytes, which the training normalises."""
+    to_images = ToImages()
+    for batch in loader:
+        if name == "ours":
+            pixels, _, *erased = batch
+            to_images(pixels, *erased)
+
+
 def run_pipelines(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure the input pipelines in turns on the same files, and print a table."""
     torch.set_num_threads(1)
@@ -466,7 +476,7 @@ def run_pipelines(args: argparse.Namespace) -> list[dict[str, Any]]:
             write_images(root, PIPELINE_SIDES)
         loaders = build_pipelines(root, args.batch_size, args.workers)
         images = {name: len(loader) * args.batch_size for name, loader in loaders.items()}
-        passes = [lambda loader=loader: [None for _ in loader] for loader in loaders.values()]
+        passes = [lambda name=name: make_images(name, loaders[name]) for name in loaders]
         times = time_in_turns(passes, args.turns, torch.device("cpu"))
     rows = []
     logger.info("%d data-loading processes, batch %d", args.workers, args.batch_size)

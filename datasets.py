@@ -186,7 +186,9 @@ class ToImages:
         self.mean, self.std = (255 * torch.tensor(values, device=device) for values in STATISTICS)
 
     def __call__(self, pixels: torch.Tensor, places: Sequence[tuple[int, ...]], values: torch.Tensor) -> torch.Tensor:
-        images = pixels.float().sub_(self.mean).div_(self.std).permute(0, 3, 1, 2)
+        width = pixels.shape[2]  # by whole rows, for a last dimension of three takes a CPU four times as long
+        images = pixels.flatten(2).float().sub_(self.mean.repeat(width)).div_(self.std.repeat(width))
+        images = images.view(pixels.shape).permute(0, 3, 1, 2)
         sizes = [3 * height * width for *_, height, width in places]
         for (i, top, left, height, width), part in zip(places, values.split(sizes), strict=True):
             images[i, :, top : top + height, left : left + width] = part.view(3, height, width)
