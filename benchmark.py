@@ -28,7 +28,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageDataset, create_loader
+from timm.data import ImageDataset, create_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -46,7 +46,7 @@ from command_line import (
     nearest,
     run_script,
 )
-from datasets import ToImages
+from datasets import STATISTICS, ToImages
 from engine import peak_memory
 from models.cpu import Linear
 from utils import Processes
@@ -140,17 +140,17 @@ class Subject:
 
     def __init__(self, name: str, setting: Setting, state: dict[str, Tensor] | None = None):
         self.setting = setting
-        self.layout = torch.channels_last if setting.channels_last else torch.contiguous_format
+        layout = torch.channels_last if setting.channels_last else torch.contiguous_format
         self.model = build_model(name, setting)
         if state is not None:
             self.model.load_state_dict(state)
-        self.model.to(setting.device, memory_format=self.layout)
+        self.model.to(setting.device, memory_format=layout)
         if setting.compile:
             self.model.compile()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(setting.batch_size, 3, *setting.input_size, generator=generator)
-        self.images = images.to(setting.device, memory_format=self.layout)
+        self.images = images.to(setting.device, memory_format=layout)
         self.targets = torch.arange(setting.batch_size, device=setting.device) % 10
 
     def step(self, mode: str) -> None:
@@ -333,15 +333,18 @@ def benchmark_model(name: str, peer: str | None, setting: Setting, modes: Sequen
             "share_of_peak": 2 * macs.total * MODES[mode] * setting.batch_size / seconds / peak,
         }
         if peer:
-            ratios = [theirs / ours for ours, theirs in zip(*times, strict=True)]
             figures |= {
                 "peer_images_per_second": setting.batch_size / statistics.median(times[1]),
                 "peer_memory": measure_memory(peer, setting, mode),
-                "ratio": statistics.median(ratios),
-                "ratio_least": min(ratios),
-                "ratio_most": max(ratios),
+                **compare(*times),
             }
         yield row | figures
+
+
+def compare(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """Return how many times as fast ours is: the median, the least and the most of the pairs of times."""
+    ratios = [peer / own for own, peer in zip(ours, theirs, strict=True)]
+    return {"ratio": statistics.median(ratios), "ratio_least": min(ratios), "ratio_most": max(ratios)}
 
 
 def print_header(peer: bool) -> None:
@@ -443,7 +446,7 @@ def build_pipelines(root: Path, batch_size: int, workers: int) -> dict[str, Data
             v2.RandAugment(interpolation=v2.InterpolationMode.BICUBIC),
             v2.PILToTensor(),
             v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+            v2.Normalize(*STATISTICS),
             v2.RandomErasing(args.reprob),
         ]
     )
@@ -475,24 +478,17 @@ def run_pipelines(args: argparse.Namespace) -> list[dict[str, Any]]:
         if args.data == "":
             write_images(root, PIPELINE_SIDES)
         loaders = build_pipelines(root, args.batch_size, args.workers)
-        images = {name: len(loader) * args.batch_size for name, loader in loaders.items()}
         passes = [lambda name=name: make_images(name, loaders[name]) for name in loaders]
         times = time_in_turns(passes, args.turns, torch.device("cpu"))
     rows = []
     logger.info("%d data-loading processes, batch %d", args.workers, args.batch_size)
-    for (name, count), of_one in zip(images.items(), times, strict=True):
-        ratios = [theirs / ours * images["ours"] / count for ours, theirs in zip(times[0], of_one, strict=True)]
-        rows.append(
-            {
-                "pipeline": name,
-                "images_per_second": count / statistics.median(of_one),
-                "ratio": statistics.median(ratios),
-                "ratio_least": min(ratios),
-                "ratio_most": max(ratios),
-            }
-        )
+    counts = [len(loader) * args.batch_size for loader in loaders.values()]  # of images in a pass
+    seconds = [[each / count for each in of_one] for of_one, count in zip(times, counts, strict=True)]  # of one image
+    for name, of_one in zip(loaders, seconds, strict=True):
+        row = {"pipeline": name, "images_per_second": 1 / statistics.median(of_one), **compare(seconds[0], of_one)}
+        rows.append(row)
         line = "%-12s %6.0f images/s   ours %.2f times as fast (%.2f to %.2f)"
-        logger.info(line, name, count / statistics.median(of_one), rows[-1]["ratio"], min(ratios), max(ratios))
+        logger.info(line, *row.values())
     return rows
 
 

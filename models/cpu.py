@@ -35,20 +35,15 @@ def _is_fast(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and x.shape[-1] == weight.shape[1]  # torch has the better message
         and not torch.is_autocast_enabled("cpu")
-        and (_is_captured() or _is_worth_it(x, weight))
+        and not torch.compiler.is_exporting()
+        and (torch.compiler.is_compiling() or _is_worth_it(x, weight))  # one compiled graph serves all sizes
     )
-
-
-def _is_captured() -> bool:
-    """Tell whether torch.compile captures a graph, for all sizes, which export and tracing leave to torch."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 def _is_worth_it(x: Tensor, weight: Tensor) -> bool:
     """Tell whether a layer is large enough, and nobody looks at its operations one by one."""
     return (
-        not torch.compiler.is_exporting()
-        and not torch.jit.is_tracing()
+        not torch.jit.is_tracing()
         and x.numel() * weight.shape[0] >= LEAST_PRODUCTS
         and torch._C._functorch.peek_interpreter_stack() is None  # torch.func
         and torch.autograd.forward_ad._current_level < 0  # forward-mode differentiation
