@@ -492,7 +492,7 @@ def run_pipelines(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def write_images(root: Path, sides: tuple[int, int], count: int = 256) -> None:
+def write_images(root: Path, sides: tuple[int, int], count: int = 512) -> None:
     """Write shapes as JPEG files of a given width and height, in the layout of ImageNet."""
     for split in ("train", "val"):
         for i in range(count if split == "train" else 1):

@@ -22,7 +22,6 @@ from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolatio
 from torch.utils.data import Dataset, default_collate
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2.functional import pil_to_tensor
 
 import shapes
 from images import BadImageError, load_image
@@ -71,20 +70,23 @@ class Movable:
 
 def move_rows(img: Image.Image, shifts: np.ndarray, fill: tuple[int, int, int]) -> Image.Image:
     """Move each row of an RGB image to the left by its own number of pixels, with Pillow's bicubic interpolation."""
-    pixels = np.array(img.convert("RGBX")).view(np.uint32)[..., 0]  # (H, W), for four bytes move as fast as one
-    width = pixels.shape[1]
+    width, height = img.size
     whole = np.floor(shifts).astype(np.int64)
-    columns = np.arange(-1, width + 2) + whole[:, None]  # (H, W + 3): each pixel's neighbours one behind the other
-    near = np.take_along_axis(pixels, columns.clip(0, width - 1), axis=1).view(np.uint8).reshape(*columns.shape, 4)
-    near = torch.from_numpy(near).float()
-    t = torch.from_numpy((shifts - whole).astype(np.float32))[:, None, None]
-    moved = near[:, 1:-2] * (1 - 2 * t**2 + t**3)
-    for first, weight in ((0, -t + 2 * t**2 - t**3), (2, t + t**2 - t**3), (3, t**3 - t**2)):
-        moved.addcmul_(near[:, first : first + width], weight)
-    moved = moved.clamp_(0, 255).byte().numpy()[..., :3]
+    margin = np.abs(whole).max() + 3  # in the colours of the edge, so that each row's new pixels are a slice
+    wide = np.empty((height, width + 2 * margin), np.uint32)  # for four bytes move as fast as one
+    wide[:, margin:-margin] = np.frombuffer(img.tobytes("raw", "RGBX"), np.uint32).reshape(height, width)
+    wide[:, :margin], wide[:, -margin:] = wide[:, margin, None], wide[:, -margin - 1, None]
+    slices = np.lib.stride_tricks.sliding_window_view(wide.ravel(), width + 3)
+    near = slices[wide.shape[1] * np.arange(height) + margin + whole - 1]
+    near = torch.from_numpy(near.view(np.uint8)).float()  # (H, 4 (W + 3)): from the pixel before to the second behind
+    t = torch.from_numpy((shifts - whole).astype(np.float32))[:, None]
+    moved = torch.zeros(height, 4 * width)
+    for i, weight in enumerate((-t + 2 * t**2 - t**3, 1 - 2 * t**2 + t**3, t + t**2 - t**3, t**3 - t**2)):
+        moved.addcmul_(near[:, 4 * i : 4 * (i + width)], weight)
+    moved = moved.clamp_(0, 255).byte().numpy().view(np.uint32)
     places = np.arange(width) + 0.5 + shifts[:, None]
-    moved[(places < 0) | (places >= width)] = fill
-    return Image.fromarray(moved)
+    moved = np.where((places < 0) | (places >= width), np.array([*fill, 0], np.uint8).view(np.uint32), moved)
+    return Image.frombytes("RGB", img.size, moved, "raw", "RGBX")
 
 
 def move_quickly(augmentation: auto_augment.RandAugment) -> None:
@@ -101,7 +103,7 @@ def _on_movable(change: Callable) -> Callable:
 class RandomCrop(RandomResizedCropAndInterpolation):
     """timm's random crop of a PIL image, resized by torch in a third of Pillow's time.
 
-    Where crops lie is drawn exactly as timm draws it; values of pixels differ by 2 of 255 at most.
+    Where crops lie is drawn exactly as timm draws it; values of pixels differ by 3 of 255 at most.
     """
 
     modes = {InterpolationMode.BILINEAR: "bilinear", InterpolationMode.BICUBIC: "bicubic"}  # noqa: RUF012
@@ -111,9 +113,10 @@ class RandomCrop(RandomResizedCropAndInterpolation):
         if mode is None:  # rarely used; Pillow has them all
             return super().__call__(img)
         top, left, height, width = self.get_params(img, self.scale, self.ratio)
-        pixels = pil_to_tensor(img.crop((left, top, left + width, top + height)))
-        pixels = F.interpolate(pixels[None], size=self.size, mode=mode, antialias=True)[0]
-        return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+        pixels = np.array(img.crop((left, top, left + width, top + height)))
+        images = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # known to be channels-last, so resized as it lies
+        images = F.interpolate(images, size=self.size, mode=mode, antialias=True)
+        return Image.fromarray(images[0].permute(1, 2, 0).numpy())
 
 
 class View(NamedTuple):
