@@ -1,9 +1,10 @@
-"""Measure models, side by side with timm's, and the input pipeline.
+"""Measure models, side by side with timm's, the input pipeline, and parts of both.
 
     python benchmark.py                                        # all six models, on a GPU if there is one
     python benchmark.py --compare timm --device cpu            # in turns with timm's twins_*, on the same weights
     python benchmark.py alt_gvt_small --compare timm --features --input-size 800 1333 --batch-size 1
     python benchmark.py --data path_to_imagenet                # images/s of one data-loading process
+    python benchmark.py --parts                                # what makes them fast on a CPU, each alone
 
 Two models are timed in turns, so that a machine whose speed drifts treats both alike; the ratio is the median of
 those of the pairs. Memory is measured in a process of its own on a CPU.
@@ -28,13 +29,16 @@ import timm
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from timm.data import ImageDataset, create_loader
+from timm.data.auto_augment import rand_augment_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.models.twins import LocallyGroupedAttn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
-import models  # noqa: F401  registers our models
 import shapes
 from command_line import (
     COUNT,
@@ -46,9 +50,11 @@ from command_line import (
     nearest,
     run_script,
 )
-from datasets import STATISTICS, ToImages
+from datasets import STATISTICS, RandomCrop, ToImages, move_quickly
 from engine import peak_memory
+from models import cpu
 from models.cpu import Linear
+from models.twins import LocallyGroupedAttention
 from utils import Processes
 
 logger = logging.getLogger("twins")
@@ -498,12 +504,87 @@ def write_images(root: Path, sides: tuple[int, int], count: int = 512) -> None:
         for i in range(count if split == "train" else 1):
             folder = root / split / shapes.CLASSES[i % 4 if split == "train" else 0]
             folder.mkdir(parents=True, exist_ok=True)
-            labels = [(i + k) % len(shapes.CLASSES) for k in range(3)]
-            image = shapes.draw_scene((9, i), max(sides), labels=labels).image
-            image.crop((0, 0, *sides)).save(folder / f"{i}.jpg", quality=90)
+            image = draw_photo(i, sides)
+            image.save(folder / f"{i}.jpg", quality=90)
     for name in shapes.CLASSES[:4]:  # both splits need the same classes
         (root / "val" / name).mkdir(exist_ok=True)
         image.save(root / "val" / name / "0.jpg")
+
+
+def draw_photo(i: int, sides: tuple[int, int]) -> Image.Image:
+    """Draw one of many images of three shapes, of a given width and height."""
+    labels = [(i + k) % len(shapes.CLASSES) for k in range(3)]
+    return shapes.draw_scene((9, i), max(sides), labels=labels).image.crop((0, 0, *sides))
+
+
+# --------------------------------------------------------------------------------------------------------------- parts
+
+
+class Part(NamedTuple):
+    """Something that is done in another way than by torch, timm or Pillow, on a CPU; both ways have the same result."""
+
+    what: str
+    before: Callable[[], Any]
+    after: Callable[[], Any]
+
+
+def build_parts() -> list[Part]:
+    """Build the parts of models, at batch 8 and 224x224 pixels, and of the input pipeline."""
+    return [_linear_part(), _mlp_part(), _windows_part(), _crop_part(), _moves_part()]
+
+
+def _linear_part() -> Part:
+    x, layer = torch.randn(8 * 14 * 14, 320), Linear(320, 1280)
+    arguments = x, layer.weight, layer.bias
+    what = "linear layer by oneDNN; PCPVT-S, third stage, 320 to 1280"
+    return Part(what, lambda: F.linear(*arguments), lambda: cpu.linear(*arguments))
+
+
+def _mlp_part() -> Part:
+    x, mlp = torch.randn(8 * 56 * 56, 64), cpu.Mlp(64, 512)
+    what = "GELU inside the product, and the MLP in parts; PCPVT-S, first stage"
+    return Part(what, lambda: mlp.fc2(F.gelu(mlp.fc1(x))), lambda: mlp(x))
+
+
+def _windows_part() -> Part:
+    ours, timms = LocallyGroupedAttention(64, num_heads=2, window_size=7), LocallyGroupedAttn(64, num_heads=2, ws=7)
+    timms.qkv, timms.proj = ours.qkv, ours.proj
+    x = torch.randn(8, 56 * 56, 64)
+    what = "windows cut out before q, k and v; LSA of SVT-S, first stage"
+    return Part(what, lambda: timms(x, (56, 56)), lambda: ours(x.view(8, 56, 56, 64)))
+
+
+def _crop_part() -> Part:
+    timms, ours = (kind(224, interpolation="bicubic") for kind in (RandomResizedCropAndInterpolation, RandomCrop))
+    photo = draw_photo(0, PIPELINE_SIDES)
+    return Part("random crop resized by torch; 500x375 to 224x224", lambda: timms(photo), lambda: ours(photo))
+
+
+def _moves_part() -> Part:
+    timms, ours = (rand_augment_transform("rand-m9-mstd0.5-inc1", {"interpolation": Image.BICUBIC}) for _ in range(2))
+    for augmentation in (timms, ours):
+        augmentation.ops = [each for each in augmentation.ops if each.name.startswith(("Shear", "Translate"))]
+        augmentation.num_layers = 1
+        for operation in augmentation.ops:
+            operation.prob = 1
+    move_quickly(ours)
+    photo = draw_photo(0, (224, 224))
+    return Part("shears and shifts by moving rows; 224x224", lambda: timms(photo), lambda: ours(photo))
+
+
+def run_parts(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure the parts on one core, both ways in turns, and print a table."""
+    torch.set_num_threads(1)
+    logger.info("%s", f"{'ms, on one core':<70}{'before':>8}{'after':>8}{'ratio':>7}  least to most")
+    rows = []
+    for part in build_parts():
+        with torch.inference_mode():
+            before, after = time_in_turns([part.before, part.after], args.turns, torch.device("cpu"))
+        milliseconds = [1000 * statistics.median(times) for times in (before, after)]
+        row = {"part": part.what, "before": milliseconds[0], "after": milliseconds[1], **compare(after, before)}
+        rows.append(row)
+        logger.info("%-70s%8.2f%8.2f%7.2f  %.2f to %.2f", *row.values())
+    return rows
 
 
 # ------------------------------------------------------------------------------------------------------- command line
@@ -538,6 +619,8 @@ def get_parser() -> ArgumentParser:
         help="measure the input pipeline alone, on the images of train/ there; without a folder on shapes drawn for it",
     )
     group.add_argument("--workers", default=1, type=COUNT, metavar="N", help="data-loading processes")
+    group = parser.add_argument_group("parts")
+    group.add_argument("--parts", action="store_true", help="measure parts of both alone, on one core of the CPU")
     group = parser.add_argument_group("report")
     group.add_argument("--turns", default=7, type=POSITIVE_INT, metavar="N", help="times that each is measured")
     group.add_argument("--json", metavar="FILE", help="write the figures there, too")
@@ -554,7 +637,10 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
         raise ValueError(f"--json {args.json}: there is no such folder")
     if args.data and not Path(args.data, "train").is_dir():
         raise ValueError(f"--data {args.data}: has no folder train/ with one folder of images for each class")
-    rows = run_models(args, processes.device) if args.data is None else run_pipelines(args)
+    if args.parts:
+        rows = run_parts(args)
+    else:
+        rows = run_models(args, processes.device) if args.data is None else run_pipelines(args)
     if args.json:
         report = {"machine": describe_machine(processes.device), "options": vars(args), "rows": rows}
         Path(args.json).write_text(json.dumps(report, indent=1))

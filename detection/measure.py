@@ -13,14 +13,13 @@ import torch
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
 
-from benchmark import Macs, count_module_macs
+from benchmark import PUBLISHED, Macs, count_module_macs
 from dense import build_backbone
 from detection.configs.recipes import mask_rcnn_1x_pvt_setting, retinanet_1x_pvt_setting
 from detection.detectors import build_detector
 from engine import peak_memory
 
 CLASSES, BOXES, MASKS = 80, 1000, 100  # of COCO; regions of one image that the heads see
-NAMES = ("pcpvt_small", "pcpvt_base", "pcpvt_large", "alt_gvt_small", "alt_gvt_base", "alt_gvt_large")
 SETTINGS = {"RetinaNet": retinanet_1x_pvt_setting, "Mask R-CNN": mask_rcnn_1x_pvt_setting}
 
 
@@ -55,7 +54,7 @@ def print_counts() -> None:
     """Print a line for each detector."""
     print(f"{'':<12}{'backbone':<16}{'parameters':>12}{'G, layers':>12}{'with attention':>16}")
     for kind in SETTINGS:
-        for name in NAMES:
+        for name in PUBLISHED:
             parameters, macs = count(kind, name)
             print(f"{kind:<12}{name:<16}{parameters:>12,}{macs.layers / 1e9:>12.1f}{macs.total / 1e9:>16.1f}")
 

@@ -3,11 +3,14 @@
 import json
 import time
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import benchmark
 from tests.conftest import fails
+from utils import seed_generators
 
 SMALL = ["--device", "cpu", "--turns", "2", "--batch-size", "2", "--input-size", "64"]
 
@@ -88,6 +91,23 @@ def test_images_written_for_the_pipeline(tmp_path):
     loaders = benchmark.build_pipelines(tmp_path, batch_size=4, workers=0)
     for loader in loaders.values():
         assert [sorted(batch[0].shape) for batch in loader] == [[3, 4, 224, 224]] * 2
+
+
+def test_parts_have_the_same_results_both_ways(tmp_path, capsys):
+    for part in benchmark.build_parts():
+        found = []
+        for way in (part.before, part.after):
+            seed_generators(0)
+            with torch.no_grad():
+                found.append(way())
+        tolerance = 0.3 if isinstance(found[0], Image.Image) else 1e-6
+        before, after = (np.asarray(each, float).ravel() for each in found)
+        assert before.std() > 0
+        assert np.abs(before - after).mean() < tolerance
+    output = run(capsys, "--parts", "--turns", "1", "--device", "cpu", "--json", tmp_path / "report.json")
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert [row["part"] for row in rows] == [part.what for part in benchmark.build_parts()]
+    assert all(row["part"] in output for row in rows)
 
 
 @pytest.mark.parametrize(
