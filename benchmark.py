@@ -4,6 +4,7 @@
     python benchmark.py --compare timm --device cpu            # in turns with timm's twins_*, on the same weights
     python benchmark.py alt_gvt_small --compare timm --features --input-size 800 1333 --batch-size 1
     python benchmark.py --data path_to_imagenet                # images/s of one data-loading process
+    python benchmark.py alt_gvt_small --data --epoch           # an epoch of training, beside one as timm has it
     python benchmark.py --parts                                # what makes them fast on a CPU, each alone
 
 Two models are timed in turns, so that a machine whose speed drifts treats both alike; the ratio is the median of
@@ -18,7 +19,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -30,10 +31,13 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from timm.data import ImageDataset, create_loader
+from timm.data import FastCollateMixup, ImageDataset, create_loader
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.loss import SoftTargetCrossEntropy
 from timm.models.twins import LocallyGroupedAttn
+from timm.optim import create_optimizer_v2
+from timm.utils import AverageMeter, ModelEmaV3, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -51,7 +55,7 @@ from command_line import (
     run_script,
 )
 from datasets import STATISTICS, RandomCrop, ToImages, move_quickly
-from engine import peak_memory
+from engine import peak_memory, train_one_epoch
 from models import cpu
 from models.cpu import Linear
 from models.twins import LocallyGroupedAttention
@@ -291,7 +295,7 @@ def measure_memory(name: str, setting: Setting, mode: str) -> int | None:
 
 
 def _add_memory(name: str, setting: Setting, mode: str) -> int:
-    set_threads(setting)
+    set_threads(setting.threads)
     subject = Subject(name, setting)
     if setting.device.type == "cuda":
         subject.step(mode)  # the first compiles and tries kernels
@@ -301,10 +305,10 @@ def _add_memory(name: str, setting: Setting, mode: str) -> int:
     return peak_memory(setting.device) - before
 
 
-def set_threads(setting: Setting) -> None:
-    """Use so many threads of the CPU as are asked for."""
-    if setting.threads:
-        torch.set_num_threads(setting.threads)
+def set_threads(threads: int) -> None:
+    """Use so many threads of the CPU; 0 for torch's choice."""
+    if threads:
+        torch.set_num_threads(threads)
 
 
 # ------------------------------------------------------------------------------------------------------------- report
@@ -393,7 +397,7 @@ def run_models(args: argparse.Namespace, device: torch.device) -> list[dict[str,
             raise ValueError(f"model {name!r} is unknown{nearest(name, timm.list_models())}")
     peers = [name_peer(name) if args.compare else None for name in args.models]
     modes = list(MODES) if args.mode == "both" else [args.mode]
-    set_threads(setting)
+    set_threads(args.threads)
     peak = measure_peak(setting)
     logger.info("%s; a large matrix product: %.0f GFLOP/s", describe_machine(device), peak / 1e9)
     logger.info("batch %d, %dx%d pixels, %s", args.batch_size, *setting.input_size, setting.amp_dtype or "float32")
@@ -418,33 +422,42 @@ def describe_machine(device: torch.device) -> str:
 # ------------------------------------------------------------------------------------------------------ input pipeline
 
 
-def build_pipelines(root: Path, batch_size: int, workers: int) -> dict[str, DataLoader]:
-    """Build the training loaders of main.py, of timm and with torchvision's transforms, in the published augmentation.
-
-    Args:
-        root: Holds `train/` and `val/` with one folder for each class.
-        batch_size: Images of a batch.
-        workers: Data-loading processes; 0 to load in the process itself.
-    """
+def parse_training(root: Path, batch_size: int, workers: int, *options: str) -> argparse.Namespace:
+    """Return the options of main.py for a training on `root/train`, in the published augmentation if not told else."""
     import main as classification  # here, for segmentation/ and detection/ count by this file, and never import main
 
-    options = ["--data-path", str(root), "--batch-size", str(batch_size), "--num_workers", str(workers)]
-    args = classification.get_args_parser().parse_args([*options, "--device", "cpu"])
-    ours = classification.build_train_loader(args, Processes(torch.device("cpu")), batch_size)
-    timms = create_loader(
-        ImageDataset(str(root / "train")),
+    options = ["--data-path", str(root), "--batch-size", str(batch_size), "--num_workers", str(workers), *options]
+    return classification.get_args_parser().parse_args([*options, "--device", "cpu"])
+
+
+def build_our_loader(args: argparse.Namespace) -> DataLoader:
+    """Build main.py's loader of training images."""
+    import main as classification
+
+    return classification.build_train_loader(args, Processes(torch.device("cpu")), args.batch_size)
+
+
+def build_timms_loader(args: argparse.Namespace, collate: Callable | None = None) -> DataLoader:
+    """Build timm's loader of training images, from options of main.py."""
+    return create_loader(
+        ImageDataset(str(Path(args.data_path, "train"))),
         (3, args.input_size, args.input_size),
-        batch_size,
+        args.batch_size,
         is_training=True,
         color_jitter=args.color_jitter,
         auto_augment=args.aa,
         interpolation=args.train_interpolation,
         re_prob=args.reprob,
         re_mode=args.remode,
-        num_workers=workers,
-        persistent_workers=workers > 0,
+        num_workers=args.num_workers,
+        persistent_workers=args.num_workers > 0,
+        collate_fn=collate,
         device=torch.device("cpu"),
     )
+
+
+def build_torchvisions_loader(args: argparse.Namespace) -> DataLoader:
+    """Build a loader with torchvision's transforms, from options of main.py."""
     transform = v2.Compose(  # as torchvision's reference scripts put it together
         [
             v2.RandomResizedCrop(args.input_size, interpolation=v2.InterpolationMode.BICUBIC),
@@ -456,15 +469,14 @@ def build_pipelines(root: Path, batch_size: int, workers: int) -> dict[str, Data
             v2.RandomErasing(args.reprob),
         ]
     )
-    torchvisions = DataLoader(
-        torchvision.datasets.ImageFolder(root / "train", transform),
-        batch_size,
+    return DataLoader(
+        torchvision.datasets.ImageFolder(Path(args.data_path, "train"), transform),
+        args.batch_size,
         shuffle=True,
         drop_last=True,
-        num_workers=workers,
-        persistent_workers=workers > 0,
+        num_workers=args.num_workers,
+        persistent_workers=args.num_workers > 0,
     )
-    return {"ours": ours, "timm": timms, "torchvision": torchvisions}
 
 
 def make_images(name: str, loader: DataLoader) -> None:
@@ -476,45 +488,126 @@ def make_images(name: str, loader: DataLoader) -> None:
             to_images(pixels, *erased)
 
 
-def run_pipelines(args: argparse.Namespace) -> list[dict[str, Any]]:
+def run_on_images(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure the input pipelines, or epochs of training, on some images of a folder or on drawn ones."""
+    with tempfile.TemporaryDirectory() as folder:
+        if args.data:
+            link_images(Path(args.data), Path(folder), args.images)
+        else:
+            write_images(Path(folder), PIPELINE_SIDES, args.images)
+        return (run_epochs if args.epoch else run_pipelines)(Path(folder), args)
+
+
+def run_pipelines(root: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure the input pipelines in turns on the same files, and print a table."""
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() if args.data == "" else nullcontext(args.data) as folder:
-        root = Path(folder)
-        if args.data == "":
-            write_images(root, PIPELINE_SIDES)
-        loaders = build_pipelines(root, args.batch_size, args.workers)
-        passes = [lambda name=name: make_images(name, loaders[name]) for name in loaders]
-        times = time_in_turns(passes, args.turns, torch.device("cpu"))
-    rows = []
+    options = parse_training(root, args.batch_size, args.workers)
+    loaders = {
+        "ours": build_our_loader(options),
+        "timm": build_timms_loader(options),
+        "torchvision": build_torchvisions_loader(options),
+    }
+    passes = [lambda name=name: make_images(name, loaders[name]) for name in loaders]
+    times = time_in_turns(passes, args.turns, torch.device("cpu"))
     logger.info("%d data-loading processes, batch %d", args.workers, args.batch_size)
     counts = [len(loader) * args.batch_size for loader in loaders.values()]  # of images in a pass
+    return report_loops(loaders, times, counts)
+
+
+def report_loops(names: Iterable[str], times: Sequence[Sequence[float]], counts: Sequence[int]):
+    """Print and return a row for each of some loops over images; the first one is ours.
+
+    Args:
+        names: Of the loops.
+        times: Seconds of each loop in each turn.
+        counts: Images of each loop.
+    """
+    rows = []
     seconds = [[each / count for each in of_one] for of_one, count in zip(times, counts, strict=True)]  # of one image
-    for name, of_one in zip(loaders, seconds, strict=True):
-        row = {"pipeline": name, "images_per_second": 1 / statistics.median(of_one), **compare(seconds[0], of_one)}
+    for name, of_one in zip(names, seconds, strict=True):
+        row = {"loop": name, "images_per_second": 1 / statistics.median(of_one), **compare(seconds[0], of_one)}
         rows.append(row)
-        line = "%-12s %6.0f images/s   ours %.2f times as fast (%.2f to %.2f)"
-        logger.info(line, *row.values())
+        logger.info("%-22s%8.1f images/s   ours %.2f times as fast (%.2f to %.2f)", *row.values())
     return rows
 
 
-def write_images(root: Path, sides: tuple[int, int], count: int = 512) -> None:
-    """Write shapes as JPEG files of a given width and height, in the layout of ImageNet."""
-    for split in ("train", "val"):
-        for i in range(count if split == "train" else 1):
-            folder = root / split / shapes.CLASSES[i % 4 if split == "train" else 0]
-            folder.mkdir(parents=True, exist_ok=True)
-            image = draw_photo(i, sides)
-            image.save(folder / f"{i}.jpg", quality=90)
-    for name in shapes.CLASSES[:4]:  # both splits need the same classes
-        (root / "val" / name).mkdir(exist_ok=True)
-        image.save(root / "val" / name / "0.jpg")
+def write_images(root: Path, sides: tuple[int, int], count: int) -> None:
+    """Write shapes as JPEG files of a given width and height, in the layout of ImageNet's training set."""
+    for i in range(count):
+        folder = root / "train" / shapes.CLASSES[i % 4]
+        folder.mkdir(parents=True, exist_ok=True)
+        draw_photo(i, sides).save(folder / f"{i}.jpg", quality=90)
+
+
+def link_images(source: Path, root: Path, count: int) -> None:
+    """Link images of `source/train`, evenly chosen, into `root/train`, in the same classes."""
+    dataset = torchvision.datasets.ImageFolder(source / "train")
+    for i in range(0, len(dataset), math.ceil(len(dataset) / count)):
+        path, label = dataset.samples[i]
+        folder = root / "train" / dataset.classes[label]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{i}{Path(path).suffix}").symlink_to(Path(path).resolve())
 
 
 def draw_photo(i: int, sides: tuple[int, int]) -> Image.Image:
     """Draw one of many images of three shapes, of a given width and height."""
     labels = [(i + k) % len(shapes.CLASSES) for k in range(3)]
     return shapes.draw_scene((9, i), max(sides), labels=labels).image.crop((0, 0, *sides))
+
+
+# ------------------------------------------------------------------------------------------------------ whole training
+
+
+def build_our_epoch(args: argparse.Namespace) -> Callable[[], Any]:
+    """Build an epoch of training as main.py does it, from its options."""
+    import main as classification
+
+    device, loader = torch.device("cpu"), build_our_loader(args)
+    classes = len(loader.dataset.dataset.classes)
+    model = classification.build_trained_model(args, classes, new=True).to(memory_format=torch.channels_last)
+    state = classification.build_state(args, model, args.batch_size, device)
+    compute_losses = classification.build_compute_losses(args, classes, device)
+    options = {"scaler": state.scaler, "model_ema": state.model_ema, "clip_grad": args.clip_grad}
+    options["print_freq"] = len(loader)
+    return lambda: train_one_epoch(model, compute_losses, loader, state.optimizer, device, 0, **options)
+
+
+def build_timms_epoch(args: argparse.Namespace) -> Callable[[], Any]:
+    """Build an epoch of training as timm's train.py does it, with timm's model and loader, from options of main.py."""
+    classes = len(list(Path(args.data_path, "train").iterdir()))
+    model = timm.create_model(name_peer(args.model), num_classes=classes, drop_path_rate=args.drop_path)
+    mixup = FastCollateMixup(
+        args.mixup, args.cutmix, prob=args.mixup_prob, label_smoothing=args.smoothing, num_classes=classes
+    )
+    loader, criterion = build_timms_loader(args, mixup), SoftTargetCrossEntropy()
+    optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay)
+    ema, losses = ModelEmaV3(model, decay=args.model_ema_decay), AverageMeter()
+
+    def epoch() -> None:
+        model.train()
+        for images, targets in loader:
+            loss = criterion(model(images), targets)
+            losses.update(loss.item(), len(images))
+            optimizer.zero_grad()
+            loss.backward()
+            dispatch_clip_grad(model.parameters(), args.clip_grad)
+            optimizer.step()
+            ema.update(model)
+
+    return epoch
+
+
+def run_epochs(root: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure epochs of training by main.py and as timm has it, in turns on the same files, and print a table."""
+    set_threads(args.threads)
+    rows = []
+    for name in args.models:
+        options = parse_training(root, args.batch_size, args.workers, "--model", name)
+        loops = {f"{name}, ours": build_our_epoch(options), "timm": build_timms_epoch(options)}
+        times = time_in_turns(list(loops.values()), args.turns, torch.device("cpu"))
+        count = len(build_our_loader(options)) * args.batch_size
+        rows += report_loops(loops, times, [count] * len(loops))
+    return rows
 
 
 # --------------------------------------------------------------------------------------------------------------- parts
@@ -616,8 +709,10 @@ def get_parser() -> ArgumentParser:
         nargs="?",
         const="",
         metavar="FOLDER",
-        help="measure the input pipeline alone, on the images of train/ there; without a folder on shapes drawn for it",
+        help="measure the input pipeline alone, on images of train/ there; without a folder on shapes drawn for it",
     )
+    group.add_argument("--images", default=512, type=POSITIVE_INT, metavar="N", help="images of a pass")
+    group.add_argument("--epoch", action="store_true", help="measure the training of MODEL on them, not the pipeline")
     group.add_argument("--workers", default=1, type=COUNT, metavar="N", help="data-loading processes")
     group = parser.add_argument_group("parts")
     group.add_argument("--parts", action="store_true", help="measure parts of both alone, on one core of the CPU")
@@ -635,12 +730,16 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
         raise ValueError(f"--input-size {' '.join(map(str, args.input_size))}: give a side, or height and width")
     if args.json and not Path(args.json).parent.is_dir():
         raise ValueError(f"--json {args.json}: there is no such folder")
+    if args.epoch and args.data is None:
+        raise ValueError("--epoch trains on the images of --data; pass that, too, alone for drawn images")
     if args.data and not Path(args.data, "train").is_dir():
         raise ValueError(f"--data {args.data}: has no folder train/ with one folder of images for each class")
     if args.parts:
         rows = run_parts(args)
+    elif args.data is None:
+        rows = run_models(args, processes.device)
     else:
-        rows = run_models(args, processes.device) if args.data is None else run_pipelines(args)
+        rows = run_on_images(args)
     if args.json:
         report = {"machine": describe_machine(processes.device), "options": vars(args), "rows": rows}
         Path(args.json).write_text(json.dumps(report, indent=1))

@@ -81,16 +81,28 @@ def test_input_pipelines(image_folder, tmp_path, capsys):
     options = ["--data", image_folder, "--batch-size", "4", "--turns", "2", "--workers", "0", "--device", "cpu"]
     output = run(capsys, *options, "--json", tmp_path / "report.json")
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
-    assert [row["pipeline"] for row in rows] == ["ours", "timm", "torchvision"]
+    assert [row["loop"] for row in rows] == ["ours", "timm", "torchvision"]
     assert rows[0]["ratio"] == 1
     assert "images/s" in output
 
 
-def test_images_written_for_the_pipeline(tmp_path):
-    benchmark.write_images(tmp_path, (50, 40), count=8)
-    loaders = benchmark.build_pipelines(tmp_path, batch_size=4, workers=0)
-    for loader in loaders.values():
-        assert [sorted(batch[0].shape) for batch in loader] == [[3, 4, 224, 224]] * 2
+def test_images_of_the_pipeline(tmp_path):
+    benchmark.write_images(tmp_path / "drawn", (50, 40), count=8)
+    benchmark.link_images(tmp_path / "drawn", tmp_path / "linked", count=5)  # every second one
+    for folder, batches in (("drawn", 4), ("linked", 2)):
+        options = benchmark.parse_training(tmp_path / folder, 2, 0)
+        for build in (benchmark.build_our_loader, benchmark.build_timms_loader, benchmark.build_torchvisions_loader):
+            assert [sorted(batch[0].shape) for batch in build(options)] == [[2, 3, 224, 224]] * batches
+
+
+def test_epochs_of_training(tmp_path, capsys):
+    benchmark.write_images(tmp_path / "images", (50, 40), count=2)
+    options = ["--data", tmp_path / "images", "--epoch", "--batch-size", "2", "--turns", "1", "--workers", "0"]
+    run(capsys, "alt_gvt_small", *options, "--device", "cpu", "--threads", "1", "--json", tmp_path / "report.json")
+    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert [row["loop"] for row in rows] == ["alt_gvt_small, ours", "timm"]
+    assert rows[0]["ratio"] == 1
+    assert rows[1]["images_per_second"] > 0
 
 
 def test_parts_have_the_same_results_both_ways(tmp_path, capsys):
@@ -119,6 +131,7 @@ def test_parts_have_the_same_results_both_ways(tmp_path, capsys):
         (["alt_gvt_tiny", "--input-size", "1", "2", "3"], "--input-size 1 2 3: give a side, or height and width"),
         (["alt_gvt_tiny", "--input-size", "16"], "16x16 pixels are too small"),
         (["--data", "/nowhere"], "--data /nowhere: has no folder train/"),
+        (["alt_gvt_small", "--epoch"], "--epoch trains on the images of --data; pass that, too"),
         (["alt_gvt_tiny", "--json", "/nowhere/report.json"], "--json /nowhere/report.json: there is no such folder"),
         (["alt_gvt_tiny", "--threads", "-1"], "'-1' is no whole number of at least 0"),
     ],
