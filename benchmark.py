@@ -4,7 +4,7 @@
     python benchmark.py --compare timm --device cpu            # in turns with timm's twins_*, on the same weights
     python benchmark.py alt_gvt_small --compare timm --features --input-size 800 1333 --batch-size 1
     python benchmark.py --data path_to_imagenet                # images/s of one data-loading process
-    python benchmark.py alt_gvt_small --data --epoch           # an epoch of training, beside one as timm has it
+    python benchmark.py alt_gvt_small --data --epoch --images 96 --turns 2  # epochs of training, beside timm's
     python benchmark.py --parts                                # what makes them fast on a CPU, each alone
 
 Two models are timed in turns, so that a machine whose speed drifts treats both alike; the ratio is the median of
@@ -24,6 +24,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import timm
@@ -37,7 +38,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from timm.loss import SoftTargetCrossEntropy
 from timm.models.twins import LocallyGroupedAttn
 from timm.optim import create_optimizer_v2
-from timm.utils import AverageMeter, ModelEmaV3, dispatch_clip_grad
+from timm.utils import AverageMeter, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
@@ -56,10 +57,11 @@ from command_line import (
 )
 from datasets import STATISTICS, RandomCrop, ToImages, move_quickly
 from engine import peak_memory, train_one_epoch
+from images import load_image
 from models import cpu
 from models.cpu import Linear
 from models.twins import LocallyGroupedAttention
-from utils import Processes
+from utils import Processes, cores_per_process
 
 logger = logging.getLogger("twins")
 
@@ -68,6 +70,7 @@ NORM_OPERATIONS = 5  # counted for each normalised element, as the original's co
 MODES = {"inference": 1, "training": 3}  # and how many times the forward pass's operations each takes
 TURN_SECONDS = 0.3  # least length of a turn; short steps are repeated
 TOLERANCES = {None: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}  # relative; outputs of both models, by autocast
+MODEL_OPTIONS = ("compare", "mode", "input_size", "features", "amp", "compile", "channels_last", "grad_checkpointing")
 PIPELINE_SIDES = (500, 375)  # pixels, width and height, of images drawn for the pipeline: ImageNet's usual ones
 
 
@@ -211,7 +214,7 @@ def build_model(name: str, setting: Setting) -> nn.Module:
 def name_peer(name: str) -> str:
     """Return timm's name of one of the published models."""
     if name not in PUBLISHED:
-        raise ValueError(f"--compare timm: timm has no twin of {name}, only of {', '.join(PUBLISHED)}")
+        raise ValueError(f"timm has no twin of {name} to compare it with, only of {', '.join(PUBLISHED)}")
     return name.replace("pcpvt", "twins_pcpvt").replace("alt_gvt", "twins_svt")
 
 
@@ -243,7 +246,8 @@ def time_in_turns(steps: Sequence[Callable[[], Any]], turns: int, device: torch.
         for _ in range(2):  # the first compiles, picks kernels and fills caches
             seconds = _time(step, 1, device)
         repeats.append(max(1, math.ceil(TURN_SECONDS / seconds)))
-        _time(step, repeats[-1], device)
+        if repeats[-1] > 1:
+            _time(step, repeats[-1], device)
     times = [[] for _ in steps]
     for _ in range(turns):
         for step, repeat, of_step in zip(steps, repeats, times, strict=True):
@@ -392,9 +396,6 @@ def run_models(args: argparse.Namespace, device: torch.device) -> list[dict[str,
         grad_checkpointing=args.grad_checkpointing,
         threads=args.threads,
     )
-    for name in args.models:
-        if not timm.is_model(name):
-            raise ValueError(f"model {name!r} is unknown{nearest(name, timm.list_models())}")
     peers = [name_peer(name) if args.compare else None for name in args.models]
     modes = list(MODES) if args.mode == "both" else [args.mode]
     set_threads(args.threads)
@@ -422,19 +423,22 @@ def describe_machine(device: torch.device) -> str:
 # ------------------------------------------------------------------------------------------------------ input pipeline
 
 
-def parse_training(root: Path, batch_size: int, workers: int, *options: str) -> argparse.Namespace:
-    """Return the options of main.py for a training on `root/train`, in the published augmentation if not told else."""
-    import main as classification  # here, for segmentation/ and detection/ count by this file, and never import main
+def import_main() -> ModuleType:
+    """Import main.py, late: segmentation/ and detection/ count by this file, and never import main."""
+    import main
 
-    options = ["--data-path", str(root), "--batch-size", str(batch_size), "--num_workers", str(workers), *options]
-    return classification.get_args_parser().parse_args([*options, "--device", "cpu"])
+    return main
+
+
+def parse_training(root: Path, batch_size: int, workers: int, *more: str) -> argparse.Namespace:
+    """Return the options of main.py for a training on `root/train` in the published augmentation; `more` are others."""
+    options = ["--data-path", str(root), "--batch-size", str(batch_size), "--num_workers", str(workers)]
+    return import_main().get_args_parser().parse_args([*options, "--device", "cpu", *more])
 
 
 def build_our_loader(args: argparse.Namespace) -> DataLoader:
     """Build main.py's loader of training images."""
-    import main as classification
-
-    return classification.build_train_loader(args, Processes(torch.device("cpu")), args.batch_size)
+    return import_main().build_train_loader(args, Processes(torch.device("cpu")), args.batch_size)
 
 
 def build_timms_loader(args: argparse.Namespace, collate: Callable | None = None) -> DataLoader:
@@ -495,12 +499,18 @@ def run_on_images(args: argparse.Namespace) -> list[dict[str, Any]]:
             link_images(Path(args.data), Path(folder), args.images)
         else:
             write_images(Path(folder), PIPELINE_SIDES, args.images)
+        count = sum(1 for _ in Path(folder).glob("train/*/*"))
+        if count < args.batch_size:
+            raise ValueError(f"--batch-size {args.batch_size}: there are {count} images, fewer than a batch")
+        set_threads(args.threads if args.epoch else 1)
+        logger.info("%s, %d data-loading processes", describe_machine(torch.device("cpu")), args.workers)
+        description = "%d images made 224x224, batch %d; %d turns after two or three that are not counted"
+        logger.info(description, count, args.batch_size, args.turns)
         return (run_epochs if args.epoch else run_pipelines)(Path(folder), args)
 
 
 def run_pipelines(root: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure the input pipelines in turns on the same files, and print a table."""
-    torch.set_num_threads(1)
     options = parse_training(root, args.batch_size, args.workers)
     loaders = {
         "ours": build_our_loader(options),
@@ -509,12 +519,11 @@ def run_pipelines(root: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     }
     passes = [lambda name=name: make_images(name, loaders[name]) for name in loaders]
     times = time_in_turns(passes, args.turns, torch.device("cpu"))
-    logger.info("%d data-loading processes, batch %d", args.workers, args.batch_size)
     counts = [len(loader) * args.batch_size for loader in loaders.values()]  # of images in a pass
     return report_loops(loaders, times, counts)
 
 
-def report_loops(names: Iterable[str], times: Sequence[Sequence[float]], counts: Sequence[int]):
+def report_loops(names: Iterable[str], times: Sequence[Sequence[float]], counts: Sequence[int]) -> list[dict[str, Any]]:
     """Print and return a row for each of some loops over images; the first one is ours.
 
     Args:
@@ -542,8 +551,10 @@ def write_images(root: Path, sides: tuple[int, int], count: int) -> None:
 def link_images(source: Path, root: Path, count: int) -> None:
     """Link images of `source/train`, evenly chosen, into `root/train`, in the same classes."""
     dataset = torchvision.datasets.ImageFolder(source / "train")
-    for i in range(0, len(dataset), math.ceil(len(dataset) / count)):
-        path, label = dataset.samples[i]
+    count = min(count, len(dataset))
+    for i in range(count):
+        path, label = dataset.samples[i * len(dataset) // count]
+        load_image(path)  # an image that is broken is named here, before it has the name of a link
         folder = root / "train" / dataset.classes[label]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{i}{Path(path).suffix}").symlink_to(Path(path).resolve())
@@ -558,21 +569,29 @@ def draw_photo(i: int, sides: tuple[int, int]) -> Image.Image:
 # ------------------------------------------------------------------------------------------------------ whole training
 
 
-def build_our_epoch(args: argparse.Namespace) -> Callable[[], Any]:
-    """Build an epoch of training as main.py does it, from its options."""
-    import main as classification
+class Epoch(NamedTuple):
+    """An epoch of training."""
 
+    train: Callable[[], Any]
+    images: int
+
+
+def build_our_epoch(args: argparse.Namespace) -> Epoch:
+    """Build an epoch of training as main.py does it, from its options."""
     device, loader = torch.device("cpu"), build_our_loader(args)
     classes = len(loader.dataset.dataset.classes)
-    model = classification.build_trained_model(args, classes, new=True).to(memory_format=torch.channels_last)
-    state = classification.build_state(args, model, args.batch_size, device)
-    compute_losses = classification.build_compute_losses(args, classes, device)
-    options = {"scaler": state.scaler, "model_ema": state.model_ema, "clip_grad": args.clip_grad}
-    options["print_freq"] = len(loader)
-    return lambda: train_one_epoch(model, compute_losses, loader, state.optimizer, device, 0, **options)
+    model = import_main().build_trained_model(args, classes, new=True).to(memory_format=torch.channels_last)
+    state = import_main().build_state(args, model, args.batch_size, device)
+    compute_losses = import_main().build_compute_losses(args, classes, device)
+    options = {"scaler": state.scaler, "clip_grad": args.clip_grad, "print_freq": len(loader)}
+
+    def train() -> None:
+        train_one_epoch(model, compute_losses, loader, state.optimizer, device, 0, **options)
+
+    return Epoch(train, len(loader) * args.batch_size)
 
 
-def build_timms_epoch(args: argparse.Namespace) -> Callable[[], Any]:
+def build_timms_epoch(args: argparse.Namespace) -> Epoch:
     """Build an epoch of training as timm's train.py does it, with timm's model and loader, from options of main.py."""
     classes = len(list(Path(args.data_path, "train").iterdir()))
     model = timm.create_model(name_peer(args.model), num_classes=classes, drop_path_rate=args.drop_path)
@@ -581,9 +600,9 @@ def build_timms_epoch(args: argparse.Namespace) -> Callable[[], Any]:
     )
     loader, criterion = build_timms_loader(args, mixup), SoftTargetCrossEntropy()
     optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay)
-    ema, losses = ModelEmaV3(model, decay=args.model_ema_decay), AverageMeter()
+    losses = AverageMeter()
 
-    def epoch() -> None:
+    def train() -> None:
         model.train()
         for images, targets in loader:
             loss = criterion(model(images), targets)
@@ -592,21 +611,18 @@ def build_timms_epoch(args: argparse.Namespace) -> Callable[[], Any]:
             loss.backward()
             dispatch_clip_grad(model.parameters(), args.clip_grad)
             optimizer.step()
-            ema.update(model)
 
-    return epoch
+    return Epoch(train, len(loader) * args.batch_size)
 
 
 def run_epochs(root: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure epochs of training by main.py and as timm has it, in turns on the same files, and print a table."""
-    set_threads(args.threads)
     rows = []
     for name in args.models:
         options = parse_training(root, args.batch_size, args.workers, "--model", name)
         loops = {f"{name}, ours": build_our_epoch(options), "timm": build_timms_epoch(options)}
-        times = time_in_turns(list(loops.values()), args.turns, torch.device("cpu"))
-        count = len(build_our_loader(options)) * args.batch_size
-        rows += report_loops(loops, times, [count] * len(loops))
+        times = time_in_turns([epoch.train for epoch in loops.values()], args.turns, torch.device("cpu"))
+        rows += report_loops(loops, times, [epoch.images for epoch in loops.values()])
     return rows
 
 
@@ -643,7 +659,7 @@ def _windows_part() -> Part:
     ours, timms = LocallyGroupedAttention(64, num_heads=2, window_size=7), LocallyGroupedAttn(64, num_heads=2, ws=7)
     timms.qkv, timms.proj = ours.qkv, ours.proj
     x = torch.randn(8, 56 * 56, 64)
-    what = "windows cut out before q, k and v; LSA of SVT-S, first stage"
+    what = "windows in the batch dimension, for fused attention; SVT-S, first stage"
     return Part(what, lambda: timms(x, (56, 56)), lambda: ours(x.view(8, 56, 56, 64)))
 
 
@@ -689,7 +705,6 @@ def get_parser() -> ArgumentParser:
     group = parser.add_argument_group("models")
     group.add_argument("--compare", choices=("timm",), help="measure timm's twin of each model, too, in turns")
     group.add_argument("--mode", default="both", choices=(*MODES, "both"), help="what is measured")
-    group.add_argument("--batch-size", default=8, type=POSITIVE_INT, metavar="N", help="images of a step")
     group.add_argument(
         "--input-size",
         nargs="+",
@@ -702,7 +717,6 @@ def get_parser() -> ArgumentParser:
     add_compute_options(group, amp="off")
     group.add_argument("--channels-last", action="store_true", help="images and convolutions in channels-last memory")
     group.add_argument("--grad-checkpointing", action="store_true", help="recompute blocks in the backward pass")
-    group.add_argument("--threads", default=0, type=COUNT, metavar="N", help="of the CPU; 0: torch's choice")
     group = parser.add_argument_group("input pipeline")
     group.add_argument(
         "--data",
@@ -712,11 +726,17 @@ def get_parser() -> ArgumentParser:
         help="measure the input pipeline alone, on images of train/ there; without a folder on shapes drawn for it",
     )
     group.add_argument("--images", default=512, type=POSITIVE_INT, metavar="N", help="images of a pass")
-    group.add_argument("--epoch", action="store_true", help="measure the training of MODEL on them, not the pipeline")
+    group.add_argument(
+        "--epoch",
+        action="store_true",
+        help="train MODEL on those images, on the CPU, in main.py's loop and in one as timm has it",
+    )
     group.add_argument("--workers", default=1, type=COUNT, metavar="N", help="data-loading processes")
     group = parser.add_argument_group("parts")
     group.add_argument("--parts", action="store_true", help="measure parts of both alone, on one core of the CPU")
-    group = parser.add_argument_group("report")
+    group = parser.add_argument_group("measurement")
+    group.add_argument("--batch-size", default=8, type=POSITIVE_INT, metavar="N", help="images of a step")
+    group.add_argument("--threads", default=0, type=COUNT, metavar="N", help="of the CPU; 0: torch's choice")
     group.add_argument("--turns", default=7, type=POSITIVE_INT, metavar="N", help="times that each is measured")
     group.add_argument("--json", metavar="FILE", help="write the figures there, too")
     add_process_options(parser)
@@ -724,24 +744,52 @@ def get_parser() -> ArgumentParser:
     return parser
 
 
+def check_mode(args: argparse.Namespace) -> None:
+    """Refuse options that have no meaning for what is measured."""
+    if args.parts and (args.data is not None or args.epoch):
+        raise ValueError("--parts measures on data of its own; leave --data and --epoch out")
+    if args.epoch and args.data is None:
+        raise ValueError("--epoch trains on the images of --data; pass that, too, alone for drawn images")
+    if args.epoch and args.batch_size % 2:
+        raise ValueError(f"--batch-size {args.batch_size}: mixup needs an even one")
+    if args.workers > cores_per_process():
+        raise ValueError(f"--workers {args.workers}: there are {cores_per_process()} cores; give so many at most")
+    if args.parts or args.data is not None:
+        parser, ignored = get_parser(), MODEL_OPTIONS if args.epoch else (*MODEL_OPTIONS, "models", "threads")
+        given = [name for name in ignored if getattr(args, name) != parser.get_default(name)]
+        if given:
+            mode = "--parts" if args.parts else "--epoch" if args.epoch else "--data"
+            raise ValueError(f"{mode} has no use for {', '.join(map(spell_option, given))}; leave it out")
+
+
+def spell_option(name: str) -> str:
+    """Return an option as it is written on the command line."""
+    return "MODEL" if name == "models" else f"--{name.replace('_', '-')}"
+
+
 def run(args: argparse.Namespace, processes: Processes) -> None:
     """Measure what the options ask for."""
     if len(args.input_size) > 2:
         raise ValueError(f"--input-size {' '.join(map(str, args.input_size))}: give a side, or height and width")
-    if args.json and not Path(args.json).parent.is_dir():
-        raise ValueError(f"--json {args.json}: there is no such folder")
-    if args.epoch and args.data is None:
-        raise ValueError("--epoch trains on the images of --data; pass that, too, alone for drawn images")
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).parent.is_dir()):
+        raise ValueError(f"--json {args.json}: name a file in a folder that exists")
     if args.data and not Path(args.data, "train").is_dir():
         raise ValueError(f"--data {args.data}: has no folder train/ with one folder of images for each class")
+    check_mode(args)
+    for name in args.models:
+        if not timm.is_model(name):
+            raise ValueError(f"model {name!r} is unknown{nearest(name, timm.list_models())}")
+        if args.epoch:
+            name_peer(name)  # fails before anything is measured
+    device = processes.device if args.data is None and not args.parts else torch.device("cpu")
     if args.parts:
         rows = run_parts(args)
     elif args.data is None:
-        rows = run_models(args, processes.device)
+        rows = run_models(args, device)
     else:
         rows = run_on_images(args)
     if args.json:
-        report = {"machine": describe_machine(processes.device), "options": vars(args), "rows": rows}
+        report = {"machine": describe_machine(device), "options": vars(args), "rows": rows}
         Path(args.json).write_text(json.dumps(report, indent=1))
 
 

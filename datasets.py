@@ -103,8 +103,8 @@ def _on_movable(change: Callable) -> Callable:
 class RandomCrop(RandomResizedCropAndInterpolation):
     """timm's random crop of a PIL image, resized by torch in a quarter of Pillow's time.
 
-    Where crops lie is drawn exactly as timm draws it. Values of pixels differ from Pillow's by 3 of 255 at most. From
-    Pillow 13 on, which resizes some images by columns first, it is more at sharp edges, where values leave the range.
+    Where crops lie is drawn exactly as timm draws it. Values of pixels are those of Pillow before 13 but for 3 of 255.
+    Pillow 13 resizes some images by columns first, which makes more of a difference at sharp edges (8 in shapes).
     """
 
     modes = {InterpolationMode.BILINEAR: "bilinear", InterpolationMode.BICUBIC: "bicubic"}  # noqa: RUF012
@@ -114,7 +114,7 @@ class RandomCrop(RandomResizedCropAndInterpolation):
         if mode is None:  # rarely used; Pillow has them all
             return super().__call__(img)
         top, left, height, width = self.get_params(img, self.scale, self.ratio)
-        pixels = np.array(img.crop((left, top, left + width, top + height)))
+        pixels = np.array(img.crop((left, top, left + max(1, width), top + max(1, height))))
         images = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # known to be channels-last, so resized as it lies
         images = F.interpolate(images, size=self.size, mode=mode, antialias=True)
         return Image.fromarray(images[0].permute(1, 2, 0).numpy())

@@ -67,7 +67,8 @@ class Mlp(TimmMlp):
         self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (x.is_cpu and self.is_plain() and _is_fast(x, self.fc1.weight)):  # looking at the parts takes longest
+        # The device first, which is quick to see; the parts before the weight, which others may not have.
+        if not (x.is_cpu and self.is_plain() and _is_fast(x, self.fc1.weight)):
             return super().forward(x)
         arguments = x.reshape(-1, x.shape[-1]), self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
         output = mlp_training(*arguments)[0] if torch.is_grad_enabled() else mlp(*arguments)

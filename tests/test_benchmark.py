@@ -88,8 +88,8 @@ def test_input_pipelines(image_folder, tmp_path, capsys):
 
 def test_images_of_the_pipeline(tmp_path):
     benchmark.write_images(tmp_path / "drawn", (50, 40), count=8)
-    benchmark.link_images(tmp_path / "drawn", tmp_path / "linked", count=5)  # every second one
-    for folder, batches in (("drawn", 4), ("linked", 2)):
+    benchmark.link_images(tmp_path / "drawn", tmp_path / "linked", count=6)
+    for folder, batches in (("drawn", 4), ("linked", 3)):
         options = benchmark.parse_training(tmp_path / folder, 2, 0)
         for build in (benchmark.build_our_loader, benchmark.build_timms_loader, benchmark.build_torchvisions_loader):
             assert [sorted(batch[0].shape) for batch in build(options)] == [[2, 3, 224, 224]] * batches
@@ -122,6 +122,13 @@ def test_parts_have_the_same_results_both_ways(tmp_path, capsys):
     assert all(row["part"] in output for row in rows)
 
 
+def test_broken_images_are_named_by_their_own_file(tmp_path, capsys):
+    benchmark.write_images(tmp_path, (50, 40), count=8)
+    broken = next(tmp_path.glob("train/*/7.jpg"))
+    broken.write_bytes(broken.read_bytes()[:300])
+    assert f"{broken}: cannot be read as an image" in fails(capsys, benchmark, "--data", str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -131,8 +138,20 @@ def test_parts_have_the_same_results_both_ways(tmp_path, capsys):
         (["alt_gvt_tiny", "--input-size", "1", "2", "3"], "--input-size 1 2 3: give a side, or height and width"),
         (["alt_gvt_tiny", "--input-size", "16"], "16x16 pixels are too small"),
         (["--data", "/nowhere"], "--data /nowhere: has no folder train/"),
+        (["alt_gvt_tiny", "--data", "--epoch"], "timm has no twin of alt_gvt_tiny"),
+        (["--data", "--epoch", "--batch-size", "3"], "--batch-size 3: mixup needs an even one"),
+        (["--data", "--images", "4"], "--batch-size 8: there are 4 images, fewer than a batch"),
+        (["alt_gvt_tiny", "--json", "/"], "--json /: name a file"),
+        (["--data", "--workers", "1000"], "--workers 1000: there are"),
+        (["alt_gvt_small", "--data", "--amp", "bf16"], "--data has no use for --amp, MODEL"),
+        (["--data", "--epoch", "--input-size", "64"], "--epoch has no use for --input-size"),
+        (["--parts", "--threads", "2"], "--parts has no use for --threads"),
+        (["--parts", "--epoch"], "--parts measures on data of its own"),
         (["alt_gvt_small", "--epoch"], "--epoch trains on the images of --data; pass that, too"),
-        (["alt_gvt_tiny", "--json", "/nowhere/report.json"], "--json /nowhere/report.json: there is no such folder"),
+        (
+            ["alt_gvt_tiny", "--json", "/nowhere/report.json"],
+            "--json /nowhere/report.json: name a file in a folder that exists",
+        ),
         (["alt_gvt_tiny", "--threads", "-1"], "'-1' is no whole number of at least 0"),
     ],
 )

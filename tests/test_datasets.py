@@ -105,6 +105,11 @@ def test_crops_are_timms(size, interpolation):
         assert found[0][1] == found[1][1]
 
 
+@pytest.mark.parametrize("size", [(1, 1), (1, 50), (50, 1)])
+def test_crops_of_lines_and_points(size):
+    assert all(RandomCrop(16, interpolation="bicubic")(Image.new("RGB", size)).size == (16, 16) for _ in range(50))
+
+
 @pytest.mark.parametrize("mode", ["pixel", "rand", "const"])
 def test_images_equal_those_of_timms_transforms(mode):
     """Bytes that are normalised behind the loader, with erased parts, are what timm's whole transform makes."""
