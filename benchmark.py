@@ -744,6 +744,23 @@ def get_parser() -> ArgumentParser:
     return parser
 
 
+def check_values(args: argparse.Namespace) -> None:
+    """Refuse what cannot be measured, before anything is."""
+    if len(args.input_size) > 2:
+        raise ValueError(f"--input-size {' '.join(map(str, args.input_size))}: give a side, or height and width")
+    if args.json and (Path(args.json).is_dir() or not Path(args.json).parent.is_dir()):
+        raise ValueError(f"--json {args.json}: name a file in a folder that exists")
+    if args.data and not Path(args.data, "train").is_dir():
+        raise ValueError(f"--data {args.data}: has no folder train/ with one folder of images for each class")
+    if args.workers > cores_per_process():
+        raise ValueError(f"--workers {args.workers}: there are {cores_per_process()} cores; give so many at most")
+    for name in args.models:
+        if not timm.is_model(name):
+            raise ValueError(f"model {name!r} is unknown{nearest(name, timm.list_models())}")
+        if args.epoch:
+            name_peer(name)
+
+
 def check_mode(args: argparse.Namespace) -> None:
     """Refuse options that have no meaning for what is measured."""
     if args.parts and (args.data is not None or args.epoch):
@@ -752,8 +769,6 @@ def check_mode(args: argparse.Namespace) -> None:
         raise ValueError("--epoch trains on the images of --data; pass that, too, alone for drawn images")
     if args.epoch and args.batch_size % 2:
         raise ValueError(f"--batch-size {args.batch_size}: mixup needs an even one")
-    if args.workers > cores_per_process():
-        raise ValueError(f"--workers {args.workers}: there are {cores_per_process()} cores; give so many at most")
     if args.parts or args.data is not None:
         parser, ignored = get_parser(), MODEL_OPTIONS if args.epoch else (*MODEL_OPTIONS, "models", "threads")
         given = [name for name in ignored if getattr(args, name) != parser.get_default(name)]
@@ -769,18 +784,8 @@ def spell_option(name: str) -> str:
 
 def run(args: argparse.Namespace, processes: Processes) -> None:
     """Measure what the options ask for."""
-    if len(args.input_size) > 2:
-        raise ValueError(f"--input-size {' '.join(map(str, args.input_size))}: give a side, or height and width")
-    if args.json and (Path(args.json).is_dir() or not Path(args.json).parent.is_dir()):
-        raise ValueError(f"--json {args.json}: name a file in a folder that exists")
-    if args.data and not Path(args.data, "train").is_dir():
-        raise ValueError(f"--data {args.data}: has no folder train/ with one folder of images for each class")
+    check_values(args)
     check_mode(args)
-    for name in args.models:
-        if not timm.is_model(name):
-            raise ValueError(f"model {name!r} is unknown{nearest(name, timm.list_models())}")
-        if args.epoch:
-            name_peer(name)  # fails before anything is measured
     device = processes.device if args.data is None and not args.parts else torch.device("cpu")
     if args.parts:
         rows = run_parts(args)
