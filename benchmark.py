@@ -583,10 +583,19 @@ def build_our_epoch(args: argparse.Namespace) -> Epoch:
     model = import_main().build_trained_model(args, classes, new=True).to(memory_format=torch.channels_last)
     state = import_main().build_state(args, model, args.batch_size, device)
     compute_losses = import_main().build_compute_losses(args, classes, device)
-    options = {"scaler": state.scaler, "clip_grad": args.clip_grad, "print_freq": len(loader)}
 
     def train() -> None:
-        train_one_epoch(model, compute_losses, loader, state.optimizer, device, 0, **options)
+        train_one_epoch(
+            model,
+            compute_losses,
+            loader,
+            state.optimizer,
+            device,
+            epoch=0,
+            scaler=state.scaler,
+            clip_grad=args.clip_grad,
+            print_freq=len(loader),
+        )
 
     return Epoch(train, len(loader) * args.batch_size)
 
@@ -786,13 +795,14 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
     """Measure what the options ask for."""
     check_values(args)
     check_mode(args)
-    device = processes.device if args.data is None and not args.parts else torch.device("cpu")
+    device = torch.device("cpu")
     if args.parts:
         rows = run_parts(args)
-    elif args.data is None:
-        rows = run_models(args, device)
-    else:
+    elif args.data is not None:
         rows = run_on_images(args)
+    else:
+        device = processes.device
+        rows = run_models(args, device)
     if args.json:
         report = {"machine": describe_machine(device), "options": vars(args), "rows": rows}
         Path(args.json).write_text(json.dumps(report, indent=1))
