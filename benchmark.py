@@ -55,13 +55,13 @@ from command_line import (
     nearest,
     run_script,
 )
-from datasets import STATISTICS, RandomCrop, ToImages, move_quickly
+from datasets import STATISTICS, RandomCrop, ToImages, adapt_policy
 from engine import peak_memory, train_one_epoch
 from images import load_image
 from models import cpu
 from models.cpu import Linear
 from models.twins import LocallyGroupedAttention
-from utils import Processes, cores_per_process
+from utils import Processes, UserError, cores_per_process
 
 logger = logging.getLogger("twins")
 
@@ -207,14 +207,14 @@ def build_model(name: str, setting: Setting) -> nn.Module:
         try:
             (model.model if setting.features else model).set_grad_checkpointing()
         except AssertionError as error:
-            raise ValueError(f"--grad-checkpointing: {name} does not support it") from error
+            raise UserError(f"--grad-checkpointing: {name} does not support it") from error
     return model
 
 
 def name_peer(name: str) -> str:
     """Return timm's name of one of the published models."""
     if name not in PUBLISHED:
-        raise ValueError(f"timm has no twin of {name} to compare it with, only of {', '.join(PUBLISHED)}")
+        raise UserError(f"timm has no twin of {name} to compare it with, only of {', '.join(PUBLISHED)}")
     return name.replace("pcpvt", "twins_pcpvt").replace("alt_gvt", "twins_svt")
 
 
@@ -222,13 +222,13 @@ def check_outputs(ours: Subject, peer: Subject) -> float:
     """Return how far the outputs of two models are apart, over the largest value.
 
     Raises:
-        ValueError: If they are further apart than the precision explains: then there is nothing to compare.
+        UserError: If they are further apart than the precision explains: then there is nothing to compare.
     """
     outputs = [each.infer() for each in (ours, peer)]
     pairs = zip(*outputs, strict=True) if ours.setting.features else [outputs]
     error = max(((a.float() - b.float()).abs().max() / b.float().abs().max()).item() for a, b in pairs)
     if not error <= TOLERANCES[ours.setting.amp_dtype]:
-        raise ValueError(f"the outputs of the two models differ by {error:.1e} of the largest; their times say nothing")
+        raise UserError(f"the outputs of the two models differ by {error:.1e} of the largest; their times say nothing")
     return error
 
 
@@ -501,7 +501,7 @@ def run_on_images(args: argparse.Namespace) -> list[dict[str, Any]]:
             write_images(Path(folder), PIPELINE_SIDES, args.images)
         count = sum(1 for _ in Path(folder).glob("train/*/*"))
         if count < args.batch_size:
-            raise ValueError(f"--batch-size {args.batch_size}: there are {count} images, fewer than a batch")
+            raise UserError(f"--batch-size {args.batch_size}: there are {count} images, fewer than a batch")
         set_threads(args.threads if args.epoch else 1)
         logger.info("%s, %d data-loading processes", describe_machine(torch.device("cpu")), args.workers)
         description = "%d images made 224x224, batch %d; %d turns after two or three that are not counted"
@@ -685,7 +685,7 @@ def _moves_part() -> Part:
         augmentation.num_layers = 1
         for operation in augmentation.ops:
             operation.prob = 1
-    move_quickly(ours)
+    adapt_policy(ours)
     photo = draw_photo(0, (224, 224))
     return Part("shears and shifts by moving rows; 224x224", lambda: timms(photo), lambda: ours(photo))
 
@@ -756,16 +756,16 @@ def get_parser() -> ArgumentParser:
 def check_values(args: argparse.Namespace) -> None:
     """Refuse what cannot be measured, before anything is."""
     if len(args.input_size) > 2:
-        raise ValueError(f"--input-size {' '.join(map(str, args.input_size))}: give a side, or height and width")
+        raise UserError(f"--input-size {' '.join(map(str, args.input_size))}: give a side, or height and width")
     if args.json and (Path(args.json).is_dir() or not Path(args.json).parent.is_dir()):
-        raise ValueError(f"--json {args.json}: name a file in a folder that exists")
+        raise UserError(f"--json {args.json}: name a file in a folder that exists")
     if args.data and not Path(args.data, "train").is_dir():
-        raise ValueError(f"--data {args.data}: has no folder train/ with one folder of images for each class")
+        raise UserError(f"--data {args.data}: has no folder train/ with one folder of images for each class")
     if args.workers > cores_per_process():
-        raise ValueError(f"--workers {args.workers}: there are {cores_per_process()} cores; give so many at most")
+        raise UserError(f"--workers {args.workers}: there are {cores_per_process()} cores; give so many at most")
     for name in args.models:
         if not timm.is_model(name):
-            raise ValueError(f"model {name!r} is unknown{nearest(name, timm.list_models())}")
+            raise UserError(f"model {name!r} is unknown{nearest(name, timm.list_models())}")
         if args.epoch:
             name_peer(name)
 
@@ -773,17 +773,17 @@ def check_values(args: argparse.Namespace) -> None:
 def check_mode(args: argparse.Namespace) -> None:
     """Refuse options that have no meaning for what is measured."""
     if args.parts and (args.data is not None or args.epoch):
-        raise ValueError("--parts measures on data of its own; leave --data and --epoch out")
+        raise UserError("--parts measures on data of its own; leave --data and --epoch out")
     if args.epoch and args.data is None:
-        raise ValueError("--epoch trains on the images of --data; pass that, too, alone for drawn images")
+        raise UserError("--epoch trains on the images of --data; pass that, too, alone for drawn images")
     if args.epoch and args.batch_size % 2:
-        raise ValueError(f"--batch-size {args.batch_size}: mixup needs an even one")
+        raise UserError(f"--batch-size {args.batch_size}: mixup needs an even one")
     if args.parts or args.data is not None:
         parser, ignored = get_parser(), MODEL_OPTIONS if args.epoch else (*MODEL_OPTIONS, "models", "threads")
         given = [name for name in ignored if getattr(args, name) != parser.get_default(name)]
         if given:
             mode = "--parts" if args.parts else "--epoch" if args.epoch else "--data"
-            raise ValueError(f"{mode} has no use for {', '.join(map(spell_option, given))}; leave it out")
+            raise UserError(f"{mode} has no use for {', '.join(map(spell_option, given))}; leave it out")
 
 
 def spell_option(name: str) -> str:

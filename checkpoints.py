@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import re
 import socket
@@ -19,11 +20,13 @@ import torch
 from torch import nn
 
 import utils
-from utils import EpochMeter
+from samplers import EpochSampler
+from utils import EpochMeter, UserError
 
 logger = logging.getLogger("twins")
 
 CHECKPOINT, BEST_CHECKPOINT, BEST_EMA_CHECKPOINT = "checkpoint.pth", "checkpoint_best.pth", "checkpoint_best_ema.pth"
+FORMAT = 2  # of the checkpoints written here; files of format 1 have no such entry
 CHECKPOINT_KEYS = {
     *("model", "model_ema", "optimizer", "scheduler", "scaler"),
     *("epoch", "position", "global_batch", "meters", "best", "history", "random_states", "args", "versions"),
@@ -38,7 +41,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any  # one of timm's
     scaler: torch.amp.GradScaler
-    global_batch: int  # images of a step, of all processes together
+    sampler: EpochSampler  # of the training set
     model_ema: nn.Module | None = None  # timm's ModelEmaV3
     epoch: int = 0  # epochs done
     meter: EpochMeter = field(default_factory=EpochMeter)  # of the epoch under way
@@ -48,7 +51,7 @@ class TrainState:
     @property
     def position(self) -> int:
         """Images of the epoch under way that all processes together have done."""
-        return self.meter.step * self.global_batch
+        return self.meter.step * self.sampler.global_batch
 
     def to_checkpoint(self, args: dict[str, Any]) -> dict[str, Any]:
         """Return a dict that loads with `weights_only=True`. All processes must call it together."""
@@ -60,13 +63,14 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "epoch": self.epoch,
             "position": self.position,
-            "global_batch": self.global_batch,
+            "global_batch": self.sampler.global_batch,
             "meters": utils.gather(self.meter.state_dict()),
             "best": self.best,
             "history": self.history,
             "random_states": utils.gather(utils.get_random_state()),
             "args": args,
             "versions": utils.versions(),
+            "format": FORMAT,
         }
 
     def load_training(self, checkpoint: dict[str, Any], seed: int) -> list[str]:
@@ -98,13 +102,14 @@ class TrainState:
         meters, device = checkpoint["meters"], next(self.model.parameters()).device
         same = len(meters) == utils.get_world_size()
         self.meter.load_state_dict(meters[utils.get_rank()] if same else EpochMeter.merge(meters), device)
-        self.meter.step = checkpoint["position"] // self.global_batch
-        batch, place = checkpoint["global_batch"], checkpoint["position"]
-        if self.global_batch == batch:
+        before, after = checkpoint["global_batch"], self.sampler.global_batch
+        step = checkpoint["position"] // before
+        self.meter.step = self.sampler.nearest_step(step, before)
+        if after == before:
             return []
         return [
-            f"the global batch is {self.global_batch}, not {batch}, and with it all that follows it, such as the "
-            f"learning rate of a recipe; the epoch goes on at image {self.position}, was at {place}"
+            f"the global batch changed from {before} to {after}, and with it the images of a step; epoch {self.epoch} "
+            f"continues after step {self.meter.step} of {self.sampler.steps}, and was at step {step}"
         ]
 
     def _load_randomness(self, checkpoint: dict[str, Any], seed: int) -> list[str]:
@@ -130,7 +135,7 @@ class RunFolder:
         keep: States to go on from that are kept, the newest included.
 
     Raises:
-        ValueError: On entering, if the folder cannot be made or another run holds it.
+        UserError: On entering, if the folder cannot be made or another run holds it.
     """
 
     def __init__(self, path: str | Path, keep: int = 2):
@@ -159,7 +164,7 @@ class RunFolder:
             self.lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             self.lock.flush()
         except OSError as error:
-            raise ValueError(
+            raise UserError(
                 f"--output_dir {self.path}: cannot be written to ({error.strerror}); choose one that you may write to"
             ) from error
 
@@ -171,7 +176,7 @@ class RunFolder:
             self.lock.seek(0)
             holder = self.lock.read().strip() or "another process"
             self.lock.close()
-            raise ValueError(
+            raise UserError(
                 f"--output_dir {self.path} is in use by {holder}; wait for its end, or choose another --output_dir"
             ) from error
         except OSError as error:
@@ -190,7 +195,7 @@ class RunFolder:
         """Return the newest checkpoint that is whole, None if there is none; set newer, damaged ones aside.
 
         Raises:
-            ValueError: If all checkpoints are damaged, or there is none but a run has left other results.
+            UserError: If all checkpoints are damaged, or there is none but a run has left other results.
         """
         damaged = []
         for path in self.generations().values():
@@ -206,15 +211,15 @@ class RunFolder:
         if not results:
             return None
         best = self.path / BEST_CHECKPOINT
-        raise ValueError(
+        raise UserError(
             f"{', '.join(map(str, damaged)) or results[0]}: there is no whole checkpoint to go on from; remove "
             f"{self.path} to start anew" + f", or pass --resume {best} instead of --auto-resume" * (best in results)
         )
 
     def refuse_results(self) -> None:
-        """Raise a ValueError if another run has left something here that this one would write over."""
+        """Raise a UserError if another run has left something here that this one would write over."""
         if self.results():
-            raise ValueError(
+            raise UserError(
                 f"{self.results()[0]} exists, and this run would write over it; continue it with --auto-resume, "
                 "choose another --output_dir or remove it"
             )
@@ -245,7 +250,7 @@ class RunFolder:
 
     def write_log(self, history: list[dict[str, Any]]) -> None:
         """Write log.txt: one JSON line for each epoch."""
-        write_text(self.path / "log.txt", "".join(json.dumps(line) + "\n" for line in history))
+        write_text(self.path / "log.txt", "".join(to_json(line) + "\n" for line in history))
 
     def write_args(self, args: dict[str, Any]) -> None:
         """Write args.json: what the run was started with, and on which versions."""
@@ -255,6 +260,26 @@ class RunFolder:
 def save_checkpoint(checkpoint: dict[str, Any], path: Path, before_replacing: Callable[[], None] | None = None) -> None:
     """Write a checkpoint; see `write_atomically`."""
     write_atomically(path, lambda file: torch.save(checkpoint, file), before_replacing)
+
+
+def to_json(values: dict[str, Any]) -> str:
+    """Return a flat dict as a line of JSON; NaN and infinity, which JSON does not have, become null."""
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
+    }
+    return json.dumps(finite, allow_nan=False)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, unless it exists.
+
+    Raises:
+        UserError: If that fails.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: the folder cannot be made ({error.strerror}); choose another") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -271,7 +296,7 @@ def write_atomically(path: Path, write: Callable, before_replacing: Callable[[],
         before_replacing: Called when that file is whole and on the disk.
 
     Raises:
-        OSError: If it cannot be written; what was there before is intact.
+        UserError: If it cannot be written; what was there before is intact.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -286,7 +311,7 @@ def write_atomically(path: Path, write: Callable, before_replacing: Callable[[],
         temporary.unlink(missing_ok=True)
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind its own
         if isinstance(error, Exception) and isinstance(cause, OSError):
-            raise OSError(
+            raise UserError(
                 f"{path}: cannot be written ({cause.strerror or cause}); what was there before is intact. Mend "
                 "that, then run the same command again, a training with --auto-resume"
             ) from error
@@ -305,7 +330,7 @@ def _is_whole(path: Path) -> bool:
             return archive.testzip() is None
     except Exception as error:  # zipfile raises many kinds of errors on garbage
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise  # the disk or the permissions are at fault, not the content
+            raise UserError(f"{path}: cannot be read ({error.strerror}); check the disk and the permissions") from error
         return False
 
 

@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+import math
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -10,7 +12,8 @@ from typing import Any, NoReturn
 import torch
 
 import utils
-from utils import Processes
+from models import TwinsError
+from utils import Processes, UserError
 
 # Parts of the messages of errors that torch raises where this code is not at fault, and what to do.
 LOST = "another process of the run has ended or cannot be reached; its message says why. Continue with --auto-resume"
@@ -71,7 +74,7 @@ def number(kind: type, low: float, high: float = float("inf"), above: bool = Fal
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not (low < value if above else low <= value) or value > high:
+        if value is None or not math.isfinite(value) or not (low < value if above else low <= value) or value > high:
             what = "whole number" if kind is int else "number"
             limits = f"{'above' if above else 'of at least'} {low:g}" + (f" and at most {high:g}" if high < 1e9 else "")
             raise argparse.ArgumentTypeError(f"{text!r} is no {what} {limits}")
@@ -227,7 +230,7 @@ def engine_options(args: argparse.Namespace, device: torch.device) -> dict[str, 
 def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
     """Return the autocast type that `--amp` means on a device, None for full precision."""
     if name == "fp16" and device.type == "cpu":
-        raise ValueError("--amp fp16 needs a GPU; use --amp bf16 or off on a CPU")
+        raise UserError("--amp fp16 needs a GPU; use --amp bf16 or off on a CPU")
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
@@ -241,8 +244,8 @@ def run_script(
 ) -> None:
     """Run a script among the processes that a launcher started.
 
-    Bad input and known faults end with one line and exit code 1; a run that a signal stops ends with 128 plus the
-    signal's number.
+    Bad input and known faults end with one line and exit code 1, internal errors with their traceback; a run that a
+    signal stops ends with 128 plus the signal's number.
 
     Args:
         name: Of the script, for messages.
@@ -274,7 +277,7 @@ def run_script(
 def find_cause(error: Exception) -> str | None:
     """Return in one line what is wrong and what to do; None if the fault may be in this code."""
     message = one_line(error)
-    if isinstance(error, (ValueError, OSError, utils.SharedError)):
+    if isinstance(error, (UserError, TwinsError, utils.SharedError)):
         return message
     if isinstance(error, torch.OutOfMemoryError):
         return f"{message}; lower the batch size of a process, keeping the global batch, or pass --grad-checkpointing"
@@ -293,6 +296,10 @@ def end_run(message: str, code: int, agreed: bool) -> NoReturn:
 
 
 def one_line(error: Exception) -> str:
-    """Return the message of an error; of one raised in a data-loading process, less the traceback around it."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1].partition("Error: ")[2] or lines[-1] if len(lines) > 1 else lines[0]
+    """Return the message of an error in one line; of one from a data-loading process, less the traceback before it."""
+    message = str(error).strip() or type(error).__name__
+    if re.match(r"Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback", message):
+        raised = message.rpartition("Traceback (most recent call last):\n")[2]
+        raised = re.sub(r"\A(?:[ \t].*\n|\n)*", "", raised)  # the lines of code that lead to it
+        message = raised.partition(": ")[2] or raised
+    return " ".join(message.split())

@@ -26,6 +26,7 @@ from torchvision.transforms import InterpolationMode
 import shapes
 from images import BadImageError, load_image
 from samplers import SampleKey, SeededSet
+from utils import UserError
 
 logger = logging.getLogger("twins")
 
@@ -33,6 +34,7 @@ DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "SHAPES")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 STATISTICS = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 BAD_IMAGE_POLICIES = ("raise", "skip")
+POLICIES = auto_augment.RandAugment, auto_augment.AugMixAugment, auto_augment.AutoAugment
 IGNORED_TARGET = -1  # target of an image that evaluation must not count
 SHAPES_TRAIN, SHAPES_VAL = 10000, 1000  # images
 SHAPES_RADII = (0.33, 0.45)  # share of the image's side: one object, rather large
@@ -41,9 +43,6 @@ SHAPES_RADII = (0.33, 0.45)  # share of the image's side: one object, rather lar
 def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
     """timm's operation, which the published policy asks for 0 bits now and then; Pillow 13 refuses those."""
     return auto_augment.posterize(image, bits_to_keep) if bits_to_keep > 0 else Image.new(image.mode, image.size)
-
-
-auto_augment.NAME_TO_OP.update({name: posterize for name in auto_augment.NAME_TO_OP if name.startswith("Posterize")})
 
 
 class Movable:
@@ -89,11 +88,18 @@ def move_rows(img: Image.Image, shifts: np.ndarray, fill: tuple[int, int, int]) 
     return Image.frombytes("RGB", img.size, moved, "raw", "RGBX")
 
 
-def move_quickly(augmentation: auto_augment.RandAugment) -> None:
-    """Have the shears and shifts of a policy work on `Movable` images."""
-    for operation in augmentation.ops:
+def adapt_policy(policy: Callable) -> None:
+    """Have the shears and shifts of a policy of timm work on `Movable` images, and posterising on any number of bits.
+
+    Args:
+        policy: A RandAugment, AugMixAugment or AutoAugment; nothing else in the process is changed.
+    """
+    operations = policy.ops if hasattr(policy, "ops") else [each for pair in policy.policy for each in pair]
+    for operation in operations:
         if operation.name.startswith(("Shear", "Translate")):
             operation.aug_fn = _on_movable(operation.aug_fn)
+        elif operation.name.startswith("Posterize"):
+            operation.aug_fn = posterize
 
 
 def _on_movable(change: Callable) -> Callable:
@@ -206,16 +212,16 @@ def build_dataset(is_train: bool, args) -> Dataset:
         A data set of `(image, class index)` with `classes`, the names of its classes in order.
 
     Raises:
-        ValueError: If the data are missing, or not laid out as described in README.md.
+        UserError: If the data are missing, or not laid out as described in README.md.
     """
     transform = build_transform(is_train, args)
     if args.data_set == "SHAPES":
         return Shapes(is_train, args.input_size, transform)
     if not args.data_path:
-        raise ValueError(f"--data-path is missing; name the folder that holds {args.data_set}")
+        raise UserError(f"--data-path is missing; name the folder that holds {args.data_set}")
     root = Path(args.data_path)
     if not root.is_dir():
-        raise ValueError(f"--data-path {args.data_path!r} is no folder; name the one that holds {args.data_set}")
+        raise UserError(f"--data-path {args.data_path!r} is no folder; name the one that holds {args.data_set}")
     if args.data_set == "CIFAR":
         return _open_cifar(root, is_train, transform)
     if args.data_set in ("INAT", "INAT19"):
@@ -241,12 +247,12 @@ def build_transform(is_train: bool, args) -> Callable:
                 re_count=args.recount,
             )
         except (AssertionError, ValueError, LookupError) as error:
-            raise ValueError(f"--aa {args.aa!r} is no policy of timm; use one such as rand-m9-mstd0.5-inc1") from error
+            raise UserError(f"--aa {args.aa!r} is no policy of timm; use one such as rand-m9-mstd0.5-inc1") from error
         crop = RandomCrop(args.input_size, args.scale, interpolation=args.train_interpolation)
         changes = transform.transforms
         for change in changes:
-            if isinstance(change, auto_augment.RandAugment):
-                move_quickly(change)
+            if isinstance(change, POLICIES):
+                adapt_policy(change)
         end = next(i for i, change in enumerate(changes) if isinstance(change, MaybeToTensor))
         erasers = [change for change in changes[end:] if isinstance(change, RandomErasing)]
         first = transforms.RandomCrop(args.input_size, padding=4) if shifts else crop
@@ -280,7 +286,7 @@ class TrainSet(SeededSet):
                 return self.dataset[(key.index + offset) % len(self)]
             except BadImageError as error:
                 _tolerate(error, self.bad_image)
-        raise ValueError("the training set has no readable image")
+        raise UserError("the training set has no readable image")
 
 
 class EvalSet(Dataset):
@@ -347,8 +353,8 @@ class INaturalist(Dataset):
             self.samples = [
                 (str(root / files[item["image_id"]]), numbers[class_name(item)]) for item in part["annotations"]
             ]
-        except (KeyError, IndexError, TypeError) as error:
-            raise ValueError(
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise UserError(
                 f"{root}: the JSON files do not fit together ({type(error).__name__}: {error}); they should be "
                 f"categories.json, train{year}.json and val{year}.json of iNaturalist {year}, with {category!r} given"
             ) from error
@@ -367,20 +373,20 @@ def _open_image_folder(root: Path, is_train: bool, transform: Callable) -> Datas
     folder = root / ("train" if is_train else "val")
     classes = {side: _subfolders(root / side) for side in ("train", "val") if (root / side).is_dir()}
     if folder.name not in classes:
-        raise ValueError(f"{folder} is missing; {root} should hold train/ and val/ with one folder for each class")
+        raise UserError(f"{folder} is missing; {root} should hold train/ and val/ with one folder for each class")
     differing = sorted(set.symmetric_difference(*classes.values())) if len(classes) == 2 else []
     if differing:
-        raise ValueError(
+        raise UserError(
             f"{root}: train/ has {len(classes['train'])} classes and val/ {len(classes['val'])}, and "
             f"{_some(differing)} on one side only; both need the same folders"
         )
     if not classes[folder.name]:
-        raise ValueError(f"{folder} holds no class folders; it should have one folder of images for each class")
+        raise UserError(f"{folder} holds no class folders; it should have one folder of images for each class")
     dataset = torchvision.datasets.ImageFolder(folder, transform, loader=load_image, allow_empty=True)
     filled = set(dataset.targets)
     empty = [name for name, label in dataset.class_to_idx.items() if label not in filled]
     if empty:
-        raise ValueError(f"{folder}: no images in the class folder {_some(empty)}; fill it, or remove it on both sides")
+        raise UserError(f"{folder}: no images in the class folder {_some(empty)}; fill it, or remove it on both sides")
     return dataset
 
 
@@ -388,7 +394,7 @@ def _open_cifar(root: Path, is_train: bool, transform: Callable) -> Dataset:
     try:
         return torchvision.datasets.CIFAR100(str(root), train=is_train, transform=transform)
     except RuntimeError as error:
-        raise ValueError(
+        raise UserError(
             f"{root}: holds no whole CIFAR-100; fetch it with "
             f'python -c "from torchvision.datasets import CIFAR100; CIFAR100({str(root)!r}, download=True)"'
         ) from error
@@ -398,13 +404,16 @@ def _read_json(path: Path):
     try:
         return json.loads(path.read_text())
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); it comes with the data set") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); it comes with the data set") from error
     except ValueError as error:
-        raise ValueError(f"{path}: is no valid JSON ({error}); fetch it again") from error
+        raise UserError(f"{path}: is no valid JSON ({error}); fetch it again") from error
 
 
 def _subfolders(folder: Path) -> set[str]:
-    return {entry.name for entry in os.scandir(folder) if entry.is_dir()}
+    try:
+        return {entry.name for entry in os.scandir(folder) if entry.is_dir()}
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}); check the permissions") from error
 
 
 def _some(names: Sequence[str], limit: int = 5) -> str:

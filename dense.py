@@ -38,7 +38,7 @@ from command_line import (
 from engine import train_one_epoch
 from runs import choose_accumulation, choose_checkpoint, compile_if_asked, describe_batch, resume, run_epochs
 from samplers import EpochSampler
-from utils import Processes
+from utils import Processes, UserError
 
 logger = logging.getLogger("twins")
 
@@ -58,18 +58,18 @@ def load_experiment(path: str | Path, changes: Sequence[str] = ()) -> Any:
         changes: `key=value` each, with the value as in Python; quotes around text may be left out.
 
     Raises:
-        ValueError: If there is no experiment in the file, or no such field, or a value is of another type.
+        UserError: If there is no experiment in the file, or no such field, or a value is of another type.
     """
     if not Path(path).is_file():
         others = sorted(file.name for file in Path(path).parent.glob("*_*.py"))
-        raise ValueError(f"{path}: there is no such config{nearest(Path(path).name, others)}")
+        raise UserError(f"{path}: there is no such config{nearest(Path(path).name, others)}")
     try:
         config = runpy.run_path(str(path)).get("config")
     except (ImportError, NameError, SyntaxError, TypeError) as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        raise ValueError(f"{path}: {f'there is no such key: {unknown[1]}' if unknown else error}") from error
+        raise UserError(f"{path}: {f'there is no such key: {unknown[1]}' if unknown else error}") from error
     if not dataclasses.is_dataclass(config):
-        raise ValueError(f"{path}: defines no experiment; it should end with config = one of the recipes")
+        raise UserError(f"{path}: defines no experiment; it should end with config = one of the recipes")
     return change_fields(config, changes)
 
 
@@ -80,34 +80,49 @@ def change_fields(config: E, changes: Sequence[str]) -> E:
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals:
-            raise ValueError(f"--cfg-options {change!r} is no key=value")
+            raise UserError(f"--cfg-options {change!r} is no key=value")
         if key not in hints:
-            raise ValueError(f"--cfg-options {key}: there is no such key{nearest(key, hints)}")
+            raise UserError(f"--cfg-options {key}: there is no such key{nearest(key, hints)}")
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = text
-        values[key] = _as_type(value, hints[key], text)
+        if hints[key] is str and not isinstance(value, str):
+            value = text  # a name that reads like a number
+        values[key] = _as_type(value, hints[key])
         if values[key] is NotImplemented:
-            kind = getattr(hints[key], "__name__", str(hints[key])) if not typing.get_args(hints[key]) else hints[key]
-            raise ValueError(f"--cfg-options {key}: {text!r} is not of type {kind}")
+            raise UserError(f"--cfg-options {key}: {text!r} is not of type {_type_name(hints[key])}")
     return dataclasses.replace(config, **values)
 
 
-def _as_type(value: Any, hint: Any, text: str) -> Any:
+def check_types(experiment: Any) -> None:
+    """Check that each field of a dataclass has a value of its declared type; ints pass as floats, lists as tuples.
+
+    Raises:
+        UserError: If one has not; its name, value and type are given.
+    """
+    for name, hint in typing.get_type_hints(type(experiment)).items():
+        value = getattr(experiment, name)
+        if _as_type(value, hint) is NotImplemented:
+            raise UserError(f"{name}={value!r} is not of type {_type_name(hint)}")
+
+
+def _as_type(value: Any, hint: Any) -> Any:
     """Return a value as the type that a field has, `NotImplemented` where it is of another."""
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, (tuple, list)):
             return NotImplemented
         kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
-        items = [_as_type(item, kind, str(item)) for item, kind in zip(value, kinds, strict=False)]
+        items = [_as_type(item, kind) for item, kind in zip(value, kinds, strict=False)]
         return NotImplemented if len(value) != len(kinds) or NotImplemented in items else tuple(items)
-    if hint is str:
-        return value if isinstance(value, str) else text
     if hint is float and type(value) is int:
         return float(value)
     return value if type(value) is hint else NotImplemented
+
+
+def _type_name(hint: Any) -> str:
+    return str(hint) if typing.get_args(hint) else hint.__name__
 
 
 # ------------------------------------------------------------------------------------------------------- networks
@@ -123,12 +138,11 @@ def build_backbone(name: str, pretrained: str, **kwargs) -> nn.Module:
         **kwargs: Passed on to the model.
 
     Raises:
-        ValueError: If there is no such model, or the weights cannot be had or do not fit.
+        UserError: If there is no such model, or the weights cannot be had or do not fit.
     """
-    known = timm.list_models(module="twins")
-    ours = [each for each in known if not each.startswith("twins_")]
+    ours = models.list_models()
     if name not in ours:
-        raise ValueError(f"backbone {name!r} is unknown{nearest(name, ours) or '; known are ' + ', '.join(ours)}")
+        raise UserError(f"backbone {name!r} is unknown{nearest(name, ours) or '; known are ' + ', '.join(ours)}")
     backbone = timm.create_model(name, stage_norm=name.startswith("alt_gvt"), **kwargs)
     backbone.prune_intermediate_layers(len(backbone.blocks), prune_norm=True)
     if pretrained:
@@ -141,9 +155,10 @@ def _fetch_weights(name: str) -> dict[str, torch.Tensor]:
     try:
         return timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # timm and the hub raise many kinds of errors
-        raise ValueError(
-            f"the published ImageNet weights of {name} cannot be had ({type(error).__name__}: {one_line(error)}); "
-            'where there is no network, bring the file and pass --pretrained FILE, or start without: --pretrained ""'
+        raise UserError(
+            f"the published ImageNet weights of {name} cannot be loaded ({type(error).__name__}: {one_line(error)}); "
+            "without a network, download the file elsewhere and pass --pretrained FILE, or start from random weights "
+            'with --pretrained ""'
         ) from error
 
 
@@ -277,7 +292,7 @@ def build_experiment(args: argparse.Namespace) -> Any:
     """Return the experiment that the options ask for."""
     experiment = load_experiment(args.config, args.cfg_options)
     if args.data_root and experiment.dataset == "shapes":
-        raise ValueError(
+        raise UserError(
             f"--data-root {args.data_root}: shapes are drawn, not read; for your own data set choose another data set "
             "with --cfg-options dataset=..."
         )
@@ -323,7 +338,7 @@ def run_training(
         build_training: `(args, experiment, processes, new)`; only a new run needs weights to start from.
     """
     if sum(option is not None for option in (args.pretrained, args.finetune, args.resume)) > 1:
-        raise ValueError("--pretrained, --finetune and --resume each give the first weights; choose one of them")
+        raise UserError("--pretrained, --finetune and --resume each give the first weights; choose one of them")
     experiment = build_experiment(args)
     folder = RunFolder(args.output_dir or f"work_dirs/{Path(args.config).stem}", args.keep)
     options = {**vars(args), **dataclasses.asdict(experiment)}
@@ -337,7 +352,7 @@ def run_training(
         model = synchronise_norms(training.model, processes).to(device, memory_format=torch.channels_last)
         if args.grad_checkpointing:
             model.backbone.set_grad_checkpointing()
-        state = build_state(args, experiment, model, training.schedule, device)
+        state = build_state(args, experiment, model, training.schedule, training.sampler, device)
         utils.seed_everything(args.seed + processes.rank)  # but drop path and dropout of its own on each
         if checkpoint:
             resume(state, checkpoint, options, same=training.same)
@@ -349,7 +364,7 @@ def run_training(
         logger.info("%s", describe_batch(batch_size, accumulation, f"{experiment.lr:g}", steps))
 
         def train(epoch: int, save: Callable[[], None] | None) -> dict[str, float]:
-            training.sampler.set_epoch(epoch, state.position)
+            state.sampler.set_epoch(epoch, state.meter.step)
             return train_one_epoch(
                 parallel_model,
                 lambda model, batch: model(*batch),
@@ -392,6 +407,7 @@ def build_state(
     experiment: Any,
     model: nn.Module,
     schedule: Callable[[torch.optim.Optimizer], Scheduler],
+    sampler: EpochSampler,
     device: torch.device,
 ) -> TrainState:
     """Build what a run changes as it goes: AdamW, the schedule and the scaler of fp16."""
@@ -402,5 +418,5 @@ def build_state(
         optimizer=optimizer,
         lr_scheduler=schedule(optimizer),
         scaler=torch.amp.GradScaler(device.type, enabled=choose_amp(args.amp, device) == torch.float16),
-        global_batch=experiment.global_batch,
+        sampler=sampler,
     )

@@ -24,6 +24,7 @@ from utils import (
     EpochMeter,
     Interrupted,
     SharedError,
+    UserError,
     all_reduce,
     broadcast_buffers,
     get_rank,
@@ -166,7 +167,7 @@ def evaluate(
         `acc1` and `acc5` in percent, the mean cross-entropy `loss`, and the number of `images`.
 
     Raises:
-        ValueError: If there is no image to evaluate.
+        UserError: If there is no image to evaluate.
         Interrupted: On all processes together, if any of them was asked to stop; the others finish their share.
     """
     model.eval()
@@ -187,7 +188,7 @@ def evaluate(
         all_reduce(sums)
     correct1, correct5, loss, images = sums.tolist()
     if not images:
-        raise ValueError("there is no image to evaluate")
+        raise UserError("there is no image to evaluate")
     return {
         "acc1": 100 * correct1 / images,
         "acc5": 100 * correct5 / images,
@@ -300,7 +301,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):
-        return type(batch)(to_device(value, device) for value in batch)
+        values = [to_device(value, device) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)  # a NamedTuple takes each
     return batch
 
 

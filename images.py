@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from checkpoints import write_atomically
+from checkpoints import make_folder, write_atomically
+from utils import UserError
 
 
-class BadImageError(ValueError):
+class BadImageError(UserError):
     """An image file that cannot be decoded."""
 
 
@@ -26,7 +27,8 @@ def decode_image(path: str, mode: str | None = None) -> Image.Image:
     """Decode an image file, to a mode of Pillow or as it is stored.
 
     Raises:
-        BadImageError: If that fails; the file is named.
+        BadImageError: If the file is missing or cannot be decoded.
+        UserError: If the disk or the permissions are at fault.
     """
     try:
         with Image.open(io.BytesIO(Path(path).read_bytes())) as image:  # quicker than many small reads
@@ -34,7 +36,7 @@ def decode_image(path: str, mode: str | None = None) -> Image.Image:
             return image.convert(mode) if mode not in (None, image.mode) else image
     except Exception as error:  # decoders raise many kinds of errors on damaged files
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
-            raise  # the machine is at fault, not the file
+            raise UserError(f"{path}: cannot be read ({error.strerror}); check the disk and the permissions") from error
         reason = "it is not in a known format" if isinstance(error, Image.UnidentifiedImageError) else error
         raise BadImageError(f"{path}: cannot be read as an image ({reason})") from error
 
@@ -59,7 +61,7 @@ def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Write an image as `path` with `.png` behind it, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_atomically(path.with_name(f"{path.name}.png"), lambda file: image.save(file, format="PNG"))
 
 

@@ -9,8 +9,6 @@ set -euo pipefail
 script=$1 processes=$2
 shift 2
 [[ $processes =~ ^[1-9][0-9]*$ ]] || { echo "launch.sh: $processes is no number of processes" >&2; exit 2; }
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 python=${PYTHON:-python}
 "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' ||
     { echo "launch.sh: $python has no torch; activate the environment first: source .venv/bin/activate" >&2; exit 1; }

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import timm
 import torch
@@ -62,7 +63,7 @@ from losses import DISTILLATION_TYPES, DistillationLoss, choose_criterion
 from models.twins import MIN_INPUT_SIZE
 from runs import choose_accumulation, choose_checkpoint, compile_if_asked, describe_batch, resume, run_epochs
 from samplers import EvalSampler, TrainSampler
-from utils import Processes
+from utils import Processes, UserError
 
 logger = logging.getLogger("twins")
 
@@ -410,11 +411,13 @@ def build_model(name: str, nb_classes: int, **kwargs) -> nn.Module:
     except Exception as error:  # timm and the hub raise many kinds of errors
         reason = f"{type(error).__name__}: {one_line(error)}"
         if kwargs.get("pretrained"):
-            raise ValueError(
-                f"--pretrained: the weights of {name} cannot be had ({reason}); where there is no network, bring the "
-                "file and pass it to --finetune"
+            raise UserError(
+                f"--pretrained: the weights of {name} cannot be loaded ({reason}); without a network, download the "
+                "file elsewhere and pass it to --finetune"
             ) from error
-        raise ValueError(
+        if name in models.list_models():
+            raise  # an internal error
+        raise UserError(
             f"model {name!r} cannot be built ({reason}); some models of timm need --drop-path 0 or --drop 0"
         ) from error
 
@@ -461,19 +464,31 @@ def build_compute_losses(args: argparse.Namespace, nb_classes: int, device: torc
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, global_batch: int) -> torch.optim.Optimizer:
     """Build timm's optimizer; biases, norms, other 1-D parameters and the PEGs are not decayed."""
-    options = {"eps": args.opt_eps, "betas": tuple(args.opt_betas) if args.opt_betas else None}
+    options = {"lr": peak_lr(args, global_batch), "weight_decay": args.weight_decay, "momentum": args.momentum}
+    if args.opt_eps is not None:
+        options["eps"] = args.opt_eps
+    if args.opt_betas is not None:
+        options["betas"] = tuple(args.opt_betas)
+    check_optimizer(args.opt, options)
+    return create_optimizer_v2(model, opt=args.opt, layer_decay=args.layer_decay, **options)
+
+
+def check_optimizer(name: str, options: dict[str, Any]) -> None:
+    """Refuse an optimizer, or options of it, that cannot train."""
+    betas = options.get("betas", ())
+    given = " ".join([f"--opt {name}", *(["--opt-betas", *map(str, betas)] if betas else [])])
+    parameter = nn.Parameter(torch.zeros(2, 2))
     try:
-        return create_optimizer_v2(
-            model,
-            opt=args.opt,
-            lr=peak_lr(args, global_batch),
-            weight_decay=args.weight_decay,
-            momentum=args.momentum,
-            layer_decay=args.layer_decay,
-            **{name: value for name, value in options.items() if value is not None},
-        )
-    except (AssertionError, KeyError, ValueError, TypeError) as error:
-        raise ValueError(f"--opt {args.opt!r} cannot be built: {error}") from error
+        default = create_optimizer_v2([parameter], opt=name).param_groups[0].get("betas", ())
+        if betas and len(betas) != len(default):
+            raise UserError(f"{given}: this optimizer has {len(default)} betas; give as many, or leave the option out")
+        optimizer = create_optimizer_v2([parameter], opt=name, **options)
+    except UserError:
+        raise
+    except Exception as error:  # optimizers raise many kinds of errors
+        raise UserError(f"{given} cannot be built: {one_line(error)}; choose another, such as adamw") from error
+    if getattr(optimizer, "is_second_order", False):
+        raise UserError(f"{given}: second-order optimizers are not supported; choose another, such as adamw")
 
 
 def peak_lr(args: argparse.Namespace, global_batch: int) -> float:
@@ -486,15 +501,15 @@ def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer):
     return create_scheduler(args, optimizer)[0]
 
 
-def build_state(args: argparse.Namespace, model: nn.Module, global_batch: int, device: torch.device) -> TrainState:
+def build_state(args: argparse.Namespace, model: nn.Module, sampler: TrainSampler, device: torch.device) -> TrainState:
     """Build what a run changes as it goes: optimizer, schedule, scaler and moving average of the model."""
-    optimizer = build_optimizer(args, model, global_batch)
+    optimizer = build_optimizer(args, model, sampler.global_batch)
     return TrainState(
         model=model,
         optimizer=optimizer,
         lr_scheduler=build_scheduler(args, optimizer),
         scaler=torch.amp.GradScaler(device.type, enabled=choose_amp(args.amp, device) == torch.float16),
-        global_batch=global_batch,
+        sampler=sampler,
         model_ema=ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None,
     )
 
@@ -502,7 +517,7 @@ def build_state(args: argparse.Namespace, model: nn.Module, global_batch: int, d
 def check_classes(args: argparse.Namespace, classes: Sequence[str]) -> int:
     """Return the class count of the data, which `--nb-classes` must not contradict."""
     if args.nb_classes not in (None, len(classes)):
-        raise ValueError(f"--nb-classes {args.nb_classes}: the data have {len(classes)} classes; leave the option out")
+        raise UserError(f"--nb-classes {args.nb_classes}: the data have {len(classes)} classes; leave the option out")
     return len(classes)
 
 
@@ -513,14 +528,14 @@ def run_evaluation(args: argparse.Namespace, processes: Processes) -> None:
     """Evaluate the weights of --resume, or the published ones, on the validation set."""
     path = args.resume or args.finetune
     if not path and not args.pretrained:
-        raise ValueError("--eval needs weights: --resume FILE, or --pretrained for the published ones")
+        raise UserError("--eval needs weights: --resume FILE, or --pretrained for the published ones")
     val_loader = build_val_loader(args, processes)
     nb_classes = check_classes(args, val_loader.dataset.dataset.classes)
     model = build_model(args.model, nb_classes, pretrained=args.pretrained)
     if path:
         logger.info("%s", models.load_weights(model, path, ema=args.model_ema))
     elif nb_classes != model.pretrained_cfg["num_classes"]:
-        raise ValueError(
+        raise UserError(
             f"--pretrained: these weights are for {model.pretrained_cfg['num_classes']} classes and the data have "
             f"{nb_classes}; fine-tune them first"
         )
@@ -545,7 +560,8 @@ def run_training(args: argparse.Namespace, processes: Processes) -> None:
         utils.seed_everything(args.seed)  # the same weights on every process
         # The weights in the memory format of the tokens, so that convolutions and gradient exchange need no copies.
         model = build_trained_model(args, nb_classes, new=not checkpoint)
-        state = build_state(args, model.to(device, memory_format=torch.channels_last), global_batch, device)
+        model.to(device, memory_format=torch.channels_last)
+        state = build_state(args, model, train_loader.sampler, device)
         compute_losses = build_compute_losses(args, nb_classes, device)
         utils.seed_everything(args.seed + processes.rank)  # but mixup and drop path of its own on each
         if checkpoint:
@@ -555,7 +571,7 @@ def run_training(args: argparse.Namespace, processes: Processes) -> None:
         announce(args, processes, model, nb_classes, accumulation, len(train_loader) // accumulation)
 
         def train(epoch: int, save: Callable[[], None] | None) -> dict[str, float]:
-            train_loader.sampler.set_epoch(epoch, state.position)
+            state.sampler.set_epoch(epoch, state.meter.step)
             return train_one_epoch(
                 parallel_model,
                 compute_losses,

@@ -11,7 +11,8 @@ from torch import nn
 
 import models
 import utils
-from checkpoints import CHECKPOINT_KEYS, RunFolder, TrainState
+from checkpoints import CHECKPOINT_KEYS, FORMAT, RunFolder, TrainState
+from utils import UserError
 
 logger = logging.getLogger("twins")
 
@@ -32,7 +33,7 @@ def choose_checkpoint(folder: RunFolder | None, resume: str | None, auto_resume:
         auto_resume: Prefer the newest checkpoint of the folder.
 
     Raises:
-        ValueError: If the folder holds another run, which this one would write over.
+        UserError: If the folder holds another run, which this one would write over.
     """
     resumed = Path(resume) if resume else None
     if folder is None:
@@ -48,12 +49,12 @@ def choose_accumulation(batch_size: int, global_batch: int, world_size: int) -> 
     """Return how many batches of each process make one step.
 
     Raises:
-        ValueError: If the global batch is no multiple of what all processes take in one batch.
+        UserError: If the global batch is no multiple of what all processes take in one batch.
     """
     per_batch = batch_size * world_size
     if global_batch % per_batch:
         nearest = max(1, round(global_batch / per_batch)) * per_batch
-        raise ValueError(
+        raise UserError(
             f"global batch {global_batch} is no multiple of {per_batch} ({batch_size} images x {world_size} "
             f"processes); {nearest} is, or change the batch of a process or their number"
         )
@@ -86,23 +87,28 @@ def resume(state: TrainState, path: Path, args: Mapping[str, Any], same: Sequenc
         same: Names of those that must be as they were.
 
     Raises:
-        ValueError: If the file holds no run, or one that does not fit.
+        UserError: If the file holds no run, or one that does not fit.
     """
     checkpoint = models.read_file(path)
     if not set(checkpoint) >= CHECKPOINT_KEYS:
-        raise ValueError(
+        raise UserError(
             f"{path}: holds weights but no state of a training run of ours to continue; "
             "evaluate them, or start a run from them with --finetune"
         )
+    if checkpoint.get("format", 1) > FORMAT:
+        raise UserError(
+            f"{path}: has format {checkpoint['format']}, and this code reads formats up to {FORMAT}; continue the run "
+            "with the code that wrote it, or with a newer version of this one"
+        )
     averaged = checkpoint["model_ema"] is not None
     if averaged != (state.model_ema is not None):
-        raise ValueError(
+        raise UserError(
             f"{path}: its run was {'with' if averaged else 'without'} a moving average (EMA); "
             f"{'add --model-ema' if averaged else 'leave --model-ema out'}"
         )
     for name in same:
         if checkpoint["args"].get(name) != args[name]:
-            raise ValueError(
+            raise UserError(
                 f"{path}: its run used {name} {checkpoint['args'].get(name)}; repeat that, not {args[name]}"
             )
     models.load_state_dict(state.model, checkpoint["model"], source=str(path))
@@ -111,11 +117,11 @@ def resume(state: TrainState, path: Path, args: Mapping[str, Any], same: Sequenc
     try:
         inexact = state.load_training(checkpoint, args["seed"])
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{path}: does not fit these options ({error}); repeat those of its run") from error
+        raise UserError(f"{path}: does not fit these options ({error}); repeat those of its run") from error
     place = f" and {state.position} images of the next" if state.position else ""
     logger.info("resumed %s: %d epochs%s are done", path, state.epoch, place)
     for what in inexact:
-        logger.info("not exactly as before: %s", what)
+        logger.info("not an exact resume: %s", what)
     changed = {name: value for name, value in args.items() if checkpoint["args"].get(name, value) != value}
     for name in sorted(set(changed) - NOT_OF_THE_RUN):
         logger.info("changed since: %s %s, was %s", name, changed[name], checkpoint["args"][name])

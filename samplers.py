@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from utils import restored_generators, seed_generators
+from utils import UserError, restored_generators, seed_generators
 
 
 class SampleKey(NamedTuple):
@@ -48,22 +48,38 @@ class EpochSampler(Sampler):
     """What training orders share: the part of a process, and a place to go on from.
 
     Args:
-        world_size: Number of processes.
+        steps: Steps of an epoch.
+        global_batch: Images of one optimizer step, of all processes and accumulated batches together.
+        world_size: Number of processes; divides `global_batch`.
         rank: This process.
         seed: Seed of the order.
     """
 
-    def __init__(self, world_size: int, rank: int, seed: int):
+    def __init__(self, steps: int, global_batch: int, world_size: int, rank: int, seed: int):
+        assert global_batch % world_size == 0
+        self.steps = steps
+        self.global_batch = global_batch
         self.world_size = world_size
         self.rank = rank
         self.seed = seed
         self.epoch = 0
-        self.start = 0
+        self.step = 0
 
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch whose order comes next, and the images of it, whole steps, that are done already."""
+    def __len__(self) -> int:
+        """Return the images of this process that are left of the epoch."""
+        return (self.steps - self.step) * self.global_batch // self.world_size
+
+    def set_epoch(self, epoch: int, step: int = 0) -> None:
+        """Choose the epoch whose order comes next, and how many of its steps are done already."""
         self.epoch = epoch
-        self.start = start
+        self.step = step
+
+    def nearest_step(self, step: int, global_batch: int) -> int:
+        """Return the step to continue at where `step` steps of an epoch were done with another global batch.
+
+        Here it is the one up to which about as many images of the epoch have been seen.
+        """
+        return min(step * global_batch // self.global_batch, self.steps)
 
 
 class TrainSampler(EpochSampler):
@@ -85,7 +101,7 @@ class TrainSampler(EpochSampler):
         repeats: Augmentations of each drawn image.
 
     Raises:
-        ValueError: If there are fewer images than one global batch takes.
+        UserError: If there are fewer images than one global batch takes.
     """
 
     def __init__(
@@ -99,22 +115,18 @@ class TrainSampler(EpochSampler):
         repeats: int = 1,
     ):
         if num_samples < global_batch:
-            raise ValueError(
+            raise UserError(
                 f"the training set has {num_samples} images, fewer than one global batch of {global_batch}; "
                 "lower --batch-size, --global-batch or the number of processes"
             )
-        assert global_batch % world_size == 0
-        super().__init__(world_size, rank, seed)
+        super().__init__(num_samples // global_batch, global_batch, world_size, rank, seed)
         self.num_samples = num_samples
-        self.length = num_samples // global_batch * global_batch
         self.repeats = repeats
-
-    def __len__(self) -> int:
-        return max(0, self.length - self.start) // self.world_size
 
     def __iter__(self) -> Iterator[SampleKey]:
         order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples)
-        for position in range(self.start + self.rank, self.length, self.world_size):
+        start, end = self.step * self.global_batch, self.steps * self.global_batch
+        for position in range(start + self.rank, end, self.world_size):
             index, copy = divmod(position, self.repeats)
             yield SampleKey(self.epoch, int(order[index]), copy)
 
@@ -122,29 +134,32 @@ class TrainSampler(EpochSampler):
 class EndlessSampler(EpochSampler):
     """Hands every process its part of an order without end: the data set shuffled anew again and again.
 
-    Made for training that is counted in steps: an "epoch" is a fixed number of images, wherever in the data set
+    Made for training that is counted in steps: an "epoch" is a fixed number of steps, wherever in the data set
     it begins and ends. The order depends on the seed alone; process `rank` takes each `world_size`-th entry.
 
     Args:
         num_samples: Images of the data set.
-        length: Images of one epoch, of all processes together; whole steps.
-        world_size: Number of processes.
+        steps: Steps of one epoch.
+        global_batch: Images of one optimizer step, of all processes and accumulated batches together.
+        world_size: Number of processes; divides `global_batch`.
         rank: This process.
         seed: Seed of the order.
     """
 
-    def __init__(self, num_samples: int, *, length: int, world_size: int = 1, rank: int = 0, seed: int = 0):
-        assert length % world_size == 0
-        super().__init__(world_size, rank, seed)
+    def __init__(
+        self, num_samples: int, *, steps: int, global_batch: int, world_size: int = 1, rank: int = 0, seed: int = 0
+    ):
+        super().__init__(steps, global_batch, world_size, rank, seed)
         self.num_samples = num_samples
-        self.length = length
 
-    def __len__(self) -> int:
-        return (self.length - self.start) // self.world_size
+    def nearest_step(self, step: int, global_batch: int) -> int:
+        """Return the same step: the run is counted in steps, and so is its schedule."""
+        return step
 
     def __iter__(self) -> Iterator[SampleKey]:
-        begin, shuffled, order = self.epoch * self.length, -1, None
-        for position in range(begin + self.start + self.rank, begin + self.length, self.world_size):
+        begin, shuffled, order = self.epoch * self.steps, -1, None
+        start, end = ((begin + step) * self.global_batch for step in (self.step, self.steps))
+        for position in range(start + self.rank, end, self.world_size):
             round_, index = divmod(position, self.num_samples)
             if round_ != shuffled:
                 shuffled, order = round_, np.random.default_rng((self.seed, round_)).permutation(self.num_samples)

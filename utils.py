@@ -29,6 +29,13 @@ logger = logging.getLogger("twins")
 T = TypeVar("T")
 
 
+class UserError(ValueError):
+    """A fault outside this code: bad input, a missing file, a full disk.
+
+    Its message is one line with the bad value and the remedy, and it is all that a script prints.
+    """
+
+
 # ---------------------------------------------------------------------------------------------------- processes
 
 
@@ -57,7 +64,7 @@ def init_processes(device: str = "auto", dist_url: str = "env://", patience: flo
         patience: Seconds that a process waits for the others before it gives them up.
 
     Raises:
-        ValueError: If the device does not exist here.
+        UserError: If the device does not exist here.
     """
     _export_slurm_variables()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -100,12 +107,21 @@ def gather(value: T) -> list[T]:
     return values
 
 
+def gather_on_main(value: T) -> list[T] | None:
+    """Return every process's value, by rank, on the main process, and None on the others. All must call it."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size() if get_rank() == 0 else None
+    dist.gather_object(value, values)
+    return values
+
+
 def on_main(function: Callable[[], T]) -> T:
     """Call a function on the main process alone; return its result on all of them.
 
     Raises:
-        SharedError: On all processes together, if the function raised an error; it is the cause on the main one.
-            Where there is only one process the error comes as it is.
+        SharedError: On all processes together, if the function raised an error. The main process raises an internal
+            error as it is, with its traceback, and so does a single process any error.
     """
     if not dist.is_initialized():
         return function()
@@ -117,6 +133,8 @@ def on_main(function: Callable[[], T]) -> T:
             outcome, cause = [(None, str(error) or type(error).__name__)], error
     dist.broadcast_object_list(outcome)
     result, message = outcome[0]
+    if cause is not None and not isinstance(cause, UserError):
+        raise cause
     if message is not None:
         raise SharedError(message) from cause
     return result
@@ -176,7 +194,13 @@ def cores_per_process() -> int:
 
 def _meeting_place(dist_url: str, rank: int, world_size: int) -> dist.Store:
     """Return the store through which processes find each other, a clean one after each restart by torchrun."""
-    store, *_ = next(dist.rendezvous(dist_url, rank, world_size))
+    try:
+        store, *_ = next(dist.rendezvous(dist_url, rank, world_size))
+    except (ValueError, RuntimeError) as error:  # a bad address or a missing environment variable
+        raise UserError(
+            f"--dist_url {dist_url}: the processes cannot meet there ({' '.join(str(error).split())}); start them with "
+            "torchrun, which sets the address"
+        ) from error
     if os.environ.get("GROUP_WORLD_SIZE") != "1":
         return store  # launchers on several machines may not agree on the number of restarts
     # torchrun keeps its store, and with it the addresses of processes that are dead.
@@ -195,7 +219,7 @@ def _export_slurm_variables() -> None:
         try:
             listing = subprocess.run(command, capture_output=True, text=True, check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            raise ValueError(f"{' '.join(command)} failed ({error}); export MASTER_ADDR, the first machine") from error
+            raise UserError(f"{' '.join(command)} failed ({error}); export MASTER_ADDR, the first machine") from error
         env["MASTER_ADDR"] = listing.stdout.split()[0]
     env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
 
@@ -207,16 +231,16 @@ def _choose_device(name: str, local_rank: int | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"--device {name!r} is unknown; use auto, cuda, cuda:N or cpu") from error
+        raise UserError(f"--device {name!r} is unknown; use auto, cuda, cuda:N or cpu") from error
     if device.type == "cpu":
         return device
     if device.type != "cuda":
-        raise ValueError(f"--device {name!r} is not supported; use auto, cuda, cuda:N or cpu")
+        raise UserError(f"--device {name!r} is not supported; use auto, cuda, cuda:N or cpu")
     index = local_rank if local_rank is not None else device.index or 0
     if "SLURM_LOCALID" in os.environ and torch.cuda.device_count() == 1:
         index = 0  # srun --gpus-per-task=1 shows each process its own GPU alone
     if index >= torch.cuda.device_count():
-        raise ValueError(
+        raise UserError(
             f"--device {name}: GPU {index} is asked for, but {torch.cuda.device_count()} are visible; "
             "start fewer processes on this machine, or use --device cpu"
         )

@@ -20,11 +20,13 @@ from pycocotools import mask as mask_coding
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import shapes
 from images import fitted_size, load_image, resize_image
 from samplers import EpochSampler, SampleKey
+from utils import UserError
 
 SHAPES_TRAIN, SHAPES_VAL = 3000, 300  # images
 MIN_SIDE = 32  # pixels; smaller training images are left out
@@ -46,13 +48,13 @@ def build_dataset(kind: str, data_root: str, is_train: bool, shapes_size: int) -
         shapes_size: Pixels a side of the shapes' images.
 
     Raises:
-        ValueError: If the files are missing or not as they should be.
+        UserError: If the files are missing or not as they should be.
     """
     if kind == "shapes":
         return Shapes(is_train, shapes_size)
     root, split = Path(data_root), "train2017" if is_train else "val2017"
     if not root.is_dir():
-        raise ValueError(f"{root}: there is no such folder; name the one of the data set with --data-root")
+        raise UserError(f"{root}: there is no such folder; name the one of the data set with --data-root")
     return CocoDetection(root / split, root / "annotations" / f"instances_{split}.json", is_train)
 
 
@@ -68,7 +70,7 @@ class CocoDetection(Dataset):
         is_train: Whether to leave out what training does not use.
 
     Raises:
-        ValueError: If the file is missing, no JSON or does not fit together; the file and the id are named.
+        UserError: If the file is missing, no JSON or does not fit together; the file and the id are named.
     """
 
     def __init__(self, folder: Path, annotations: Path, is_train: bool):
@@ -81,10 +83,10 @@ class CocoDetection(Dataset):
         if is_train:
             self.ids = [i for i in self.ids if self._is_trained(i)]
         if not self.ids:
-            raise ValueError(f"{annotations}: has no images" + " with boxes to train on" * is_train)
+            raise UserError(f"{annotations}: has no images" + " with boxes to train on" * is_train)
         missing = next((i for i in self.ids if not (folder / self.coco.imgs[i]["file_name"]).is_file()), None)
         if missing is not None:
-            raise ValueError(
+            raise UserError(
                 f"{folder / self.coco.imgs[missing]['file_name']} is missing; {annotations} lists it as image {missing}"
             )
         self.sizes = [(self.coco.imgs[i]["height"], self.coco.imgs[i]["width"]) for i in self.ids]
@@ -98,7 +100,7 @@ class CocoDetection(Dataset):
         image = pil_to_tensor(load_image(str(path)))
         height, width = self.sizes[index]
         if image.shape[1:] != (height, width):
-            raise ValueError(
+            raise UserError(
                 f"{path}: has {image.shape[2]}x{image.shape[1]} pixels, but image {image_id} of the annotations "
                 f"{width}x{height}"
             )
@@ -183,25 +185,25 @@ def read_annotations(path: Path) -> COCO:
     """Read and check a file in the format of COCO.
 
     Raises:
-        ValueError: If it is missing, no JSON or does not fit together; the file and the id are named.
+        UserError: If it is missing, no JSON or does not fit together; the file and the id are named.
     """
     try:
         content = json.loads(path.read_text())
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: cannot be read ({error.strerror}); --data-root is the folder that holds annotations/{path.name}"
         ) from error
     except ValueError as error:
-        raise ValueError(f"{path}: is no valid JSON ({error}); fetch it again") from error
+        raise UserError(f"{path}: is no valid JSON ({error}); fetch it again") from error
     lists = [
         content.get(part) if isinstance(content, dict) else None for part in ("images", "annotations", "categories")
     ]
     if not all(isinstance(each, list) for each in lists):
-        raise ValueError(f"{path}: is not in the format of COCO; it needs the lists images, annotations and categories")
+        raise UserError(f"{path}: is not in the format of COCO; it needs the lists images, annotations and categories")
     try:
         _check_annotations(*lists)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     return index_annotations(content)
 
 
@@ -209,24 +211,24 @@ def _check_annotations(images: list[dict], annotations: list[dict], categories: 
     """Check entries, and complete what some tools leave out of annotations: area, masks, that they are no crowd."""
     known_images, known_categories = _identify("image", images), _identify("category", categories)
     if not categories:
-        raise ValueError("its list of categories is empty")
+        raise UserError("its list of categories is empty")
     for name, image in known_images.items():
         if not isinstance(image.get("file_name"), str) or not image["file_name"]:
-            raise ValueError(f"image {name} has no file_name")
+            raise UserError(f"image {name} has no file_name")
         for side in ("width", "height"):
             if not isinstance(image.get(side), int) or image[side] <= 0:
-                raise ValueError(f"image {name} has the {side} {image.get(side)}; it should be a number of pixels")
+                raise UserError(f"image {name} has the {side} {image.get(side)}; it should be a number of pixels")
     for name, category in known_categories.items():
         if not isinstance(category.get("name"), str) or not category["name"]:
-            raise ValueError(f"category {name} has no name")
+            raise UserError(f"category {name} has no name")
     for number, each in enumerate(annotations, 1):
         name = f"annotation {each.get('id', f'number {number}')}" if isinstance(each, dict) else f"entry {number}"
         if not isinstance(each, dict):
-            raise ValueError(f"{name} of the annotations is no object")
+            raise UserError(f"{name} of the annotations is no object")
         if each.get("image_id") not in known_images:
-            raise ValueError(f"{name} is of image {each.get('image_id')}, which is not listed")
+            raise UserError(f"{name} is of image {each.get('image_id')}, which is not listed")
         if each.get("category_id") not in known_categories:
-            raise ValueError(f"{name} has the category {each.get('category_id')}, which is not listed")
+            raise UserError(f"{name} has the category {each.get('category_id')}, which is not listed")
         image = known_images[each["image_id"]]
         _check_box(name, each.get("bbox"), each["image_id"], image["width"], image["height"])
         x, y, w, h = each["bbox"]
@@ -243,9 +245,9 @@ def _identify(kind: str, entries: list[dict]) -> dict[int, dict]:
     known = {}
     for number, each in enumerate(entries, 1):
         if not isinstance(each, dict) or not isinstance(each.get("id"), int):
-            raise ValueError(f"{kind} number {number} of the list has no id that is a whole number")
+            raise UserError(f"{kind} number {number} of the list has no id that is a whole number")
         if each["id"] in known:
-            raise ValueError(f"the {kind} id {each['id']} is there twice")
+            raise UserError(f"the {kind} id {each['id']} is there twice")
         known[each["id"]] = each
     return known
 
@@ -253,22 +255,22 @@ def _identify(kind: str, entries: list[dict]) -> dict[int, dict]:
 def _check_box(name: str, box: Any, image_id: int, width: int, height: int) -> None:
     numbers = isinstance(box, list) and all(isinstance(each, (int, float)) and math.isfinite(each) for each in box)
     if not numbers or len(box) != 4:
-        raise ValueError(f"{name} has the box {box}; it should be four numbers: x, y, width and height")
+        raise UserError(f"{name} has the box {box}; it should be four numbers: x, y, width and height")
     x, y, w, h = box
     if x >= width or y >= height or x + w <= 0 < w or y + h <= 0 < h:
-        raise ValueError(f"{name} has a box {box} outside its image {image_id}, of {width}x{height} pixels")
+        raise UserError(f"{name} has a box {box} outside its image {image_id}, of {width}x{height} pixels")
 
 
 def _check_mask(name: str, mask: Any, width: int, height: int) -> dict | list | None:
     """Return a mask, less polygons of fewer than three points; None or an empty list where there is none."""
     if isinstance(mask, dict):
         if list(mask.get("size", ())) != [height, width] or not isinstance(mask.get("counts"), (str, list)):
-            raise ValueError(f"{name} has a mask that is no run-length code of {height}x{width} pixels")
+            raise UserError(f"{name} has a mask that is no run-length code of {height}x{width} pixels")
         return mask
     if mask is None:
         return None
     if not isinstance(mask, list) or not all(isinstance(each, list) and len(each) % 2 == 0 for each in mask):
-        raise ValueError(f"{name} has a segmentation that is neither polygons, each a list x1, y1, x2, ..., nor a code")
+        raise UserError(f"{name} has a segmentation that is neither polygons, each a list x1, y1, x2, ..., nor a code")
     return [polygon for polygon in mask if len(polygon) >= 6]
 
 
@@ -327,9 +329,9 @@ def many_scales(image: Tensor, target: Target) -> Sample:
 
 
 def resize(image: Tensor, target: Target, size: tuple[int, int]) -> Sample:
-    """Resize an image and its target to height and width in pixels."""
+    """Resize an image and its target to height and width in pixels; boxes are clipped to the image."""
     (height, width), (h, w) = size, image.shape[1:]
-    boxes = target["boxes"] * target["boxes"].new_tensor([width / w, height / h] * 2)
+    boxes = clip_boxes_to_image(target["boxes"] * target["boxes"].new_tensor([width / w, height / h] * 2), size)
     masks = F.interpolate(target["masks"][None], size=size, mode="nearest")[0]
     return resize_image(image, size), {**target, "boxes": boxes, "masks": masks}
 
@@ -350,8 +352,7 @@ def random_crop(image: Tensor, target: Target, smallest: int, largest: int) -> S
     top, left = (
         np.random.randint(0, side - part + 1) for side, part in zip(image.shape[1:], (height, width), strict=True)
     )
-    boxes = target["boxes"] - target["boxes"].new_tensor([left, top] * 2)
-    boxes = torch.stack([boxes[:, 0::2].clamp(0, width), boxes[:, 1::2].clamp(0, height)], dim=2).flatten(1)
+    boxes = clip_boxes_to_image(target["boxes"] - target["boxes"].new_tensor([left, top] * 2), (height, width))
     kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
     masks = target["masks"][kept, top : top + height, left : left + width]
     target = {**target, "boxes": boxes[kept], "labels": target["labels"][kept], "masks": masks}
@@ -392,16 +393,15 @@ class GroupedBatches(EpochSampler):
         rank: int = 0,
         seed: int = 0,
     ):
-        super().__init__(world_size, rank, seed)
         wide = np.array([width > height for height, width in sizes])
         self.groups = [group for group in (np.flatnonzero(wide), np.flatnonzero(~wide)) if len(group)]
         self.batch_size = batch_size
-        self.global_batch = global_batch
-        self.steps = sum(-(-len(group) // global_batch) for group in self.groups)
+        steps = sum(-(-len(group) // global_batch) for group in self.groups)
+        super().__init__(steps, global_batch, world_size, rank, seed)
 
     def __len__(self) -> int:
-        per_step = self.global_batch // (self.batch_size * self.world_size)
-        return (self.steps - self.start // self.global_batch) * per_step
+        """Return the batches of this process that are left of the epoch."""
+        return super().__len__() // self.batch_size
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         rng = np.random.default_rng((self.seed, self.epoch))
@@ -410,7 +410,7 @@ class GroupedBatches(EpochSampler):
             order = rng.permutation(group)
             whole = np.resize(order, -(-len(order) // self.global_batch) * self.global_batch)
             steps.extend(whole.reshape(-1, self.global_batch))
-        for step in rng.permutation(len(steps))[self.start // self.global_batch :]:
+        for step in rng.permutation(len(steps))[self.step :]:
             own = steps[step][self.rank :: self.world_size]
             for first in range(0, len(own), self.batch_size):
                 yield [SampleKey(self.epoch, int(index), 0) for index in own[first : first + self.batch_size]]

@@ -13,10 +13,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
-from checkpoints import write_text
+from checkpoints import make_folder, write_text
 from detection.coco import encode_mask
 from engine import to_device
-from utils import gather, get_rank, stop_if_requested, stop_requested
+from utils import gather_on_main, on_main, stop_if_requested, stop_requested
 
 logger = logging.getLogger("twins")
 
@@ -32,7 +32,7 @@ def find_objects(
     *,
     amp_dtype: torch.dtype | None = None,
     on_detections: Callable[[int, dict[str, Tensor]], None] | None = None,
-) -> list[dict]:
+) -> list[dict] | None:
     """Find the objects in this process's share of the images.
 
     Args:
@@ -44,7 +44,7 @@ def find_objects(
         on_detections: Called with the id of each image and what was found in it, on the CPU.
 
     Returns:
-        Results of all processes, in COCO's format, image by image.
+        Results of all processes, in COCO's format, image by image, on the main process; None on the others.
 
     Raises:
         Interrupted: On all processes together, if any of them was asked to stop; the others finish their share.
@@ -62,7 +62,10 @@ def find_objects(
             if on_detections is not None:
                 on_detections(target["image_id"], found)
     stop_if_requested(device)
-    together = [result for share in gather(results) for result in share]
+    shares = gather_on_main(results)
+    if shares is None:
+        return None
+    together = [result for share in shares for result in share]
     return sorted(together, key=lambda result: result["image_id"])  # the same for any number of processes
 
 
@@ -79,30 +82,35 @@ def to_results(image_id: int, found: dict[str, Tensor], category_ids: list[int])
     return results
 
 
-def summarise(truth: COCO, image_ids: list[int], results: list[dict], kinds: Iterable[str]) -> dict[str, float]:
+def summarise(truth: COCO, image_ids: list[int], results: list[dict] | None, kinds: Iterable[str]) -> dict[str, float]:
     """Return the figures of results, and print pycocotools' twelve lines and a table of the classes for each kind.
+
+    The main process computes them, and all processes return them; all must call this together.
 
     Args:
         truth: The annotations.
         image_ids: Images that were evaluated.
-        results: In COCO's format, of all processes.
+        results: In COCO's format, of all processes; used on the main process alone.
         kinds: `"bbox"`, `"segm"` or both.
 
     Returns:
         `bbox_AP`, `bbox_AP50` and so on, 0 to 1.
     """
+    return on_main(lambda: _summarise(truth, image_ids, results, kinds))
+
+
+def _summarise(truth: COCO, image_ids: list[int], results: list[dict], kinds: Iterable[str]) -> dict[str, float]:
     figures = {}
     for kind in kinds:
         evaluation = _evaluate(truth, image_ids, results, kind)
         figures |= {f"{kind}_{name}": value for name, value in zip(METRICS, evaluation.stats.tolist(), strict=False)}
-        if get_rank() == 0:
-            logger.info("%s", _per_class(truth, evaluation, kind))
+        logger.info("%s", _per_class(truth, evaluation, kind))
     return figures
 
 
 def write_results(results: list[dict], path: Path) -> None:
     """Write results as JSON, as COCO's server takes them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_text(path, json.dumps(results))
 
 

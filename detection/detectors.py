@@ -47,7 +47,7 @@ def build_detector(experiment: Experiment, num_classes: int, pretrained: bool) -
     """Build the detector of an experiment; its backbone with ImageNet weights if `pretrained`.
 
     Raises:
-        ValueError: If there is no such backbone, or its weights cannot be had or do not fit.
+        UserError: If there is no such backbone, or its weights cannot be had or do not fit.
     """
     weights = experiment.pretrained if pretrained else ""
     # Zeros around the map take part in the attention of windows, as they did when the published models were trained.

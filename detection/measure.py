@@ -7,6 +7,10 @@ PYTHONPATH=.. python measure.py --memory      # peak memory of a backbone in tra
 import argparse
 import subprocess
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # in place of this folder, whose file names might shadow others
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import timm
 import torch

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from models import LoadReport, load_state_dict, read_weights
+from utils import UserError
 
 UNUSED = ("backbone.norm.", "backbone.head.")  # the classifier that the released files still carry
 # Names in the released files -> ours, which are torchvision's.
@@ -43,11 +44,11 @@ def load_detector(model: nn.Module, path: str | Path, finetune: bool = False) ->
     With `finetune` heads for other classes stay as they were initialised.
 
     Raises:
-        ValueError: If the file cannot be read or does not fit the network, which is then unchanged.
+        UserError: If the file cannot be read or does not fit the network, which is then unchanged.
     """
     weights = read_weights(path)
     if not any(name.startswith("backbone.") for name in weights):
-        raise ValueError(f"{path}: holds no detector; weights of a backbone alone are for --pretrained")
+        raise UserError(f"{path}: holds no detector; weights of a backbone alone are for --pretrained")
     if not any(name.startswith("neck.") for name in weights):
         return load_state_dict(model, weights, source=str(path), finetune=finetune)
     used = {name: tensor for name, tensor in weights.items() if not name.startswith(UNUSED)}

@@ -8,14 +8,19 @@ Bad input ends with one line that names it and a non-zero exit code; --traceback
 
 import argparse
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+
+if __name__ == "__main__":  # in place of this folder, whose file names might shadow others
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import to_pil_image
 
+from checkpoints import make_folder
 from command_line import ArgumentParser, choose_amp, run_script
 from dense import build_experiment, describe, get_test_parser
 from detection.coco_eval import find_objects, summarise, write_results
@@ -25,7 +30,7 @@ from detection.released import load_detector
 from detection.train import KINDS, build_eval_loader
 from images import save_png
 from runs import compile_if_asked
-from utils import Processes, on_main, signals_noted
+from utils import Processes, UserError, on_main, signals_noted
 
 logger = logging.getLogger("twins")
 
@@ -55,7 +60,7 @@ def run_test(args: argparse.Namespace, processes: Processes) -> None:
     kinds = KINDS[experiment.detector]
     wanted = kinds if "mAP" in args.eval else tuple(dict.fromkeys(args.eval))
     if not set(wanted) <= set(kinds):
-        raise ValueError(f"--eval segm: {experiment.detector} finds no masks; leave segm out")
+        raise UserError(f"--eval segm: {experiment.detector} finds no masks; leave segm out")
     loader = build_eval_loader(args, experiment, processes)
     dataset = loader.dataset
     model = build_detector(experiment, len(dataset.classes), pretrained=False)
@@ -75,7 +80,7 @@ def run_test(args: argparse.Namespace, processes: Processes) -> None:
 
 def build_painter(dataset: Dataset, folder: str, least_score: float) -> Callable[[int, dict[str, Tensor]], None]:
     """Return a function that draws what was found in an image into a file of a folder."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    make_folder(Path(folder))
     index_of = {image_id: index for index, image_id in enumerate(dataset.ids)}
 
     def show(image_id: int, found: dict[str, Tensor]) -> None:

@@ -8,14 +8,19 @@ Bad input ends with one line that names it and a non-zero exit code; --traceback
 
 import argparse
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
+
+if __name__ == "__main__":  # in place of this folder, whose file names might shadow others
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from command_line import loader_options, run_script
+from command_line import choose_amp, loader_options, run_script
 from dense import StepSchedule, Training, get_train_parser, process_batch, run_training
 from detection.coco import GroupedBatches, TrainViews, build_dataset, collate, many_scales, one_scale
 from detection.coco_eval import find_objects, summarise
@@ -63,7 +68,8 @@ def build_training(args: argparse.Namespace, experiment: Experiment, processes: 
         logger.info("%s", load_detector(model, args.finetune, finetune=True))
 
     def evaluate(model: nn.Module) -> dict[str, float]:
-        results = find_objects(model, eval_loader, processes.device, dataset.category_ids)
+        amp_dtype = choose_amp(args.amp, processes.device)
+        results = find_objects(model, eval_loader, processes.device, dataset.category_ids, amp_dtype=amp_dtype)
         figures = summarise(dataset.coco, dataset.ids, results, KINDS[experiment.detector])
         return {f"test_{name}": value for name, value in figures.items()}
 

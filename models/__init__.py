@@ -1,6 +1,23 @@
 """Twins models: importing this package registers them with timm's `create_model`."""
 
-from models.twins import Twins
+import timm
+
+from models.twins import Twins, TwinsError
 from models.weights import LoadReport, load_backbone, load_state_dict, load_weights, read_file, read_weights
 
-__all__ = ["LoadReport", "Twins", "load_backbone", "load_state_dict", "load_weights", "read_file", "read_weights"]
+__all__ = [
+    "LoadReport",
+    "Twins",
+    "TwinsError",
+    "list_models",
+    "load_backbone",
+    "load_state_dict",
+    "load_weights",
+    "read_file",
+    "read_weights",
+]
+
+
+def list_models() -> list[str]:
+    """Return the names of our models, which timm's `create_model` builds."""
+    return [name for name in timm.list_models(module="twins") if not name.startswith("twins_")]

@@ -18,13 +18,31 @@ from torch.utils.flop_counter import register_flop_formula
 PART_BYTES = 4 << 20  # of the hidden layer of an MLP; 2 to 8 MiB measured alike
 LEAST_PRODUCTS = 1 << 21  # multiply-accumulates; in smaller layers the way to oneDNN takes longer than it saves
 
-_enabled = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+def _has_hooks(module: nn.Module) -> bool:
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks)
+
+
+def _is_available() -> bool:
+    """Return True if torch has oneDNN and all its private functions that this file calls."""
+    try:
+        torch._C._functorch.peek_interpreter_stack()
+        _ = torch.autograd.forward_ad._current_level < 0
+        _has_hooks(nn.Identity())
+        return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    except (AttributeError, TypeError):
+        return False
+
+
+AVAILABLE = _is_available()
+_enabled = AVAILABLE
 
 
 def set_enabled(enabled: bool) -> None:
-    """Choose whether the layers of this file may differ from torch's in how they compute."""
+    """Choose whether the layers of this file may differ from torch's in how they compute, where they can."""
     global _enabled
-    _enabled = enabled
+    _enabled = enabled and AVAILABLE
 
 
 def _is_fast(x: Tensor, weight: Tensor) -> bool:
@@ -68,7 +86,7 @@ class Mlp(TimmMlp):
 
     def forward(self, x: Tensor) -> Tensor:
         # The device first, which is quick to see; the parts before the weight, which others may not have.
-        if not (x.is_cpu and self.is_plain() and _is_fast(x, self.fc1.weight)):
+        if not (_enabled and x.is_cpu and self.is_plain() and _is_fast(x, self.fc1.weight)):
             return super().forward(x)
         arguments = x.reshape(-1, x.shape[-1]), self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
         output = mlp_training(*arguments)[0] if torch.is_grad_enabled() else mlp(*arguments)
@@ -82,11 +100,6 @@ class Mlp(TimmMlp):
             and self.act.approximate == "none"
             and not any((self.training and drop.p > 0) or _has_hooks(drop) for drop in (self.drop1, self.drop2))
         )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks)
 
 
 def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:

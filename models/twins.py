@@ -31,6 +31,10 @@ MIN_INPUT_SIZE = 32  # pixels a side: the stride of the last stage
 WINDOW_PADDINGS = ("mask", "zero")
 
 
+class TwinsError(ValueError):
+    """Weights, images or arguments that do not fit the models of this package; the message says what to do."""
+
+
 def conv_channels_last(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     """Apply a convolution to channels-last tokens: `(B, H, W, C)` -> `(B, H', W', C')`, without a copy."""
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -241,7 +245,7 @@ class Twins(nn.Module):
         img_size: Accepted for timm's interface. It is only checked: the network takes any size.
 
     Raises:
-        ValueError: On an unknown `window_padding` or `global_pool`, a head count that does not divide its
+        TwinsError: On an unknown `window_padding` or `global_pool`, a head count that does not divide its
             width, or an image under 32 pixels a side.
     """
 
@@ -268,10 +272,10 @@ class Twins(nn.Module):
     ):
         super().__init__()
         if window_padding not in WINDOW_PADDINGS:
-            raise ValueError(f"window_padding {window_padding!r} is unknown; it is one of {WINDOW_PADDINGS}")
+            raise TwinsError(f"window_padding {window_padding!r} is unknown; it is one of {WINDOW_PADDINGS}")
         for dim, heads in zip(embed_dims, num_heads, strict=True):
             if dim % heads:
-                raise ValueError(f"{heads} attention heads do not divide an embedding of {dim} channels")
+                raise TwinsError(f"{heads} attention heads do not divide an embedding of {dim} channels")
         if img_size is not None:
             _check_image_size(*((img_size, img_size) if isinstance(img_size, int) else img_size))
         self.num_classes = num_classes
@@ -349,7 +353,7 @@ class Twins(nn.Module):
                 those of `forward_features` if the last stage was computed.
         """
         if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt {output_fmt!r} is unknown; it is 'NCHW' or 'NHWC'")
+            raise TwinsError(f"output_fmt {output_fmt!r} is unknown; it is 'NCHW' or 'NHWC'")
         wanted, last_wanted = feature_take_indices(len(self.blocks), indices)
         last = len(self.blocks) - 1
         intermediates = []
@@ -438,7 +442,7 @@ class Twins(nn.Module):
 
 def _check_image_size(height: int, width: int) -> None:
     if height < MIN_INPUT_SIZE or width < MIN_INPUT_SIZE:
-        raise ValueError(
+        raise TwinsError(
             f"images of {height}x{width} pixels are too small for Twins, whose last stage has stride "
             f"{MIN_INPUT_SIZE}; use at least {MIN_INPUT_SIZE}x{MIN_INPUT_SIZE}"
         )
@@ -446,7 +450,7 @@ def _check_image_size(height: int, width: int) -> None:
 
 def _check_pool(global_pool: str) -> str:
     if global_pool not in ("", "avg"):
-        raise ValueError(f"global_pool {global_pool!r} is unknown; it is 'avg', or '' for none")
+        raise TwinsError(f"global_pool {global_pool!r} is unknown; it is 'avg', or '' for none")
     return global_pool
 
 

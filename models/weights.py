@@ -13,10 +13,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
+
+from models.twins import TwinsError
 
 MODEL_KEYS = ("model", "state_dict")
 EMA_KEYS = ("model_ema", "state_dict_ema")
@@ -54,7 +55,7 @@ def read_weights(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]:
         ema: Take the moving average of the weights instead of the weights themselves.
 
     Raises:
-        ValueError: If the file is missing or damaged, would execute code, or holds no such weights.
+        TwinsError: If the file is missing or damaged, would execute code, or holds no such weights.
     """
     content = read_file(path)
     keys = EMA_KEYS if ema else MODEL_KEYS
@@ -62,9 +63,9 @@ def read_weights(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]:
     if holder is not None:
         content = content[holder]
     elif ema:
-        raise ValueError(f"{path}: holds no moving average (EMA) of the weights; load the weights themselves")
+        raise TwinsError(f"{path}: holds no moving average (EMA) of the weights; load the weights themselves")
     if not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise ValueError(
+        raise TwinsError(
             f"{path}: holds no weights; a state dict is expected, bare or under one of {', '.join(keys)}, "
             f"but the file has {_shorten(content)}"
         )
@@ -75,25 +76,35 @@ def read_file(path: str | Path) -> dict:
     """Read a checkpoint onto the CPU without executing anything in it.
 
     Raises:
-        ValueError: If the file is missing, damaged, would execute code or holds no dict.
+        TwinsError: If the file is missing, damaged, would execute code or holds no dict.
     """
     path = Path(path)
     if not path.is_file():
         what = "this is a folder; name a file in it" if path.is_dir() else "there is no such file"
-        raise ValueError(f"{path}: {what}")
+        raise TwinsError(f"{path}: {what}")
     try:
         if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
+            return _read_safetensors(path)
         # The original saved its arguments as a Namespace, a plain record of values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
+    except TwinsError:
+        raise
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from error
+        raise TwinsError(f"{path}: cannot be read ({error})") from error
     except Exception as error:  # the readers raise anything from KeyError to RuntimeError on a bad file
-        raise ValueError(f"{path}: {_why_unreadable(path, error)}") from error
+        raise TwinsError(f"{path}: {_why_unreadable(path, error)}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds a {type(content).__name__}, not a checkpoint; a dict is expected")
+        raise TwinsError(f"{path}: holds a {type(content).__name__}, not a checkpoint; a dict is expected")
     return content
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file  # it comes with timm, but is not among the requirements
+    except ImportError as error:
+        raise TwinsError(f"{path}: install safetensors to read it (pip install safetensors)") from error
+    return load_file(path)
 
 
 def load_state_dict(model: nn.Module, state: dict[str, Tensor], *, source: str, finetune: bool = False) -> LoadReport:
@@ -109,7 +120,7 @@ def load_state_dict(model: nn.Module, state: dict[str, Tensor], *, source: str, 
         finetune: Adapt stem and head instead of refusing them.
 
     Raises:
-        ValueError: If keys are missing, unexpected or of another shape; all are listed. The model is unchanged.
+        TwinsError: If keys are missing, unexpected or of another shape; all are listed. The model is unchanged.
     """
     own = model.state_dict()
     state = dict(state)
@@ -127,7 +138,7 @@ def load_state_dict(model: nn.Module, state: dict[str, Tensor], *, source: str, 
     if missing or unexpected or mismatched:
         lists = {"missing": missing, "unexpected": unexpected, "mismatched": mismatched}
         found = "; ".join(f"{len(names)} {what}: {_shorten(names)}" for what, names in lists.items() if names)
-        raise ValueError(f"{source}: these weights do not fit the model; {found}. {_remedy(model, lists)}")
+        raise TwinsError(f"{source}: these weights do not fit the model; {found}. {_remedy(model, lists)}")
     model.load_state_dict(state, strict=False)
     report.loaded = len(state) - len(report.adapted)
     return report
@@ -140,10 +151,10 @@ def load_backbone(backbone: nn.Module, state: dict[str, Tensor], *, source: str)
     as they were initialised.
 
     Raises:
-        ValueError: If the weights do not fit, or are those of a whole network.
+        TwinsError: If the weights do not fit, or are those of a whole network.
     """
     if any(name.startswith("backbone.") for name in state):
-        raise ValueError(f"{source}: holds a whole network, not a classifier; start from it with --finetune")
+        raise TwinsError(f"{source}: holds a whole network, not a classifier; start from it with --finetune")
     used = {name: tensor for name, tensor in state.items() if not name.startswith(CLASSIFIER)}
     own = backbone.state_dict()
     new = {name: own[name] for name in own if name.startswith("norm_list.") and name not in used}

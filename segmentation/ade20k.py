@@ -21,6 +21,7 @@ import shapes
 from images import decode_image, fitted_size, load_image, make_colours, resize_image
 from models.twins import MIN_INPUT_SIZE
 from segmentation.segmentor import IGNORED_LABEL
+from utils import UserError
 
 SHAPES_TRAIN, SHAPES_VAL = 10_000, 500  # images
 SHAPES_RADII = (0.33, 0.45)  # share of the image's side: one object, rather large
@@ -45,13 +46,13 @@ def build_dataset(kind: str, data_root: str, is_train: bool, shapes_size: int) -
         shapes_size: Pixels a side of the shapes' images.
 
     Raises:
-        ValueError: If the files are missing or do not belong together.
+        UserError: If the files are missing or do not belong together.
     """
     if kind == "shapes":
         return Shapes(is_train, shapes_size)
     root = Path(data_root)
     if not root.is_dir():
-        raise ValueError(f"{root}: there is no such folder; name the one of the data set with --data-root")
+        raise UserError(f"{root}: there is no such folder; name the one of the data set with --data-root")
     split = "training" if is_train else "validation"
     if kind == "ade20k":
         return MaskFolder(root, split, *read_classes(ADE20K_CLASSES), first_label=1)
@@ -77,23 +78,23 @@ class MaskFolder(Dataset):
         self.images, self.labels = root / "images" / split, root / "annotations" / split
         for folder in (self.images, self.labels):
             if not folder.is_dir():
-                raise ValueError(
+                raise UserError(
                     f"{folder} is missing; {root} should hold images/ and annotations/, each with training/ and "
                     "validation/"
                 )
         files = (file for file in self.images.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png"))
         self.files = sorted(file.relative_to(self.images) for file in files)
         if not self.files:
-            raise ValueError(f"{self.images} holds no images (.jpg, .jpeg or .png)")
+            raise UserError(f"{self.images} holds no images (.jpg, .jpeg or .png)")
         pngs = (file for file in self.labels.rglob("*") if file.suffix.lower() == ".png")
         self.label_files = {file.relative_to(self.labels).with_suffix(""): file for file in pngs}
         seen = set()
         for file in self.files:
             if file.with_suffix("") not in self.label_files:
                 label = self.labels / file.with_suffix(".png")
-                raise ValueError(f"{self.images / file}: has no labels; {label} is missing")
+                raise UserError(f"{self.images / file}: has no labels; {label} is missing")
             if file.with_suffix("") in seen:
-                raise ValueError(f"{self.images / file}: is a second image of this name; rename or remove it")
+                raise UserError(f"{self.images / file}: is a second image of this name; rename or remove it")
             seen.add(file.with_suffix(""))
 
     def __len__(self) -> int:
@@ -110,7 +111,7 @@ class MaskFolder(Dataset):
         labels = self._read_labels(label_path)
         if labels.shape != image.shape[1:]:
             (height, width), (h, w) = image.shape[1:], labels.shape
-            raise ValueError(
+            raise UserError(
                 f"{label_path}: has {w}x{h} pixels, but {image_path} {width}x{height}; each pixel needs its label"
             )
         return image, labels
@@ -118,7 +119,7 @@ class MaskFolder(Dataset):
     def _read_labels(self, path: Path) -> Tensor:
         image = decode_image(str(path))
         if image.mode not in ("L", "P", "1"):
-            raise ValueError(
+            raise UserError(
                 f"{path}: is a PNG of mode {image.mode}; labels are a single channel of 8 bits, the class of each pixel"
             )
         stored = np.array(image, dtype=np.int16)
@@ -126,7 +127,7 @@ class MaskFolder(Dataset):
         highest = stored[labels != IGNORED_LABEL].max(initial=0)
         last = len(self.classes) - 1 + self.first_label
         if highest > last:
-            raise ValueError(
+            raise UserError(
                 f"{path}: has the label {highest}, but there are {len(self.classes)} classes, labelled "
                 f"{self.first_label} to {last}; 255 is for pixels to ignore"
             )
@@ -164,19 +165,19 @@ def read_classes(path: Path) -> tuple[list[str], list[tuple[int, ...]]]:
     Such as `traffic light 250 170 30`. Classes without a colour are given one.
 
     Raises:
-        ValueError: If there is no such file or no class in it.
+        UserError: If there is no such file or no class in it.
     """
     try:
         lines = [line.split() for line in path.read_text("utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not in UTF-8 ({error}); save it so") from error
+        raise UserError(f"{path}: is not in UTF-8 ({error}); save it so") from error
     except OSError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: cannot be read ({error.strerror}); it names the classes, one a line, with a colour behind each "
             "if you like: road 128 64 128"
         ) from error
     if not 0 < len(lines) < IGNORED_LABEL:
-        raise ValueError(f"{path}: names {len(lines)} classes; it should be 1 to {IGNORED_LABEL - 1}, one a line")
+        raise UserError(f"{path}: names {len(lines)} classes; it should be 1 to {IGNORED_LABEL - 1}, one a line")
     names, colours = [], make_colours(len(lines))
     for i, words in enumerate(lines):
         has_colour = len(words) > 3 and all(word.isdigit() and int(word) < 256 for word in words[-3:])
@@ -239,7 +240,7 @@ class EvalViews(Dataset):
         sizes = [fitted_size(labels.shape, self.scale, ratio) for ratio in self.ratios]
         smallest = min(sizes, key=min)
         if min(smallest) < MIN_INPUT_SIZE:
-            raise ValueError(
+            raise UserError(
                 f"image {self.dataset.name(index)}: is {smallest[1]}x{smallest[0]} pixels when it is fitted into scale="
                 f"{self.scale} at the least of the ratios, and {MIN_INPUT_SIZE} a side are needed; raise scale, or "
                 "leave small test_ratios out"

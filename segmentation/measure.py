@@ -12,6 +12,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+if __name__ == "__main__":  # in place of this folder, whose file names might shadow others
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
 import torch
 
 from benchmark import count_module_macs

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from segmentation.segmentor import predict
-from utils import all_reduce, stop_if_requested, stop_requested
+from utils import UserError, all_reduce, stop_if_requested, stop_requested
 
 
 class ConfusionMatrix:
@@ -82,7 +82,7 @@ def evaluate(
         **inference: Passed to `segmentor.predict`: `flip`, `window`, `stride`.
 
     Raises:
-        ValueError: If there is no labelled pixel.
+        UserError: If there is no labelled pixel.
         Interrupted: On all processes together, if any of them was asked to stop; the others finish their share.
     """
     model.eval()
@@ -99,5 +99,5 @@ def evaluate(
     stop_if_requested(device)
     matrix.reduce()
     if not matrix.counts.any():
-        raise ValueError("there is no labelled pixel to evaluate")
+        raise UserError("there is no labelled pixel to evaluate")
     return matrix

@@ -11,6 +11,7 @@ from dense import build_backbone
 from models import LoadReport, load_state_dict, read_weights
 from segmentation.configs.recipes import Experiment
 from segmentation.heads import FPN, FCNHead, FPNHead, UPerHead, resize
+from utils import UserError
 
 IGNORED_LABEL = 255  # of pixels that count neither in the loss nor in the evaluation
 UNUSED_WEIGHTS = ("backbone.norm.", "backbone.head.")  # the classifier that the released files still carry
@@ -74,7 +75,7 @@ def build_segmentor(experiment: Experiment, num_classes: int, pretrained: bool) 
     """Build the network of an experiment; its backbone with ImageNet weights if `pretrained`.
 
     Raises:
-        ValueError: If there is no such backbone, or its weights cannot be had or do not fit.
+        UserError: If there is no such backbone, or its weights cannot be had or do not fit.
     """
     weights = experiment.pretrained if pretrained else ""
     backbone = build_backbone(experiment.backbone, weights, drop_path_rate=experiment.drop_path)
@@ -102,11 +103,11 @@ def load_segmentor(model: Segmentor, path: str | Path, finetune: bool = False) -
     With `finetune` heads for other classes stay as they were initialised.
 
     Raises:
-        ValueError: If the file cannot be read or does not fit the network, which is then unchanged.
+        UserError: If the file cannot be read or does not fit the network, which is then unchanged.
     """
     weights = read_weights(path)
     if not any(name.startswith("backbone.") for name in weights):
-        raise ValueError(f"{path}: holds no segmentation network; weights of a backbone alone are for --pretrained")
+        raise UserError(f"{path}: holds no segmentation network; weights of a backbone alone are for --pretrained")
     state = {name: tensor for name, tensor in weights.items() if not name.startswith(UNUSED_WEIGHTS)}
     report = load_state_dict(model, state, source=str(path), finetune=finetune)
     report.skipped += [name for name in weights if name not in state]

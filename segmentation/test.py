@@ -8,8 +8,12 @@ Bad input ends with one line that names it and a non-zero exit code; --traceback
 
 import argparse
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+if __name__ == "__main__":  # in place of this folder, whose file names might shadow others
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 from PIL import Image
@@ -17,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import to_pil_image
 
+from checkpoints import make_folder
 from command_line import ArgumentParser, choose_amp, run_script
 from dense import build_experiment, describe, get_test_parser
 from images import save_png
@@ -77,7 +82,7 @@ def run_test(args: argparse.Namespace, processes: Processes) -> None:
 def build_writer(dataset: Dataset, out: str | None, show_dir: str | None) -> Callable[[int, Tensor], None]:
     """Return a function that writes the prediction of an image to the folders that are asked for."""
     for folder in filter(None, (out, show_dir)):
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        make_folder(Path(folder))
 
     def write(index: int, prediction: Tensor) -> None:
         if out:

@@ -8,20 +8,25 @@ Bad input ends with one line that names it and a non-zero exit code; --traceback
 
 import argparse
 import logging
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
+
+if __name__ == "__main__":  # in place of this folder, whose file names might shadow others
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
 from torch.utils.data import DataLoader
 
-from command_line import loader_options, run_script
+from command_line import choose_amp, loader_options, run_script
 from dense import PolySchedule, Training, describe, get_train_parser, process_batch, run_training
 from samplers import EndlessSampler, EvalSampler, SeededSet
 from segmentation.ade20k import EvalViews, TrainViews, build_dataset
 from segmentation.configs.recipes import Experiment
 from segmentation.miou import evaluate
 from segmentation.segmentor import Segmentor, build_segmentor, load_segmentor
-from utils import Processes
+from utils import Processes, UserError
 
 logger = logging.getLogger("twins")
 
@@ -32,7 +37,8 @@ def build_train_loader(args: argparse.Namespace, experiment: Experiment, process
     views = TrainViews(dataset, experiment.scale, experiment.scale_range, experiment.crop_size)
     sampler = EndlessSampler(
         len(views),
-        length=experiment.eval_interval * experiment.global_batch,
+        steps=experiment.eval_interval,
+        global_batch=experiment.global_batch,
         world_size=processes.world_size,
         rank=processes.rank,
         seed=args.seed,
@@ -63,7 +69,14 @@ def build_training(args: argparse.Namespace, experiment: Experiment, processes: 
         logger.info("%s", load_segmentor(model, args.finetune, finetune=True))
 
     def evaluate_model(model: Segmentor) -> dict[str, float]:
-        matrix = evaluate(model, eval_loader, processes.device, len(classes), **inference_options(experiment))
+        matrix = evaluate(
+            model,
+            eval_loader,
+            processes.device,
+            len(classes),
+            amp_dtype=choose_amp(args.amp, processes.device),
+            **inference_options(experiment),
+        )
         figures = matrix.summary()
         logger.info("%s\n%s", matrix.table(classes), describe(figures))
         return {f"test_{name}": value for name, value in figures.items()}
@@ -84,7 +97,7 @@ def check_batch(experiment: Experiment, processes: Processes) -> None:
     """Refuse single images where a BatchNorm sees nothing else of a map pooled to one pixel."""
     synchronised = processes.world_size > 1 and processes.device.type == "cuda"
     if experiment.head == "upernet" and process_batch(experiment, processes) == 1 and not synchronised:
-        raise ValueError(
+        raise UserError(
             f"batch_size={experiment.batch_size}, global_batch={experiment.global_batch}: the BatchNorms of UPerNet "
             "need two images of each process or more; raise them with --cfg-options, or start fewer processes"
         )

@@ -147,7 +147,7 @@ class Run:
         self.script = script
         self.log = output_dir.with_name(f"{output_dir.name}-{time.monotonic_ns()}.out")
         with open(self.log, "w") as file:
-            env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
             self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
 
     @property

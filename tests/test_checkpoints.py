@@ -11,6 +11,7 @@ import torch
 import checkpoints
 from checkpoints import RunFolder, write_atomically
 from tests.conftest import ROOT
+from utils import UserError
 
 
 def names(folder) -> set[str]:
@@ -35,7 +36,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         file.write(b"half of the new")
         raise OSError("no space left on device")
 
-    with pytest.raises(OSError, match=r"file: cannot be written \(no space left on device\); what was there before"):
+    with pytest.raises(UserError, match=r"file: cannot be written \(no space left on device\); what was there before"):
         write_atomically(path, fail)
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == {"file"}
@@ -155,7 +156,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_set_aside(folder, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(checkpoints.zipfile, "ZipFile", fail)
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(UserError, match=r"checkpoint\.pth: cannot be read \(Input/output error\)"):
         folder.find_checkpoint()
     assert names(folder.path) == {".lock", "checkpoint.pth"}
 

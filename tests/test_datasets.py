@@ -21,10 +21,10 @@ from datasets import (
     RandomCrop,
     ToImages,
     TrainSet,
+    adapt_policy,
     build_dataset,
     build_transform,
     collate_views,
-    move_quickly,
 )
 from main import get_args_parser
 from samplers import SampleKey, TrainSampler
@@ -314,7 +314,9 @@ def test_truncated_image_is_skipped(damaged_folder, caplog):
 def test_posterize_works_at_every_magnitude(name, magnitude):
     """The published policy draws magnitudes up to 10, which ask for 0 bits."""
     image = Image.effect_noise((32, 32), 80).convert("RGB")
-    result = np.asarray(auto_augment.AugmentOp(name, prob=1, magnitude=magnitude)(image))
+    policy = auto_augment.RandAugment([auto_augment.AugmentOp(name, prob=1, magnitude=magnitude)], num_layers=1)
+    adapt_policy(policy)
+    result = np.asarray(policy(image))
     assert result.shape == (32, 32, 3)
     if name == "PosterizeIncreasing" and magnitude == 10:
         assert result.max() == 0
@@ -329,7 +331,7 @@ def test_moved_pixels_are_pillows(name, interpolation):
         auto_augment.RandAugment([auto_augment.AugmentOp(name, prob=1, magnitude=9, hparams=hints)], num_layers=1)
         for _ in range(2)
     ]
-    move_quickly(policies[0])
+    adapt_policy(policies[0])
     for seed in range(20):
         found = []
         for policy in policies:

@@ -185,7 +185,7 @@ def test_learning_rates_and_weight_decay_equal_the_recipes(setting):
     steps = 7330  # of an epoch: 117,266 images, 16 each
     schedule = train_script.build_schedule(experiment, steps)
     args = get_train_parser("").parse_args(["x"])
-    state = build_state(args, experiment, model, schedule, torch.device("cpu"))
+    state = build_state(args, experiment, model, schedule, None, torch.device("cpu"))
     assert isinstance(state.lr_scheduler, StepSchedule)
     iterations = [0, 250, 499, 500, *(epoch * steps + shift for epoch in range(1, epochs) for shift in (-1, 0))]
     for i in iterations:

@@ -283,6 +283,7 @@ def test_weight_decay_of_the_whole_networks():
             experiment,
             model,
             train_script.build_schedule(experiment),
+            None,
             torch.device("cpu"),
         )
         names = {id(parameter): name for name, parameter in model.named_parameters()}

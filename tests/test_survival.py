@@ -156,9 +156,9 @@ def test_another_number_of_processes_goes_on_near_the_same_place(uninterrupted, 
     result = run_command([*command, "--global-batch", "12", "--lr", "1e-30", "--unscale-lr"])
     assert result.returncode == 0, result.stderr
     assert "checkpoint.pth: 3 epochs and 12 images of the next are done" in result.stdout
-    assert "not exactly as before: the global batch is 12, not 8, and with it all that follows it" in result.stdout
-    assert "the epoch goes on at image 12, was at 16" in result.stdout
-    assert "not exactly as before: 1 process(es), not 2, so mixup, drop path and dropout draw" in result.stdout
+    assert "not an exact resume: the global batch changed from 8 to 12, and with it" in result.stdout
+    assert "epoch 3 continues after step 1 of 2, and was at step 2" in result.stdout
+    assert "not an exact resume: 1 process(es), not 2, so mixup, drop path and dropout draw" in result.stdout
     assert "changed since: global_batch 12, was 8" in result.stdout
     assert [line["epoch"] for line in read_log(tmp_path / "run")] == [0, 1, 2, 3]
     # The mean of both processes for the two old steps, 4, and the loss of the step of 12 images that was left.

@@ -5,6 +5,9 @@ A file of this folder is one experiment: `config = mask_rcnn_1x_pvt_setting(back
 
 from dataclasses import dataclass
 
+from dense import check_types
+from utils import UserError
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -38,12 +41,13 @@ class Experiment:
     warmup_ratio: float = 0.001
 
     def __post_init__(self):
+        check_types(self)
         for name, known in (("detector", ("retinanet", "mask_rcnn")), ("dataset", ("coco", "shapes"))):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; it is {', '.join(known)}")
+                raise UserError(f"{name}={getattr(self, name)!r} is unknown; it is {', '.join(known)}")
         for name in ("channels", "head_std", "proposals", "roi_samples", "batch_size", "global_batch", "epochs", "lr"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} is not above 0")
+                raise UserError(f"{name}={getattr(self, name)} is not above 0")
 
 
 def retinanet_1x_pvt_setting(backbone: str, **changes) -> Experiment:

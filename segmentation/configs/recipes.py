@@ -5,6 +5,9 @@ A file of this folder is one experiment: `config = upernet_swin_setting(backbone
 
 from dataclasses import dataclass
 
+from dense import check_types
+from utils import UserError
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -44,31 +47,32 @@ class Experiment:
     stride: int = 0  # pixels between windows
 
     def __post_init__(self):
+        check_types(self)
         for name, known in (("head", ("upernet", "fpn")), ("dataset", ("ade20k", "folder", "shapes"))):
             if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; it is {', '.join(known)}")
+                raise UserError(f"{name}={getattr(self, name)!r} is unknown; it is {', '.join(known)}")
         for name in ("channels", "neck_channels", "batch_size", "global_batch", "iterations", "eval_interval", "lr"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} is not above 0")
+                raise UserError(f"{name}={getattr(self, name)} is not above 0")
         for name in ("weight_decay", "warmup_iterations", "power", "min_lr"):
             if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} is below 0")
+                raise UserError(f"{name}={getattr(self, name)} is below 0")
         if not 0 <= self.drop_path < 1:
-            raise ValueError(f"drop_path={self.drop_path} is not between 0 and 1")
+            raise UserError(f"drop_path={self.drop_path} is not between 0 and 1")
         if min(*self.scale, self.crop_size) < 32:
-            raise ValueError(f"scale={self.scale}, crop_size={self.crop_size}: sides of 32 pixels are the least")
+            raise UserError(f"scale={self.scale}, crop_size={self.crop_size}: sides of 32 pixels are the least")
         if not 0 < self.scale_range[0] <= self.scale_range[1]:
-            raise ValueError(f"scale_range={self.scale_range}: the lower factor comes first, and both are above 0")
+            raise UserError(f"scale_range={self.scale_range}: the lower factor comes first, and both are above 0")
         if not self.test_ratios or min(self.test_ratios) <= 0:
-            raise ValueError(f"test_ratios={self.test_ratios}: one factor above 0 or more are needed")
+            raise UserError(f"test_ratios={self.test_ratios}: one factor above 0 or more are needed")
         if 0 < self.window < 32:
-            raise ValueError(f"window={self.window}: sides of 32 pixels are the least")
+            raise UserError(f"window={self.window}: sides of 32 pixels are the least")
         if self.iterations % self.eval_interval:
-            raise ValueError(
+            raise UserError(
                 f"iterations={self.iterations} is no multiple of eval_interval={self.eval_interval}; change either"
             )
         if self.window and not 0 < self.stride <= self.window:
-            raise ValueError(f"stride={self.stride} is not between 1 and window={self.window}")
+            raise UserError(f"stride={self.stride} is not between 1 and window={self.window}")
 
 
 def upernet_swin_setting(backbone: str, **changes) -> Experiment:
