@@ -298,7 +298,7 @@ def end_run(message: str, code: int, agreed: bool) -> NoReturn:
 def one_line(error: Exception) -> str:
     """Return the message of an error in one line; of one from a data-loading process, less the traceback before it."""
     message = str(error).strip() or type(error).__name__
-    if re.match(r"Caught \w+ in DataLoader worker process \d+\.\nOriginal Traceback", message):
+    if re.match(r"Caught \w+ in DataLoader worker process \d+\.\nOriginal ", message):
         raised = message.rpartition("Traceback (most recent call last):\n")[2]
         raised = re.sub(r"\A(?:[ \t].*\n|\n)*", "", raised)  # the lines of code that lead to it
         message = raised.partition(": ")[2] or raised

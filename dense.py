@@ -65,6 +65,8 @@ def load_experiment(path: str | Path, changes: Sequence[str] = ()) -> Any:
         raise UserError(f"{path}: there is no such config{nearest(Path(path).name, others)}")
     try:
         config = runpy.run_path(str(path)).get("config")
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     except (ImportError, NameError, SyntaxError, TypeError) as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         raise UserError(f"{path}: {f'there is no such key: {unknown[1]}' if unknown else error}") from error

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from command_line import choose_amp, loader_options, run_script
 from dense import PolySchedule, Training, describe, get_train_parser, process_batch, run_training
+from models.twins import MIN_INPUT_SIZE
 from samplers import EndlessSampler, EvalSampler, SeededSet
 from segmentation.ade20k import EvalViews, TrainViews, build_dataset
 from segmentation.configs.recipes import Experiment
@@ -96,9 +97,10 @@ def build_training(args: argparse.Namespace, experiment: Experiment, processes: 
 def check_batch(experiment: Experiment, processes: Processes) -> None:
     """Refuse single images where a BatchNorm sees nothing else of a map pooled to one pixel."""
     synchronised = processes.world_size > 1 and processes.device.type == "cuda"
-    if experiment.head == "upernet" and process_batch(experiment, processes) == 1 and not synchronised:
+    one_pixel = experiment.head == "upernet" or experiment.crop_size < 2 * MIN_INPUT_SIZE
+    if one_pixel and process_batch(experiment, processes) == 1 and not synchronised:
         raise UserError(
-            f"batch_size={experiment.batch_size}, global_batch={experiment.global_batch}: the BatchNorms of UPerNet "
+            f"batch_size={experiment.batch_size}, global_batch={experiment.global_batch}: the BatchNorms of the head "
             "need two images of each process or more; raise them with --cfg-options, or start fewer processes"
         )
 

@@ -249,6 +249,50 @@ def test_training_views_are_cropped_flipped_and_padded(ade20k_folder):
     assert 0 < padded < 40
 
 
+class Places(torch.utils.data.Dataset):
+    """One image whose pixels have their label as each of their three levels; labels grow to the right."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int):
+        labels = torch.arange(40 * 60, dtype=torch.int64).view(40, 60) % 90
+        return labels.to(torch.uint8).expand(3, -1, -1), labels.to(torch.uint8)
+
+
+def test_images_and_labels_are_flipped_together_half_of_the_time(monkeypatch):
+    monkeypatch.setattr(ade20k, "distort_colours", lambda image: image)
+    monkeypatch.setattr(ade20k, "normalise", lambda image: image)
+    np.random.seed(0)
+    flips = []
+    for _ in range(200):
+        image, labels = TrainViews(Places(), (60, 40), (1.0, 1.0), 32)[0]
+        assert torch.equal(image[0], labels)
+        flips.append(bool(labels[0, 0] > labels[0, 1]) if labels[0, 0] not in (0, 89) else None)
+    decided = [flip for flip in flips if flip is not None]
+    assert 0.4 < np.mean(decided) < 0.6
+
+
+def test_training_images_are_distorted_in_their_colours(monkeypatch):
+    views = TrainViews(Places(), (60, 40), (1.0, 1.0), 32)
+    np.random.seed(0)
+    distorted = [views[0][0] for _ in range(10)]
+    monkeypatch.setattr(ade20k, "distort_colours", lambda image: image)
+    np.random.seed(0)
+    plain = [views[0][0] for _ in range(10)]
+    assert sum(not torch.equal(a, b) for a, b in zip(distorted, plain, strict=True)) > 7
+
+
+def test_training_images_are_resized_by_a_random_factor():
+    """Without a crop that cuts anything, the view shows the whole image at its size."""
+    views = TrainViews(Places(), (60, 40), (0.5, 2.0), 200)
+    np.random.seed(0)
+    heights = [int((views[0][1] != IGNORED_LABEL).any(1).sum()) for _ in range(60)]
+    assert min(heights) < 25
+    assert max(heights) > 72
+    assert len(set(heights)) > 30
+
+
 def test_views_of_an_evaluation(ade20k_folder):
     dataset = build_dataset("ade20k", str(ade20k_folder), False, 0)
     index, images, labels = EvalViews(dataset, (2048, 64), (0.5, 1.0, 1.75))[2]

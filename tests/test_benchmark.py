@@ -25,6 +25,7 @@ def run(capsys, *argv) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_model_beside_timms(tmp_path, capsys):
     report = tmp_path / "report.json"
     output = run(capsys, "alt_gvt_small", "--compare", "timm", *SMALL, "--threads", "1", "--json", report)
@@ -44,6 +45,7 @@ def test_a_model_beside_timms(tmp_path, capsys):
     assert rows[0]["images_per_second"] > rows[1]["images_per_second"]
 
 
+@pytest.mark.slow
 def test_backbones_of_dense_tasks(tmp_path, capsys):
     options = [*SMALL[:-2], "--input-size", "70", "100", "--features", "--mode", "inference"]
     run(capsys, "alt_gvt_small", "--compare", "timm", *options, "--json", tmp_path / "report.json")
@@ -62,6 +64,7 @@ def test_outputs_that_differ_are_not_compared():
     assert benchmark.check_outputs(ours, same) == 0
 
 
+@pytest.mark.slow
 def test_times_are_those_of_one_call():
     calls = []
 
@@ -77,6 +80,7 @@ def test_times_are_those_of_one_call():
     assert runs.lstrip("s").lstrip("l").count("sl") == 3  # in turns, after the warm-up
 
 
+@pytest.mark.slow
 def test_input_pipelines(image_folder, tmp_path, capsys):
     options = ["--data", image_folder, "--batch-size", "4", "--turns", "2", "--workers", "0", "--device", "cpu"]
     output = run(capsys, *options, "--json", tmp_path / "report.json")
@@ -95,6 +99,7 @@ def test_images_of_the_pipeline(tmp_path):
             assert [sorted(batch[0].shape) for batch in build(options)] == [[2, 3, 224, 224]] * batches
 
 
+@pytest.mark.slow
 def test_epochs_of_training(tmp_path, capsys):
     benchmark.write_images(tmp_path / "images", (50, 40), count=2)
     options = ["--data", tmp_path / "images", "--epoch", "--batch-size", "2", "--turns", "1", "--workers", "0"]
@@ -105,6 +110,7 @@ def test_epochs_of_training(tmp_path, capsys):
     assert rows[1]["images_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_parts_have_the_same_results_both_ways(tmp_path, capsys):
     for part in benchmark.build_parts():
         found = []
@@ -129,11 +135,16 @@ def test_broken_images_are_named_by_their_own_file(tmp_path, capsys):
     assert f"{broken}: cannot be read as an image" in fails(capsys, benchmark, "--data", str(tmp_path))
 
 
+@pytest.mark.slow
+def test_what_timms_models_do_not_support_is_named(capsys):
+    options = ["alt_gvt_small", "--compare", "timm", "--grad-checkpointing", "--device", "cpu"]
+    assert "twins_svt_small does not support it" in fails(capsys, benchmark, *options)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["alt_gvt_tiny", "--compare", "timm"], "timm has no twin of alt_gvt_tiny"),
-        (["alt_gvt_small", "--compare", "timm", "--grad-checkpointing"], "twins_svt_small does not support it"),
         (["alt_gvt"], "model 'alt_gvt' is unknown; did you mean"),
         (["alt_gvt_tiny", "--input-size", "1", "2", "3"], "--input-size 1 2 3: give a side, or height and width"),
         (["alt_gvt_tiny", "--input-size", "16"], "16x16 pixels are too small"),

@@ -1,6 +1,7 @@
 """Files that stay whole, older ones to fall back on, and a folder that only one run writes to."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -46,6 +47,16 @@ def test_log_is_one_json_line_for_each_epoch(folder):
     history = [{"epoch": 0, "test_acc1": 1.5}, {"epoch": 1, "test_acc1": 2.5}]
     folder.write_log(history)
     assert [json.loads(line) for line in (folder.path / "log.txt").read_text().splitlines()] == history
+
+
+def test_the_log_is_valid_json_whatever_the_figures(folder):
+    def refuse(name):
+        raise ValueError(f"{name} is not JSON")
+
+    folder.write_log([{"epoch": 0, "loss": math.nan, "best": math.inf, "lr": 1e-3, "name": "x"}])
+    (line,) = (folder.path / "log.txt").read_text().splitlines()
+    expected = {"epoch": 0, "loss": None, "best": None, "lr": 1e-3, "name": "x"}
+    assert json.loads(line, parse_constant=refuse) == expected
 
 
 def test_older_checkpoints_are_kept(folder):
@@ -159,6 +170,15 @@ def test_a_checkpoint_that_cannot_be_read_is_not_set_aside(folder, monkeypatch):
     with pytest.raises(UserError, match=r"checkpoint\.pth: cannot be read \(Input/output error\)"):
         folder.find_checkpoint()
     assert names(folder.path) == {".lock", "checkpoint.pth"}
+
+
+def test_folders_that_cannot_be_made_are_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/pictures: the folder cannot be made \(Not a directory\)"):
+        checkpoints.make_folder(tmp_path / "file/pictures")
+    checkpoints.make_folder(tmp_path / "new/pictures")
+    checkpoints.make_folder(tmp_path / "new/pictures")
+    assert (tmp_path / "new/pictures").is_dir()
 
 
 def test_a_new_run_finds_nothing(folder):

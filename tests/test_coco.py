@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -179,6 +180,26 @@ def test_a_mirrored_sample_fits_together(sample, monkeypatch):
     assert random_flip(*sample)[0] is sample[0]
 
 
+def test_boxes_are_clipped_to_the_resized_image(sample):
+    image, target = sample
+    target["boxes"] = torch.tensor([[-5.0, 20, 40, 70], [60, 5, 95, 25]])  # over the left, lower and right border
+    _, resized = resize(image, target, (120, 180))
+    assert resized["boxes"].tolist() == [[0, 40, 80, 120], [120, 10, 180, 50]]
+
+
+@pytest.mark.parametrize("augment", [partial(one_scale, scale=(90, 60)), many_scales], ids=["one scale", "many scales"])
+def test_samples_are_mirrored_half_of_the_time(augment, sample):
+    """The first channel grows to the right, and falls where the image was mirrored."""
+    np.random.seed(0)
+    mirrored = []
+    for _ in range(100):
+        image, target = augment(*copy.deepcopy(sample))
+        row = image[0, 0].int()
+        mirrored.append(bool(row[0] > row[-1]))
+        assert_boxes_fit(target, tolerance=max(image.shape) / 20)
+    assert 0.35 < np.mean(mirrored) < 0.65
+
+
 def test_a_resized_sample_fits_together(sample):
     image, target = resize(*sample, (45, 120))
     assert image.shape == (3, 45, 120)
@@ -247,6 +268,43 @@ def test_batches_are_grouped_and_the_same_for_any_number_of_processes(world_size
             sampler.set_epoch(epoch, step=2)
             assert [[key.index for key in batch] for batch in sampler] == part[2 * per_step :]
             assert len(sampler) == 3 * per_step
+
+
+def orders(epochs=2, count=40, **options) -> list[list[int]]:
+    """Return the indices of each epoch, in their order."""
+    sizes = [(10, 20) if i % 3 else (20, 10) for i in range(count)]
+    sampler = GroupedBatches(sizes, **({"batch_size": 2, "global_batch": 4, "seed": 1} | options))
+    found = []
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        found.append([key.index for batch in sampler for key in batch])
+    return found
+
+
+def test_batches_are_shuffled_anew_in_each_epoch():
+    first, second = orders()
+    assert set(first) == set(second) == set(range(40))
+    assert first != second
+    assert orders() == [first, second]
+    assert orders(seed=2)[0] != first
+    for order in (first, second):
+        wide = [index % 3 != 0 for index in order[::4]]  # of each step
+        assert wide not in (sorted(wide), sorted(wide, reverse=True))  # groups are mixed
+        for of_group in ([i for i in order if i % 3], [i for i in order if i % 3 == 0]):
+            assert of_group != sorted(of_group)
+    steps = [sorted(order[i : i + 4]) for order in (first, second) for i in range(0, len(order), 4)]
+    assert len({tuple(step) for step in steps}) > len(steps) * 0.9  # images are mixed within a group, too
+
+
+def test_another_global_batch_continues_within_the_epoch():
+    """Groups are filled up to whole steps, so an epoch has fewer images where steps are smaller."""
+    sizes = [(10, 20)] * 3 + [(20, 10)]
+    for global_batch, expected in ((1, 4), (2, 3), (4, 1), (8, 0)):
+        sampler = GroupedBatches(sizes, batch_size=1, global_batch=global_batch)
+        step = sampler.nearest_step(3, 2)
+        assert step == expected
+        sampler.set_epoch(0, step)
+        assert len(sampler) == len(list(sampler)) == (sampler.steps - step) * global_batch
 
 
 def test_batches_keep_images_and_targets_together(coco_folder):

@@ -1,6 +1,8 @@
 """The layers for CPUs against torch's own."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -11,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import cpu
 from models.cpu import Linear, Mlp
+from tests.conftest import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -163,6 +166,7 @@ def test_gradients_of_gradients(kind):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 def test_functional_transforms(kind):
     ours, peer = build(kind)
@@ -201,6 +205,33 @@ def test_operations_are_counted():
         return counter.get_total_flops()
 
     assert count() == run_plain(count)
+
+
+PRIVATE = [
+    "torch._C._functorch.peek_interpreter_stack",
+    "torch.autograd.forward_ad._current_level",
+]
+WITHOUT = """
+import timm, torch  # which may call what is removed as it is imported
+{removal}
+import models
+from models import cpu
+model = timm.create_model("alt_gvt_tiny", num_classes=3)
+model(torch.randn(2, 3, 64, 64)).sum().backward()
+cpu.set_enabled(True)
+model.eval()(torch.randn(2, 3, 64, 64))
+print(cpu.AVAILABLE, cpu._enabled)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [None, *PRIVATE])
+def test_a_torch_without_its_private_functions_is_enough(name):
+    code = WITHOUT.format(removal=f"del {name}" if name else "")
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    expected = torch.backends.mkldnn.is_available() and name is None
+    assert result.stdout.split() == [str(expected)] * 2
 
 
 @pytest.mark.parametrize("name", ["pcpvt_tiny", "alt_gvt_tiny"])

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from datasets import (
     IGNORED_TARGET,
+    POLICIES,
     BadImageError,
     EvalSet,
     RandomCrop,
@@ -25,6 +26,7 @@ from datasets import (
     build_dataset,
     build_transform,
     collate_views,
+    posterize,
 )
 from main import get_args_parser
 from samplers import SampleKey, TrainSampler
@@ -307,6 +309,28 @@ def test_truncated_image_is_skipped(damaged_folder, caplog):
     assert f"skipped: {damaged_folder / 'val/n01440764/1.JPEG'}" in caplog.text
     assert image.shape == (3, 48, 48)
     assert label == IGNORED_TARGET
+
+
+def test_policies_of_other_code_stay_as_they_are():
+    """Neither importing this project nor building its transforms changes timm."""
+    build_transform(True, options("--data-path", "."))
+    assert auto_augment.NAME_TO_OP["Posterize"] is auto_augment.posterize
+    assert auto_augment.NAME_TO_OP["ShearX"] is auto_augment.shear_x
+
+
+@pytest.mark.parametrize("name", ["rand-m9-mstd0.5-inc1", "augmix-m5-w4-d2", "original", "v0"])
+def test_operations_of_every_policy_are_adapted(name):
+    transform = build_transform(True, options("--data-path", ".", "--aa", name))
+    (policy,) = [each for each in transform.transforms if isinstance(each, POLICIES)]
+    operations = policy.ops if hasattr(policy, "ops") else [each for pair in policy.policy for each in pair]
+    for operation in operations:
+        if operation.name.startswith("Posterize"):
+            assert operation.aug_fn is posterize
+        moves = operation.name.startswith(("Shear", "Translate"))
+        assert moves == (operation.aug_fn.__module__ == "datasets" and operation.aug_fn is not posterize)
+    seed_generators(0)
+    photo = Image.effect_noise((60, 50), 80).convert("RGB")
+    assert all(transform(photo).pixels.shape == (48, 48, 3) for _ in range(50))
 
 
 @pytest.mark.parametrize("name", ["Posterize", "PosterizeIncreasing", "PosterizeOriginal"])

@@ -55,7 +55,15 @@ def test_files_without_an_experiment_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"recipes\.py: defines no experiment"):
         load_experiment(configs / "recipes.py")
     recipe = "from segmentation.configs.recipes import fpn_pvt_setting\nconfig = fpn_pvt_setting('pcpvt_tiny', {})\n"
-    for fault, message in (("chanels=3", "there is no such key: chanels"), ("channels=", "invalid syntax")):
+    faults = {
+        "chanels=3": "there is no such key: chanels",
+        "channels=": "invalid syntax",
+        "crop_size=(128, 96)": r"crop_size=\(128, 96\) is not of type int",
+        "scale=64": r"scale=64 is not of type tuple\[int, int\]",
+        "head=None": "head=None is not of type str",
+        "pretrained=3": "pretrained=3 is not of type str",
+    }
+    for fault, message in faults.items():
         (tmp_path / "mine.py").write_text(recipe.format(fault))
         with pytest.raises(ValueError, match=rf"mine\.py: .*{message}"):
             load_experiment(tmp_path / "mine.py")

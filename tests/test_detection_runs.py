@@ -12,12 +12,13 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from dense import StepSchedule, build_state, get_train_parser, load_experiment
-from detection import coco
+from detection import coco, coco_eval
 from detection import test as test_script
 from detection import train as train_script
-from detection.detectors import build_detector
+from detection.detectors import TwinsMaskRCNN, build_detector
 from detection.pictures import draw_detections
 from tests.conftest import BACKBONES, ROOT, Run, assert_same_run, fails, read_log, run_bash_in
+from tests.test_engine import on_processes
 
 FOLDER = ROOT / "detection"
 MASK = "configs/mask_rcnn_alt_gvt_s_fpn_1x_coco_pvt_setting.py"
@@ -40,6 +41,7 @@ def trained(coco_folder, tmp_path_factory):
     return folder, result.stdout
 
 
+@pytest.mark.slow
 def test_a_training_leaves_what_is_promised(trained):
     folder, output = trained
     names = {"args.json", "log.txt", "checkpoint.pth", "checkpoint.1.pth", "checkpoint_best.pth", ".lock"}
@@ -54,6 +56,7 @@ def test_a_training_leaves_what_is_promised(trained):
     assert [line["train_lr"] for line in lines] == pytest.approx([1e-3 * np.mean(warmth), 1e-4])
 
 
+@pytest.mark.slow
 def test_figures_equal_pycocotools_on_the_written_results(trained, coco_folder, tmp_path):
     folder, _ = trained
     options = [*TINY, "--data-root", coco_folder, "--out", tmp_path / "new/results.json", "--cfg-options", *SMALL]
@@ -80,6 +83,7 @@ def test_figures_equal_pycocotools_on_the_written_results(trained, coco_folder, 
     assert outputs[0].count("Average Precision") == 12
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_an_uninterrupted_one(coco_folder, tmp_path, start):
     """Two processes, with everything that is drawn at random, killed in each epoch."""
     script = "detection/train.py"
@@ -97,6 +101,69 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(coco_folder, tmp_path, start)
     assert run.end() == 0, run.output
     assert "resumed" in run.output
     assert_same_run(tmp_path / "run", tmp_path / "straight", ("checkpoint.pth", "checkpoint_best.pth"))
+
+
+def evaluate_on_two(rank: int) -> tuple:
+    """Evaluate true objects as found ones; return what this process gathered, evaluated and was told."""
+    coco.SHAPES_VAL = 5
+    dataset = coco.build_dataset("shapes", "", False, 64)
+
+    class Truth(torch.nn.Module):
+        def forward(self, images):
+            targets = [dataset[i][1] for image in images for i in range(5) if torch.equal(dataset[i][0], image)]
+            kept = [{name: target[name] for name in ("boxes", "labels", "masks")} for target in targets]
+            return [{**target, "scores": torch.ones(len(target["labels"]))} for target in kept]
+
+    evaluated = []
+    coco_eval._evaluate = lambda *args, wrapped=coco_eval._evaluate: evaluated.append(1) or wrapped(*args)
+    loader = ([[image], [target]] for image, target in (dataset[i] for i in range(rank, 5, 2)))
+    results = coco_eval.find_objects(Truth(), loader, torch.device("cpu"), dataset.category_ids)
+    figures = coco_eval.summarise(dataset.coco, dataset.ids, results, ("bbox", "segm"))
+    return (None if results is None else len({row["image_id"] for row in results})), len(evaluated), figures
+
+
+@pytest.mark.slow
+def test_the_main_process_alone_computes_the_figures(tmp_path):
+    main, other = on_processes(2, evaluate_on_two, tmp_path)
+    assert main[:2] == (5, 2)  # all images, both kinds
+    assert other[:2] == (None, 0)
+    assert main[2] == other[2]
+    assert main[2]["bbox_AP"] == main[2]["segm_AP"] == pytest.approx(1)
+
+
+def test_another_global_batch_continues_the_run(coco_folder, tmp_path, capsys):
+    command = [FOLDER / MASK, *TINY, "--data-root", coco_folder, "--work-dir", tmp_path, "--print-freq", "1"]
+    changes = ["--cfg-options", *SMALL, "epochs=1"]
+    train_script.main([str(each) for each in (*command, *changes)])
+    capsys.readouterr()
+    changes += ["epochs=2", "global_batch=1"]
+    train_script.main([str(each) for each in (*command, "--auto-resume", *changes)])
+    output = capsys.readouterr().out
+    message = "the global batch changed from 2 to 1, and with it the images of a step; epoch 1 continues after step 0"
+    assert message in output
+    assert "epoch 1 [4/4]" in output
+    checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    torch.save(checkpoint | {"epoch": 1, "position": 3, "history": checkpoint["history"][:1]}, tmp_path / "middle.pth")
+    for batch, place in ((2, "after step 1 of 3"), (4, "after step 0 of 2")):
+        changes[-1] = f"global_batch={batch}"
+        resumed = [*command[:-4], "--work-dir", tmp_path / str(batch), "--resume", tmp_path / "middle.pth"]
+        train_script.main([str(each) for each in (*resumed, *changes)])
+        assert f"epoch 1 continues {place}, and was at step 3" in capsys.readouterr().out
+
+
+def test_mixed_precision_reaches_the_evaluation(coco_folder, tmp_path, monkeypatch):
+    seen = set()
+    forward = TwinsMaskRCNN.forward
+    monkeypatch.setattr(
+        TwinsMaskRCNN,
+        "forward",
+        lambda self, *args: seen.add((self.training, torch.is_autocast_enabled("cpu"))) or forward(self, *args),
+    )
+    for amp in ("off", "bf16"):
+        seen.clear()
+        command = [FOLDER / MASK, *TINY, "--data-root", coco_folder, "--work-dir", tmp_path / amp, "--amp", amp]
+        train_script.main([str(each) for each in (*command, "--cfg-options", *SMALL, "epochs=1")])
+        assert seen == {(True, amp == "bf16"), (False, amp == "bf16")}
 
 
 @pytest.mark.parametrize("config", [MASK, RETINA])
@@ -122,6 +189,7 @@ def test_images_without_objects_have_finite_losses_and_gradients(config):
         assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [MASK, RETINA])
 def test_compiled_and_half_precision_detectors(config):
     """The backbone alone is compiled, and images of several sizes are no trouble."""
@@ -222,6 +290,7 @@ def test_bad_options_of_a_training(options, message, coco_folder, tmp_path, caps
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_weights_that_do_not_fit_are_refused(trained, coco_folder, tmp_path, capsys):
     folder, _ = trained
     options = [*TINY, "--data-root", coco_folder, "--cfg-options", *SMALL]

@@ -3,6 +3,7 @@
 import copy
 import os
 import signal
+from typing import NamedTuple
 
 import pytest
 import timm
@@ -154,6 +155,7 @@ def train_into_nan(rank: int) -> str:
     return "trained on"
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_all_processes_together(tmp_path):
     messages = on_processes(2, train_into_nan, tmp_path)
     assert messages[0] == messages[1]
@@ -174,6 +176,7 @@ def train_with_a_restart(rank: int) -> bool:
     return all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
+@pytest.mark.slow
 def test_gradients_are_added_in_one_order_whenever_a_run_was_restarted(tmp_path):
     """It takes three numbers for their order to matter."""
     assert on_processes(3, train_with_a_restart, tmp_path) == [True, True, True]
@@ -195,6 +198,7 @@ def skip_on_one(rank: int) -> list:
     return [same, stats == expected, meter.step, meter.taken, meter.skipped]
 
 
+@pytest.mark.slow
 def test_a_skipped_step_leaves_no_trace_on_any_process(tmp_path):
     assert on_processes(2, skip_on_one, tmp_path) == [[True, True, 3, 2, 1]] * 2
 
@@ -241,6 +245,7 @@ def running_statistics(rank: int) -> list[float]:
     return [buffer.double().sum().item() for module in (model, ema) for buffer in module.buffers()]
 
 
+@pytest.mark.slow
 def test_processes_evaluate_with_the_same_statistics(tmp_path):
     statistics = on_processes(2, running_statistics, tmp_path)
     assert statistics[0] == statistics[1]
@@ -304,6 +309,7 @@ def stop_one(rank: int) -> tuple:
     return saved, None
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
     assert on_processes(2, stop_one, tmp_path) == [([2], signal.SIGUSR1)] * 2
 
@@ -325,6 +331,7 @@ def count_exchanges(rank: int) -> list[int]:
     return counts
 
 
+@pytest.mark.slow
 def test_accumulated_batches_exchange_gradients_once(tmp_path):
     assert on_processes(2, count_exchanges, tmp_path) == [[6, 3, 2]] * 2
 
@@ -384,3 +391,15 @@ def test_nested_batches_move():
     moved = to_device(batch, torch.device("meta"))
     assert moved["images"][1].device.type == "meta"
     assert moved["sizes"] == (3, "name")
+
+
+class Batch(NamedTuple):
+    images: torch.Tensor
+    sizes: list[int]
+
+
+def test_named_tuples_move():
+    moved = to_device(Batch(torch.ones(1), [3]), torch.device("meta"))
+    assert type(moved) is Batch
+    assert moved.images.device.type == "meta"
+    assert moved.sizes == [3]

@@ -1,8 +1,11 @@
 """main.py as its users run it: launchers, training, resuming, evaluating, schedules and bad input."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -27,6 +30,7 @@ from tests.conftest import (
     TINY,
     assert_same_run,
     damage_jpeg,
+    free_port,
     launch,
     read_log,
     read_size,
@@ -162,6 +166,7 @@ def test_a_worse_epoch_does_not_replace_the_best_checkpoint(trained, image_folde
     assert torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)["best"]["test_acc1"] == 101.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_training_on_two_processes(launcher, image_folder, tmp_path):
     options = ["--data-path", image_folder, "--epochs", 1, "--output_dir", tmp_path, "--dist-eval"]
@@ -173,6 +178,7 @@ def test_training_on_two_processes(launcher, image_folder, tmp_path):
     assert len(torch.load(tmp_path / "checkpoint.pth", weights_only=True)["random_states"]) == 2
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_same_steps_as_one(image_folder, tmp_path):
     """Without what is random on each process, one process with twice the batch is the same run."""
     plain = ["--data-path", image_folder, "--epochs", "1", "--warmup-epochs", "0", "--drop-path", "0", "--mixup", "0"]
@@ -188,6 +194,7 @@ def test_two_processes_take_the_same_steps_as_one(image_folder, tmp_path):
     assert two_line == pytest.approx(one_line, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluation_is_exact_for_any_number_of_processes(trained, image_folder):
     folder, _, _ = trained
     command = ["--eval", "--resume", folder / "checkpoint.pth", *TINY, "--data-path", image_folder]
@@ -389,6 +396,14 @@ def test_help_names_each_group():
         (["--data-set", "SHAPES", "--amp", "fp16"], "--amp fp16 needs a GPU"),
         (["--data-set", "SHAPES", "--device", "gpu"], "--device 'gpu' is unknown"),
         (["--data-set", "SHAPES", "--opt", "adamm"], "--opt adamm cannot be built"),
+        (["--data-set", "SHAPES", "--opt-betas", "0.9"], "--opt adamw --opt-betas 0.9: this optimizer has 2 betas"),
+        (["--data-set", "SHAPES", "--opt-betas", "0.9", "0.9", "0.9"], "this optimizer has 2 betas; give as many"),
+        (["--data-set", "SHAPES", "--opt", "sgd", "--opt-betas", "0.9"], "--opt-betas 0.9: this optimizer has 0 betas"),
+        (
+            ["--data-set", "SHAPES", "--opt", "adahessian"],
+            "adahessian: second-order optimizers are not supp",
+        ),
+        (["--lr", "inf"], "argument --lr: 'inf' is no number above 0"),
     ],
 )
 def test_bad_arguments_end_with_one_line(argv, message, run_in_process, tmp_path):
@@ -439,6 +454,7 @@ def test_a_new_run_does_not_write_over_an_old_one(trained, image_folder, run_in_
     assert {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"} == before
 
 
+@pytest.mark.slow
 def test_a_truncated_image_ends_the_run_or_is_skipped(image_folder, tmp_path):
     """With loading processes, whose errors come wrapped in tracebacks."""
     shutil.copytree(image_folder, tmp_path / "data")
@@ -456,11 +472,38 @@ def test_a_truncated_image_ends_the_run_or_is_skipped(image_folder, tmp_path):
     assert f"skipped: {path}" in result.stdout
 
 
+@pytest.mark.slow
 def test_more_processes_than_images(image_folder, tmp_path):
     result = launch("torchrun", 3, *TINY, "--batch-size", "10", "--data-path", image_folder)
     assert result.returncode != 0
     message = "error: the training set has 24 images, fewer than one global batch of 30; lower --batch-size"
     assert f"main.py: {message}" in result.stderr
+
+
+@pytest.mark.slow
+def test_processes_meet_at_the_address_given(image_folder, tmp_path):
+    """Two plain processes, of which no launcher says where they meet."""
+    command = ["main.py", *TINY, "--data-path", image_folder, "--epochs", 1, "--output_dir", tmp_path]
+    command = [sys.executable, *map(str, command), "--dist_url", f"tcp://127.0.0.1:{free_port()}"]
+    env = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
+    env |= {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(command, cwd=ROOT, env=env | {"RANK": rank}, stdout=subprocess.PIPE, text=True)
+        for rank in ("0", "1")
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert "4 images x 2 processes x 1 accumulated = global batch 8" in outputs[0]
+
+
+def test_a_bad_address_is_named(monkeypatch, run_in_process):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for url in ("nowhere", "env://"):
+        _, error = run_in_process("--device", "cpu", "--dist_url", url)
+        assert error.startswith(f"main.py: error: --dist_url {url}: the processes cannot meet there (")
+        assert len(error.splitlines()) == 1
 
 
 def test_traceback_on_demand():

@@ -35,14 +35,18 @@ MACS = {  # G, conv + linear + norm and with attention; the original's README an
     "alt_gvt_large": (14.843, 15.148),
 }
 TINY = ("pcpvt_tiny", "alt_gvt_tiny")
-ALL = (*TINY, *PARAMETERS)
+SIX = [
+    pytest.param(name, marks=[] if name.endswith("small") else pytest.mark.slow)  # large models take seconds each
+    for name in PARAMETERS
+]
+ALL = (*TINY, *SIX)
 
 
 def image(*size: int, seed: int = 0, channels: int = 3) -> torch.Tensor:
     return torch.randn(*size[:-2], channels, *size[-2:], generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", SIX)
 @torch.inference_mode()
 def test_equals_the_original(name):
     manifest = json.loads((DATA / "golden_classification.json").read_text())
@@ -58,7 +62,7 @@ def test_equals_the_original(name):
     np.testing.assert_allclose(logits, expected, **manifest["tolerance"]["logits"])
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.parametrize("name", SIX)
 @torch.inference_mode()
 def test_equals_timm(name):
     ours = timm.create_model(name, window_padding="zero").eval()
@@ -267,6 +271,7 @@ def step(model, images: torch.Tensor, parameters: dict[str, torch.nn.Parameter])
     return {"output": output, **dict(zip(parameters, gradients, strict=True))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("name", TINY)
 def test_compile_without_graph_breaks(name, train):
@@ -279,6 +284,7 @@ def test_compile_without_graph_breaks(name, train):
         torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("padding", ["mask", "zero"])
 def test_one_compiled_graph_for_all_sizes(padding, train):
@@ -304,6 +310,7 @@ SIZES = [(2, 96, 128), (3, 64, 224), (1, 160, 97)]  # batch, height, width
 DYNAMIC = ({0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_export(name):
     model = timm.create_model(name, num_classes=3).eval()
@@ -313,6 +320,7 @@ def test_export(name):
             torch.testing.assert_close(exported(image(*size)), model(image(*size)), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_trace(name):
     model = timm.create_model(name, num_classes=3).eval()
@@ -322,6 +330,7 @@ def test_trace(name):
         torch.testing.assert_close(traced(images), model(images), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
 def test_onnx_export(name, tmp_path):
     onnx = pytest.importorskip("onnx")

@@ -50,6 +50,25 @@ def test_an_epoch_goes_on_where_it_was(world_size, step):
         assert len(sampler) == 96 // world_size
 
 
+@pytest.mark.parametrize(
+    ("step", "before", "after", "expected"),
+    [(4, 12, 12, 4), (4, 12, 24, 2), (4, 12, 6, 8), (4, 12, 10, 4), (8, 12, 24, 4), (8, 12, 6, 16), (0, 12, 5, 0)],
+)
+def test_another_global_batch_continues_after_as_many_images(step, before, after, expected):
+    sampler = TrainSampler(103, global_batch=after)
+    assert sampler.nearest_step(step, before) == expected
+    sampler.set_epoch(0, expected)
+    assert len(sampler) == len(list(sampler)) == after * (sampler.steps - expected)
+
+
+def test_another_global_batch_continues_at_the_same_step_where_steps_are_counted():
+    for global_batch in (3, 6, 60):
+        sampler = EndlessSampler(7, steps=5, global_batch=global_batch)
+        assert sampler.nearest_step(4, 12) == 4
+        sampler.set_epoch(1, 4)
+        assert len(sampler) == len(list(sampler)) == global_batch
+
+
 def test_order_depends_on_seed_and_epoch():
     orders = [epoch_of(1, epoch=epoch, seed=seed)[0] for epoch in (0, 1) for seed in (0, 1)]
     assert len({tuple(key.index for key in order) for order in orders}) == 4

@@ -218,6 +218,7 @@ def figures_of_a_share(rank: int) -> dict[str, float]:
     return matrix.summary()
 
 
+@pytest.mark.slow
 def test_figures_are_exact_for_two_processes(tmp_path):
     matrix = ConfusionMatrix(6)
     for seed in range(5):

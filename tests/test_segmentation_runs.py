@@ -16,7 +16,7 @@ from segmentation import test as test_script
 from segmentation import train as train_script
 from segmentation.ade20k import build_dataset
 from segmentation.overlays import draw_overlay
-from segmentation.segmentor import build_segmentor
+from segmentation.segmentor import Segmentor, build_segmentor
 from tests.conftest import BACKBONES, ROOT, Run, assert_same_run, fails, read_log, run_bash_in
 from tests.small_data import ADE20K_SIZES, make_labels, write_ade20k
 from utils import Processes
@@ -42,6 +42,7 @@ def trained(ade20k_folder, tmp_path_factory):
     return folder, result.stdout
 
 
+@pytest.mark.slow
 def test_a_training_leaves_what_is_promised(trained):
     folder, output = trained
     names = {"args.json", "log.txt", "checkpoint.pth", "checkpoint.1.pth", "checkpoint_best.pth", ".lock"}
@@ -61,6 +62,7 @@ def test_a_training_leaves_what_is_promised(trained):
 WAYS = {"single-scale": [], "multi-scale": ["--aug-test"], "sliding": ["window=32", "stride=21"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_figures_equal_those_of_the_written_predictions(way, trained, ade20k_folder, tmp_path):
     """Counted anew from the PNG files, whose labels are those of ADE20K: 1 to 150, with 0 ignored in the truth."""
@@ -90,6 +92,7 @@ def test_figures_equal_those_of_the_written_predictions(way, trained, ade20k_fol
         assert f"mIoU {miou:.2f}  mAcc {macc:.2f}" in output  # what the training said about the same weights
 
 
+@pytest.mark.slow
 def test_the_figures_are_the_same_for_any_number_of_processes(trained, ade20k_folder, tmp_path):
     folder, _ = trained
     outputs, pictures = [], []
@@ -109,6 +112,7 @@ def test_the_figures_are_the_same_for_any_number_of_processes(trained, ade20k_fo
 SURVIVING = [FOLDER / UPERNET, *TINY, "--save-every", "1", "--print-freq", "1"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_an_uninterrupted_one(ade20k_folder, tmp_path, start):
     """Two processes, killed in each interval, one time while a checkpoint is written."""
     script = "segmentation/train.py"
@@ -128,6 +132,43 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(ade20k_folder, tmp_path, star
     assert_same_run(tmp_path / "run", tmp_path / "straight", ("checkpoint.pth", "checkpoint_best.pth"))
 
 
+@pytest.mark.parametrize("global_batch", [2, 8])
+def test_another_global_batch_continues_at_the_same_step(global_batch, ade20k_folder, tmp_path, capsys):
+    """The run is counted in steps, and so is its schedule."""
+    command = [FOLDER / UPERNET, *TINY, "--data-root", ade20k_folder, "--work-dir", tmp_path, "--print-freq", "1"]
+    changes = ["--cfg-options", *SMALL, "warmup_iterations=0"]
+    train_script.main([str(each) for each in (*command, *changes)])
+    checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
+    checkpoint |= {"epoch": 1, "position": 2 * 4, "history": checkpoint["history"][:1]}
+    torch.save(checkpoint, tmp_path / "checkpoint.pth")
+    capsys.readouterr()
+    train_script.main([str(each) for each in (*command, "--auto-resume", *changes, f"global_batch={global_batch}")])
+    output = capsys.readouterr().out
+    message = f"the global batch changed from 4 to {global_batch}, and with it the images of a step; epoch 1 continues"
+    assert f"not an exact resume: {message} after step 2 of 3, and was at step 2" in output
+    lines = [line for line in output.splitlines() if line.startswith("epoch ")]
+    assert len(lines) == 1
+    assert lines[0].startswith("epoch 1 [3/3]")
+    assert f"lr {1e-3 * (1 - 5 / 6):.6f}" in lines[0]
+    assert [line["epoch"] for line in read_log(tmp_path)] == [0, 1]
+
+
+def test_mixed_precision_reaches_the_evaluation(ade20k_folder, tmp_path, monkeypatch):
+    seen = set()
+    forward = Segmentor.forward
+    monkeypatch.setattr(
+        Segmentor,
+        "forward",
+        lambda self, *args: seen.add((self.training, torch.is_autocast_enabled("cpu"))) or forward(self, *args),
+    )
+    for amp in ("off", "bf16"):
+        seen.clear()
+        command = [FOLDER / UPERNET, *TINY, "--data-root", ade20k_folder, "--work-dir", tmp_path / amp, "--amp", amp]
+        train_script.main([str(each) for each in (*command, "--cfg-options", *SMALL, "iterations=3")])
+        assert seen == {(True, amp == "bf16"), (False, amp == "bf16")}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ["upernet_alt_gvt_tiny_shapes.py", "fpn_alt_gvt_tiny_shapes.py"])
 def test_a_tiny_network_learns_from_a_classifiers_weights(config, tmp_path, capsys, monkeypatch):
     """By heart: eight images of shapes, on which it is evaluated, too."""
@@ -147,6 +188,7 @@ def test_a_tiny_network_learns_from_a_classifiers_weights(config, tmp_path, caps
     assert line["test_mIoU"] > 0.5  # background everywhere would be 0.1
 
 
+@pytest.mark.slow
 def test_fine_tuning_makes_new_heads_for_other_classes(trained, tmp_path, capsys):
     """From a file as the original's library writes it, with the classifier that its backbones carry."""
     folder, _ = trained
@@ -167,6 +209,7 @@ def test_fine_tuning_makes_new_heads_for_other_classes(trained, tmp_path, capsys
             assert torch.allclose(parameter, before[name], atol=1e-9), name
 
 
+@pytest.mark.slow
 def test_half_precision_and_checkpointing_train(ade20k_folder, tmp_path):
     """To nearly the same losses as without."""
     losses = {}
@@ -190,6 +233,7 @@ def test_batch_norms_are_synchronised_between_gpus_alone():
         assert list(model.state_dict()) == names
 
 
+@pytest.mark.slow
 def test_the_measured_steps_run(capsys):
     model = build_segmentor(load_experiment(FOLDER / UPERNET, SMALL), measure.CLASSES, pretrained=False)
     before = model.decode_head.conv_seg.weight.clone()
@@ -317,7 +361,9 @@ def test_weight_decay_of_the_whole_networks():
         (["--cfg-options", "backbone=resnet50"], "backbone 'resnet50' is unknown; known are alt_gvt_base"),
         (["--cfg-options", "drop_path=1.5"], "drop_path=1.5 is not between 0 and 1"),
         (["--cfg-options", "test_ratios=()"], "test_ratios=(): one factor above 0 or more are needed"),
-        (["--cfg-options", "batch_size=1"], "the BatchNorms of UPerNet need two images of each process or more"),
+        (["--cfg-options", "batch_size=1"], "the BatchNorms of the head need two images of each process or more"),
+        (["--cfg-options", "batch_size=1", "head=fpn"], "the BatchNorms of the head need two images of each process"),
+        (["--cfg-options", "crop_size=(128, 96)"], "--cfg-options crop_size: '(128, 96)' is not of type int"),
         (["--finetune", "a.pth", "--resume", "b.pth"], "each give the first weights; choose one of them"),
         (["--save-evry", "3"], "unknown argument --save-evry; did you mean --save-every"),
     ],
@@ -343,6 +389,7 @@ def test_faults_in_the_data_end_a_training_with_one_line(tmp_path, capsys):
     assert f"ADE_train_00000003.jpg: has no labels; {path} is missing" in line
 
 
+@pytest.mark.slow
 def test_weights_of_another_network_are_refused(trained, ade20k_folder, tmp_path, capsys):
     folder, _ = trained
     options = [*TINY, "--data-root", ade20k_folder, "--cfg-options", *SMALL]

@@ -15,6 +15,8 @@ import torch
 
 from tests.conftest import ROOT, TINY, Run, assert_same_run, launch, read_log, run_command
 
+pytestmark = pytest.mark.slow
+
 EVERYTHING = [*TINY, "--batch-size", "2", "--global-batch", "8", "--epochs", "4", "--model-ema", "--repeated-aug"]
 EVERYTHING += ["--drop-path", "0.3", "--num_workers", "2", "--warmup-epochs", "1", "--lr", "1e-2", "--print-freq", "1"]
 EVERYTHING += ["--dist-eval"]

@@ -57,6 +57,10 @@ def test_missing_gpu(monkeypatch):
         utils.init_processes("cuda:5")
 
 
+def test_a_process_alone_gathers_its_own_value():
+    assert utils.gather_on_main(3) == utils.gather(3) == [3]
+
+
 def test_versions():
     found = utils.versions()
     assert found["torch"] == torch.__version__

@@ -3,13 +3,16 @@
 import argparse
 import os
 import pickle
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
 import timm
 import torch
 
-from models import load_weights, read_weights
+from models import TwinsError, load_weights, read_weights
+from tests.conftest import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,21 @@ def test_safetensors(tmp_path, donor):
     model = timm.create_model("alt_gvt_tiny", num_classes=10)
     load_weights(model, tmp_path / "model.safetensors")
     assert_same_weights(model, donor.state_dict())
+
+
+def test_safetensors_is_needed_for_its_files_alone(tmp_path, donor, monkeypatch):
+    safetensors.torch.save_file(donor.state_dict(), tmp_path / "model.safetensors")
+    torch.save(donor.state_dict(), tmp_path / "model.pth")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(TwinsError, match=r"model\.safetensors: install safetensors to read it \(pip install safetens"):
+        read_weights(tmp_path / "model.safetensors")
+    assert len(read_weights(tmp_path / "model.pth")) == len(donor.state_dict())
+
+
+def test_the_models_import_without_safetensors():
+    code = "import sys; sys.modules['safetensors'] = sys.modules['safetensors.torch'] = None; import models"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
 def test_timms_own_weights_of_the_twin(tmp_path):

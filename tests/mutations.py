@@ -1,0 +1,285 @@
+"""Change the code in small ways, and check that the tests notice each.
+
+    python -m tests.mutations              # all of them, in a temporary copy of the tree
+    python -m tests.mutations clip flip    # those whose name has one of these words
+
+Each mutation disconnects something: an option, a step of an augmentation, a check. It is applied alone, and each of
+the tests named with it must then fail. A mutation whose text is not found exactly once is an error, too: the code has
+moved on, and the mutation with it.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+WORKERS = 2  # copies of the tree that are tested at a time
+LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", "output", "work_dirs", ".*_cache", "pictures")
+TESTS_FAILED = 1  # exit code of pytest; the others are errors of the mutation itself
+
+
+class Mutation(NamedTuple):
+    """A change of the code that tests must notice.
+
+    Attributes:
+        name: What is disconnected.
+        file: The file, relative to the root.
+        text: A text that occurs there exactly once.
+        replacement: The text in its place.
+        tests: Tests, each of which must fail, as pytest names them after `tests/`.
+    """
+
+    name: str
+    file: str
+    text: str
+    replacement: str
+    tests: tuple[str, ...]
+
+
+def options(option: str) -> str:
+    return f"test_options.py::test_an_option_changes_the_weights[{option}]"
+
+
+def beside(option: str) -> str:
+    return f"test_options.py::test_an_option_beside_others_changes_the_weights[{option}]"
+
+
+def field(task: str, name: str, others: str = "") -> str:
+    return f"test_options.py::test_a_field_{others}changes_the_weights[{task}-{name}]"
+
+
+# fmt: off
+MUTATIONS = [
+    # Options of main.py.
+    Mutation("--clip-grad", "main.py", "clip_grad=args.clip_grad or None", "clip_grad=None",
+             ("test_options.py::test_gradients_are_clipped_to_the_norm_given", options("clip_grad"))),
+    Mutation("--drop-path", "main.py", '"drop_path_rate": args.drop_path', '"drop_path_rate": 0.0',
+             ("test_options.py::test_rates_of_drop_path_and_dropout_are_those_given", options("drop_path"))),
+    Mutation("--drop", "main.py", '"drop_rate": args.drop,', '"drop_rate": 0.0,',
+             ("test_options.py::test_rates_of_drop_path_and_dropout_are_those_given", options("drop"))),
+    Mutation("--repeated-aug", "main.py", "repeats=3 if args.repeated_aug else 1", "repeats=1",
+             ("test_options.py::test_repeated_augmentation_shows_each_image_three_times", options("repeated_aug"))),
+    Mutation("--model-ema-decay", "main.py", "decay=args.model_ema_decay", "decay=0.9",
+             ("test_options.py::test_decay_of_the_moving_average",)),
+    Mutation("--grad-checkpointing", "main.py", "    if args.grad_checkpointing:\n        model.set_grad_checkpointing()\n", "",
+             ("test_options.py::test_checkpointing_and_compiling_are_switched_on",)),
+    Mutation("--compile", "runs.py", "        model.compile()\n", "",
+             ("test_options.py::test_checkpointing_and_compiling_are_switched_on",)),
+    Mutation("--opt", "main.py", "create_optimizer_v2(model, opt=args.opt,", 'create_optimizer_v2(model, opt="adamw",', (options("opt"),)),
+    Mutation("--opt-eps", "main.py", 'options["eps"] = args.opt_eps', "pass", (options("opt_eps"),)),
+    Mutation("--opt-betas", "main.py", 'options["betas"] = tuple(args.opt_betas)', "pass", (options("opt_betas"),)),
+    Mutation("--weight-decay", "main.py", '"weight_decay": args.weight_decay', '"weight_decay": 0.05', (options("weight_decay"),)),
+    Mutation("--momentum", "main.py", '"momentum": args.momentum', '"momentum": 0.9', (beside("momentum"),)),
+    Mutation("--layer-decay", "main.py", "layer_decay=args.layer_decay", "layer_decay=None",
+             (options("layer_decay"), "test_main.py::test_layer_decay")),
+    Mutation("--unscale-lr", "main.py", "args.lr if args.unscale_lr else", "args.lr if False else",
+             ("test_options.py::test_the_learning_rate_follows_the_batch",)),
+    Mutation("the schedule is not stepped", "runs.py", "        state.lr_scheduler.step(state.epoch)\n", "",
+             ("test_options.py::test_an_option_beside_others_changes_the_weights[warmup_epochs]",
+              "test_main.py::test_a_longer_resumed_run_follows_its_new_options")),
+    Mutation("--smoothing with mixup", "main.py", "label_smoothing=args.smoothing", "label_smoothing=0.1", (options("smoothing"),)),
+    Mutation("--mixup", "main.py", "mixup_alpha=args.mixup", "mixup_alpha=0.8", (options("mixup"),)),
+    Mutation("--cutmix", "main.py", "cutmix_alpha=args.cutmix,", "cutmix_alpha=1.0,", (options("cutmix"),)),
+    Mutation("--cutmix-minmax", "main.py", "cutmix_minmax=args.cutmix_minmax", "cutmix_minmax=None", (beside("cutmix_minmax"),)),
+    Mutation("--mixup-prob", "main.py", "prob=args.mixup_prob,", "prob=1.0,", (options("mixup_prob"),)),
+    Mutation("--mixup-switch-prob", "main.py", "switch_prob=args.mixup_switch_prob", "switch_prob=0.5", (options("mixup_switch_prob"),)),
+    Mutation("--mixup-mode", "main.py", "mode=args.mixup_mode", 'mode="batch"', (options("mixup_mode"),)),
+    Mutation("--seed of the order", "main.py", "        seed=args.seed,\n        repeats", "        seed=0,\n        repeats",
+             ("test_options.py::test_seeds_reach_the_order_and_the_augmentation",)),
+    Mutation("--seed of the augmentation", "main.py", "TrainSet(build_dataset(True, args), args.seed,", "TrainSet(build_dataset(True, args), 0,",
+             ("test_options.py::test_seeds_reach_the_order_and_the_augmentation",)),
+    Mutation("--amp in training", "command_line.py", '"amp_dtype": choose_amp(args.amp, device)', '"amp_dtype": None', (options("amp"),)),
+    Mutation("--amp in the evaluation", "main.py", '{"amp_dtype": amp_dtype, "sharded"', '{"amp_dtype": None, "sharded"',
+             ("test_options.py::test_mixed_precision_reaches_the_evaluation",)),
+    Mutation("--distillation-alpha", "main.py", "args.distillation_type, args.distillation_alpha,", "args.distillation_type, 0.5,",
+             ("test_options.py::test_distillation_uses_its_options",)),
+    Mutation("--distillation-tau", "main.py", "args.distillation_alpha, args.distillation_tau", "args.distillation_alpha, 1.0",
+             ("test_options.py::test_distillation_uses_its_options",)),
+    Mutation("--dist-eval", "main.py", "if args.dist_eval else {}", "if False else {}",
+             ("test_options.py::test_a_shared_evaluation_takes_a_part_of_the_images",)),
+    Mutation("--save-every", "command_line.py", '"save_every": args.save_every', '"save_every": None',
+             ("test_options.py::test_checkpoints_are_written_within_an_epoch",)),
+    Mutation("--keep", "main.py", "RunFolder(args.output_dir, args.keep)", "RunFolder(args.output_dir)",
+             ("test_options.py::test_as_many_checkpoints_are_kept_as_asked_for",)),
+    Mutation("--print-freq", "command_line.py", '"print_freq": args.print_freq', '"print_freq": 10',
+             ("test_options.py::test_log_lines_follow_their_option",)),
+    Mutation("--num_workers", "command_line.py", "workers = min(args.num_workers, utils.cores_per_process())", "workers = 0",
+             ("test_options.py::test_loaders_follow_their_options",)),
+    Mutation("--loader-timeout", "command_line.py", "args.loader_timeout if workers else 0", "600 if workers else 0",
+             ("test_options.py::test_loaders_follow_their_options",)),
+    Mutation("--pin-mem", "command_line.py", "args.pin_mem and device.type", "device.type",
+             ("test_options.py::test_loaders_follow_their_options",)),
+
+    # Augmentation of classification.
+    Mutation("--scale", "datasets.py", "crop = RandomCrop(args.input_size, args.scale,", "crop = RandomCrop(args.input_size, (0.08, 1.0),", (options("scale"),)),
+    Mutation("--train-interpolation", "datasets.py", "args.scale, interpolation=args.train_interpolation", 'args.scale, interpolation="bicubic"',
+             (options("train_interpolation"),)),
+    Mutation("--color-jitter", "datasets.py", "color_jitter=args.color_jitter", "color_jitter=0.4", (beside("color_jitter"),)),
+    Mutation("--aa", "datasets.py", 'auto_augment=None if args.aa == "none" else args.aa', 'auto_augment="rand-m9-mstd0.5-inc1"', (options("aa"),)),
+    Mutation("--reprob", "datasets.py", "re_prob=args.reprob", "re_prob=0.25", (options("reprob"),)),
+    Mutation("--remode", "datasets.py", "re_mode=args.remode", 're_mode="pixel"', (beside("remode"),)),
+    Mutation("--recount", "datasets.py", "re_count=args.recount", "re_count=1", (beside("recount"),)),
+    Mutation("erased parts", "datasets.py", "            images[i, :, top : top + height, left : left + width] = part.view(3, height, width)\n", "            pass\n",
+             ("test_datasets.py::test_images_equal_those_of_timms_transforms",)),
+    Mutation("no flip, no colours: all but the crop", "datasets.py", "[first, *changes[1:end], ToView", "[first, ToView",
+             ("test_datasets.py::test_images_equal_those_of_timms_transforms", options("aa"))),
+    Mutation("small images of CIFAR are cropped, not shifted", "datasets.py", 'args.data_set == "CIFAR" and args.input_size <= 32', "False",
+             ("test_datasets.py::test_cifar",)),
+    Mutation("shears and shifts", "datasets.py", "            operation.aug_fn = _on_movable(operation.aug_fn)\n", "            pass\n",
+             ("test_datasets.py::test_operations_of_every_policy_are_adapted[rand-m9-mstd0.5-inc1]",)),
+    Mutation("posterising on 0 bits", "datasets.py", "            operation.aug_fn = posterize\n", "            pass\n",
+             ("test_datasets.py::test_operations_of_every_policy_are_adapted[original]",)),
+    Mutation("--eval-crop-ratio", "datasets.py", "int(args.input_size / args.eval_crop_ratio) if crops", "int(args.input_size / 0.875) if crops",
+             ("test_options.py::test_the_evaluated_crop_follows_its_option",)),
+    Mutation("copies of repeated augmentation alike", "samplers.py", "yield SampleKey(self.epoch, int(order[index]), copy)", "yield SampleKey(self.epoch, int(order[index]), 0)",
+             ("test_samplers.py::test_repeated_augmentation",)),
+    Mutation("the order of an epoch", "samplers.py", "np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples)", "np.arange(self.num_samples)",
+             ("test_samplers.py::test_order_depends_on_seed_and_epoch",)),
+
+    # Segmentation.
+    Mutation("the image is flipped, the labels are not", "segmentation/ade20k.py", "image, labels = image.flip(2), labels.flip(1)", "image = image.flip(2)",
+             ("test_ade20k.py::test_images_and_labels_are_flipped_together_half_of_the_time",)),
+    Mutation("no flip of segmentation", "segmentation/ade20k.py", "            image, labels = image.flip(2), labels.flip(1)\n", "            pass\n",
+             ("test_ade20k.py::test_images_and_labels_are_flipped_together_half_of_the_time",)),
+    Mutation("no distortion of colours", "segmentation/ade20k.py", "normalise(distort_colours(image))", "normalise(image.byte())",
+             ("test_ade20k.py::test_training_images_are_distorted_in_their_colours",)),
+    Mutation("no random factor on the scale", "segmentation/ade20k.py", "np.random.uniform(*self.scale_range)", "1.0",
+             ("test_ade20k.py::test_training_images_are_resized_by_a_random_factor", field("segmentation", "scale_range"))),
+    Mutation("padding counts", "segmentation/ade20k.py", "F.pad(labels, padding, value=IGNORED_LABEL)", "F.pad(labels, padding, value=0)",
+             ("test_ade20k.py::test_training_views_are_cropped_flipped_and_padded",)),
+    Mutation("one try for a crop", "segmentation/ade20k.py", "CROP_TRIES = 10", "CROP_TRIES = 0",
+             ("test_ade20k.py::test_crops_avoid_a_class_that_fills_them",)),
+    Mutation("brightness", "segmentation/ade20k.py", "levels + np.random.uniform(-32, 32)", "levels",
+             ("test_ade20k.py::test_distortions_have_the_published_ranges",)),
+    Mutation("hue", "segmentation/ade20k.py", "(levels + shift) % 256", "levels",
+             ("test_ade20k.py::test_distortions_have_the_published_ranges",)),
+    Mutation("saturation", "segmentation/ade20k.py", "levels * saturation", "levels",
+             ("test_ade20k.py::test_colours_are_distorted_as_published",)),
+    Mutation("contrast", "segmentation/ade20k.py", "np.arange(256) * np.random.uniform(0.5, 1.5)", "np.arange(256) * 1.0",
+             ("test_ade20k.py::test_distortions_have_the_published_ranges",)),
+    Mutation("drop_path of segmentation", "segmentation/segmentor.py", "drop_path_rate=experiment.drop_path", "drop_path_rate=0.0", (field("segmentation", "drop_path"),)),
+    Mutation("min_lr", "segmentation/train.py", "min_lr=experiment.min_lr", "min_lr=0.0", (field("segmentation", "min_lr"),)),
+    Mutation("power", "segmentation/train.py", "power=experiment.power", "power=1.0", (field("segmentation", "power"),)),
+    Mutation("warmup_ratio of segmentation", "segmentation/train.py", "warmup_ratio=experiment.warmup_ratio", "warmup_ratio=1e-6",
+             (field("segmentation", "warmup_ratio", "beside_others_"),)),
+    Mutation("--amp in the evaluation of segmentation", "segmentation/train.py", "amp_dtype=choose_amp(args.amp, processes.device)", "amp_dtype=None",
+             ("test_segmentation_runs.py::test_mixed_precision_reaches_the_evaluation",)),
+
+    # Detection.
+    Mutation("no flip of detection", "detection/coco.py", "    if np.random.rand() < 0.5:\n        return image, target\n", "    return image, target\n",
+             ("test_coco.py::test_a_mirrored_sample_fits_together", "test_coco.py::test_samples_are_mirrored_half_of_the_time")),
+    Mutation("one_scale without flip", "detection/coco.py", "return random_flip(*resize(image, target, fitted_size(image.shape[1:], scale)))", "return resize(image, target, fitted_size(image.shape[1:], scale))",
+             ("test_coco.py::test_samples_are_mirrored_half_of_the_time[one scale]",)),
+    Mutation("many_scales without flip", "detection/coco.py", "    image, target = random_flip(image, target)\n", "",
+             ("test_coco.py::test_samples_are_mirrored_half_of_the_time[many scales]",)),
+    Mutation("many_scales without crops", "detection/coco.py", "        image, target = random_crop(image, target, 384, 600)\n", "",
+             ("test_coco.py::test_scales_of_both_settings",)),
+    Mutation("many_scales", "detection/train.py", "many_scales if experiment.many_scales else", "many_scales if False else",
+             ("test_options.py::test_an_experiment_chooses_its_scales",)),
+    Mutation("boxes are not clipped", "detection/coco.py", 'clip_boxes_to_image(target["boxes"] * target["boxes"].new_tensor([width / w, height / h] * 2), size)', 'target["boxes"] * target["boxes"].new_tensor([width / w, height / h] * 2)',
+             ("test_coco.py::test_boxes_are_clipped_to_the_resized_image",)),
+    Mutation("batches never reshuffled", "detection/coco.py", "rng = np.random.default_rng((self.seed, self.epoch))", "rng = np.random.default_rng(self.seed)",
+             ("test_coco.py::test_batches_are_shuffled_anew_in_each_epoch",)),
+    Mutation("steps in the order of the groups", "detection/coco.py", "for step in rng.permutation(len(steps))[self.step :]:", "for step in range(len(steps))[self.step :]:",
+             ("test_coco.py::test_batches_are_shuffled_anew_in_each_epoch",)),
+    Mutation("groups in their order", "detection/coco.py", "order = rng.permutation(group)", "order = group",
+             ("test_coco.py::test_batches_are_shuffled_anew_in_each_epoch",)),
+    Mutation("drop_path of detection", "detection/detectors.py", "drop_path_rate=experiment.drop_path", "drop_path_rate=0.0", (field("detection", "drop_path"),)),
+    Mutation("milestones", "detection/train.py", "milestones=[milestone * steps for milestone in experiment.milestones]", "milestones=[]",
+             (field("detection", "milestones", "beside_others_"),)),
+    Mutation("--amp in the evaluation of detection", "detection/train.py", "dataset.category_ids, amp_dtype=amp_dtype", "dataset.category_ids, amp_dtype=None",
+             ("test_detection_runs.py::test_mixed_precision_reaches_the_evaluation",)),
+    Mutation("every process evaluates", "detection/coco_eval.py", "return on_main(lambda: _summarise(truth, image_ids, results, kinds))", "return _summarise(truth, image_ids, results or [], kinds)",
+             ("test_detection_runs.py::test_the_main_process_alone_computes_the_figures",)),
+
+    # Both dense tasks.
+    Mutation("weight_decay of the dense tasks", "dense.py", '"params": [], "weight_decay": weight_decay}', '"params": [], "weight_decay": 0.0}',
+             (field("segmentation", "weight_decay"), field("detection", "weight_decay"))),
+    Mutation("not_decayed", "dense.py", "groups[any(part in name for part in not_decayed)]", "groups[0]",
+             (field("segmentation", "not_decayed"), "test_dense.py::test_norms_and_positional_encodings_are_not_decayed")),
+    Mutation("lr of the dense tasks", "dense.py", "lr=experiment.lr,", "lr=1e-3,", (field("segmentation", "lr"), field("detection", "lr"))),
+    Mutation("types of fields", "segmentation/configs/recipes.py", "        check_types(self)\n", "",
+             ("test_dense.py::test_files_without_an_experiment_are_refused",)),
+
+    # The place in a run, errors, files.
+    Mutation("a run counted in steps goes on by images", "samplers.py", '        return step\n', "        return super().nearest_step(step, global_batch)\n",
+             ("test_samplers.py::test_another_global_batch_continues_at_the_same_step_where_steps_are_counted",
+              "test_segmentation_runs.py::test_another_global_batch_continues_at_the_same_step")),
+    Mutation("a place behind the end of an epoch", "samplers.py", "return min(step * global_batch // self.global_batch, self.steps)", "return step * global_batch // self.global_batch",
+             ("test_coco.py::test_another_global_batch_continues_within_the_epoch",)),
+    Mutation("every ValueError is the user's", "command_line.py", "isinstance(error, (UserError, TwinsError, utils.SharedError))", "isinstance(error, (ValueError, utils.SharedError))",
+             ("test_command_line.py::test_internal_errors_keep_their_traceback", "test_command_line.py::test_errors_of_data_loading_processes")),
+    Mutation("every OSError is the user's", "command_line.py", "isinstance(error, (UserError, TwinsError, utils.SharedError))", "isinstance(error, (UserError, TwinsError, OSError, utils.SharedError))",
+             ("test_command_line.py::test_internal_errors_keep_their_traceback",)),
+    Mutation("the last line of a message", "command_line.py", 'return " ".join(message.split())', "return message.splitlines()[-1]",
+             ("test_command_line.py::test_messages_of_several_lines_are_shown_whole",)),
+    Mutation("infinite numbers", "command_line.py", "value is None or not math.isfinite(value) or", "value is None or",
+             ("test_command_line.py::test_numbers_are_finite",)),
+    Mutation("NaN in log.txt", "checkpoints.py", 'to_json(line) + "\\n"', 'json.dumps(line) + "\\n"',
+             ("test_checkpoints.py::test_the_log_is_valid_json_whatever_the_figures",)),
+    Mutation("named tuples", "engine.py", 'type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)', "type(batch)(values)",
+             ("test_engine.py::test_named_tuples_move",)),
+    Mutation("formats of the future", "runs.py", 'if checkpoint.get("format", 1) > FORMAT:', "if False:",
+             ("test_formats.py::test_newer_checkpoints_are_refused[classification]",)),
+    Mutation("second-order optimizers", "main.py", 'if getattr(optimizer, "is_second_order", False):', "if False:",
+             ("test_main.py::test_bad_arguments_end_with_one_line",)),
+    Mutation("the number of betas", "main.py", "if betas and len(betas) != len(default):", "if False:",
+             ("test_main.py::test_bad_arguments_end_with_one_line",)),
+    Mutation("private functions of torch", "models/cpu.py", "AVAILABLE = _is_available()", "AVAILABLE = True",
+             ("test_cpu.py::test_a_torch_without_its_private_functions_is_enough",)),
+    Mutation("scripts inside their folder", "segmentation/train.py", "    sys.path[0] = str(Path(__file__).resolve().parents[1])\n", "    pass\n",
+             ("test_command_line.py::test_scripts_of_the_dense_tasks_start_in_both_forms[inside its folder-segmentation-train.py]",)),
+]
+# fmt: on
+
+
+def mutate(mutation: Mutation, tree: Path) -> str:
+    """Apply a mutation to a copy of the tree and return the text of the file as it was."""
+    path = tree / mutation.file
+    before = path.read_text()
+    count = before.count(mutation.text)
+    if count != 1:
+        raise ValueError(f"{mutation.name}: the text is found {count} times in {mutation.file}: {mutation.text!r}")
+    path.write_text(before.replace(mutation.text, mutation.replacement))
+    return before
+
+
+def run_test(test: str, tree: Path) -> int:
+    """Run a test in a copy of the tree and return pytest's exit code."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/{test}"]
+    return subprocess.run(command, cwd=tree, capture_output=True, check=False).returncode
+
+
+def check(mutation: Mutation, trees: SimpleQueue) -> list[str]:
+    """Return the tests of a mutation that did not fail, each with what happened instead."""
+    tree = trees.get()
+    try:
+        before = mutate(mutation, tree)
+        codes = {test: run_test(test, tree) for test in mutation.tests}
+        (tree / mutation.file).write_text(before)
+    finally:
+        trees.put(tree)
+    unnoticed = [f"{test} (exit code {code})" for test, code in codes.items() if code != TESTS_FAILED]
+    print(f"{'NOT NOTICED' if unnoticed else 'noticed':<12}{mutation.name}", *unnoticed, flush=True)
+    return unnoticed
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    chosen = [each for each in MUTATIONS if not words or any(word in each.name for word in words)]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(WORKERS) as pool:
+        trees = SimpleQueue()
+        for i in range(WORKERS):
+            trees.put(Path(shutil.copytree(ROOT, Path(folder) / str(i), ignore=LEFT_OUT)))
+        survivors = [each for each in pool.map(lambda mutation: check(mutation, trees), chosen) if each]
+    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutations turn their tests red")
+    sys.exit(bool(survivors))
+
+
+if __name__ == "__main__":
+    main()

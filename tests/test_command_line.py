@@ -1,0 +1,124 @@
+"""How scripts end: one line for bad input, a traceback for an internal error, and the argument types."""
+
+import argparse
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from command_line import NON_NEGATIVE, POSITIVE, find_cause, one_line, run_script
+from models import TwinsError
+from tests.conftest import ROOT, launch
+from utils import UserError
+
+ARGS = argparse.Namespace(device="cpu", dist_url="env://", loader_timeout=0, deterministic=False, traceback=False)
+
+
+def end(capsys, error: Exception) -> str:
+    """Return what a script prints that ends with an error."""
+
+    def fail(*_):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run_script("script.py", fail, ARGS)
+    assert stop.value.code == 1
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [UserError, TwinsError])
+def test_bad_input_ends_with_one_line(kind, capsys):
+    assert end(capsys, kind("--lr fast: give a number")) == "script.py: error: --lr fast: give a number\n"
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), OSError(2, "No such file"), KeyError("x"), TypeError("x")])
+def test_internal_errors_keep_their_traceback(error):
+    def fail(*_):
+        raise error
+
+    with pytest.raises(type(error)) as raised:
+        run_script("script.py", fail, ARGS)
+    assert raised.value is error
+
+
+class Broken(torch.utils.data.Dataset):
+    """Raises an error for each sample."""
+
+    def __init__(self, error: Exception):
+        self.error = error
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [UserError("a.jpg: cut short; copy it again"), ValueError("internal")])
+def test_errors_of_data_loading_processes(error):
+    with pytest.raises(type(error)) as raised:
+        list(DataLoader(Broken(error), num_workers=1))
+    assert find_cause(raised.value) == (str(error) if isinstance(error, UserError) else None)
+
+
+def test_messages_of_several_lines_are_shown_whole():
+    assert one_line(ValueError("first line\n  second line")) == "first line second line"
+    assert one_line(ValueError()) == "ValueError"
+    with pytest.raises(UserError) as raised:
+        list(DataLoader(Broken(UserError("a.json: bad:\nline 3")), num_workers=1))
+    assert one_line(raised.value) == "a.json: bad: line 3"
+
+
+def test_the_cause_of_an_error_in_a_data_loading_process_is_not_its_message():
+    error = UserError("a.jpg: cut short")
+    error.__cause__ = OSError("truncated: 3 bytes")
+    with pytest.raises(UserError) as raised:
+        list(DataLoader(Broken(error), num_workers=1))
+    assert one_line(raised.value) == "a.jpg: cut short"
+
+
+@pytest.mark.parametrize("kind", [POSITIVE, NON_NEGATIVE])
+@pytest.mark.parametrize("text", ["inf", "nan", "-1", "1e999"])
+def test_numbers_are_finite(kind, text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is no number"):
+        kind(text)
+
+
+ON_MAIN = """
+import sys
+sys.path.insert(0, {root!r})
+import argparse, command_line, utils
+def run(args, processes):
+    def fail():
+        raise {error}
+    utils.on_main(fail)
+command_line.run_script("script.py", run, argparse.Namespace(
+    device="cpu", dist_url="env://", loader_timeout=0, deterministic=False, traceback=False))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("error", ["utils.UserError('bad input')", "ValueError('internal')"])
+def test_errors_of_the_main_process_end_all(error, tmp_path):
+    (tmp_path / "script.py").write_text(ON_MAIN.format(root=str(ROOT), error=error))
+    result = launch("torchrun", 2, script=tmp_path / "script.py")
+    assert result.returncode == 1
+    said = [line for line in result.stderr.splitlines() if line.startswith("script.py")]
+    assert said == (["script.py: error: bad input"] if "User" in error else [])
+    assert result.stderr.count("ValueError: internal") == ("internal" in error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["train.py", "test.py"])
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+@pytest.mark.parametrize("form", ["inside its folder", "as a module"])
+def test_scripts_of_the_dense_tasks_start_in_both_forms(task, script, form):
+    command, folder = [script], ROOT / task
+    if form == "as a module":
+        command, folder = ["-m", f"{task}.{script[:-3]}"], ROOT
+    command = [sys.executable, *command, "--help"]
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"usage: bash dist_{script[:-3]}.sh CONFIG")
