@@ -1,7 +1,7 @@
 """Count the parameters and operations of the detectors, and measure the memory of their backbones.
 
-PYTHONPATH=.. python measure.py               # counts, at 800x1280
-PYTHONPATH=.. python measure.py --memory      # peak memory of a backbone in training, at 800x1333
+python measure.py               # counts, at 800x1280
+python measure.py --memory      # peak memory of a backbone in training, at 800x1333
 """
 
 import argparse

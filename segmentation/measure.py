@@ -1,7 +1,7 @@
 """Count the parameters and operations of the published UPerNets, and measure time and memory of one of them.
 
-PYTHONPATH=.. python measure.py                               # counts
-PYTHONPATH=.. python measure.py --time configs/upernet_alt_gvt_s_512x512_160k_ade20k_swin_setting.py
+python measure.py                               # counts
+python measure.py --time configs/upernet_alt_gvt_s_512x512_160k_ade20k_swin_setting.py
 """
 
 import argparse

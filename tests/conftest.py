@@ -18,6 +18,8 @@ from main import main
 from tests.small_data import write_ade20k, write_coco
 
 ROOT = Path(__file__).parents[1]
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # test processes share the cores
+    torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 TINY = ["--model", "alt_gvt_tiny", "--input-size", "32", "--batch-size", "4", "--num_workers", "0", "--device", "cpu"]
 # In the names of the dense tasks' experiments.
 BACKBONES = {
