@@ -45,7 +45,6 @@ CHANGES = {
     "seed": ["--seed", "1"],
     "scale": ["--scale", "0.9", "1"],
     "aa": ["--aa", "none"],
-    "train_interpolation": ["--train-interpolation", "bilinear"],
     "repeated_aug": ["--repeated-aug"],
     "reprob": ["--reprob", "1"],
     "mixup": ["--mixup", "0"],
@@ -57,6 +56,7 @@ CHANGES = {
 # Options that only matter beside others: those, then the option.
 CHANGES_BESIDE = {
     "momentum": (["--opt", "sgd"], ["--momentum", "0.5"]),
+    "train_interpolation": (["--aa", "none"], ["--train-interpolation", "bilinear"]),
     "color_jitter": (["--aa", "none"], ["--color-jitter", "0"]),
     "remode": (["--reprob", "1"], ["--remode", "const"]),
     "recount": (["--reprob", "1"], ["--recount", "3"]),
