@@ -222,13 +222,15 @@ def check_outputs(ours: Subject, peer: Subject) -> float:
     """Return how far the outputs of two models are apart, over the largest value.
 
     Raises:
-        UserError: If they are further apart than the precision explains: then there is nothing to compare.
+        RuntimeError: If they are further apart than the precision explains: then there is nothing to compare.
     """
     outputs = [each.infer() for each in (ours, peer)]
     pairs = zip(*outputs, strict=True) if ours.setting.features else [outputs]
     error = max(((a.float() - b.float()).abs().max() / b.float().abs().max()).item() for a, b in pairs)
     if not error <= TOLERANCES[ours.setting.amp_dtype]:
-        raise UserError(f"the outputs of the two models differ by {error:.1e} of the largest; their times say nothing")
+        raise RuntimeError(
+            f"the outputs of the two models differ by {error:.1e} of the largest; their times say nothing"
+        )
     return error
 
 
@@ -550,7 +552,10 @@ def write_images(root: Path, sides: tuple[int, int], count: int) -> None:
 
 def link_images(source: Path, root: Path, count: int) -> None:
     """Link images of `source/train`, evenly chosen, into `root/train`, in the same classes."""
-    dataset = torchvision.datasets.ImageFolder(source / "train")
+    try:
+        dataset = torchvision.datasets.ImageFolder(source / "train")
+    except OSError as error:
+        raise UserError(f"--data {source}: {error}") from error
     count = min(count, len(dataset))
     for i in range(count):
         path, label = dataset.samples[i * len(dataset) // count]

@@ -85,7 +85,10 @@ class TrainState:
         """
         state = {"params", "lookahead_step"}  # the others are options
         chosen = [{key: g[key] for key in g if key not in state} for g in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        try:
+            self.optimizer.load_state_dict(checkpoint["optimizer"])
+        except (KeyError, ValueError) as error:
+            raise UserError(f"its optimizer does not fit these options ({error}); repeat those of its run") from error
         for group, options in zip(self.optimizer.param_groups, chosen, strict=True):
             group.update(options)  # the options of this run; with those of the old run they are the same
         if checkpoint["scaler"]:  # empty where the old run had no use for it
@@ -108,8 +111,8 @@ class TrainState:
         if after == before:
             return []
         return [
-            f"the global batch changed from {before} to {after}, and with it the images of a step; epoch {self.epoch} "
-            f"continues after step {self.meter.step} of {self.sampler.steps}, and was at step {step}"
+            f"the global batch changed from {before} to {after}; epoch {self.epoch} continues after step "
+            f"{self.meter.step} of {self.sampler.steps}, and was at step {step}"
         ]
 
     def _load_randomness(self, checkpoint: dict[str, Any], seed: int) -> list[str]:
@@ -155,8 +158,8 @@ class RunFolder:
             self.lock.close()
 
     def _claim(self) -> None:
-        self.is_new = not self.path.exists()
         try:
+            self.is_new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock = open(self.path / ".lock", "a+")  # noqa: SIM115  open for as long as the folder is held
             self._take_lock()
@@ -188,7 +191,13 @@ class RunFolder:
 
     def generations(self) -> dict[int, Path]:
         """Return the states to go on from by age, newest first."""
-        ages = [re.fullmatch(r"checkpoint(?:\.(\d+))?\.pth", file.name) for file in self.path.iterdir()]
+        try:
+            names = os.listdir(self.path)
+        except OSError as error:
+            raise UserError(
+                f"--output_dir {self.path}: cannot be read ({error.strerror}); check its permissions"
+            ) from error
+        ages = [re.fullmatch(r"checkpoint(?:\.(\d+))?\.pth", name) for name in names]
         return {age: self.generation(age) for age in sorted(int(match[1] or 0) for match in ages if match)}
 
     def find_checkpoint(self) -> Path | None:

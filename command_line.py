@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import math
 import re
 import signal
 import sys
@@ -66,6 +65,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (default: %(default)s)"
 
 
+LARGEST = 2**63  # more is taken for a mistake, and infinity for no number
+
+
 def number(kind: type, low: float, high: float = float("inf"), above: bool = False) -> Callable[[str], float]:
     """Return an argument type: a number from `low` (or above it) to `high`."""
 
@@ -74,7 +76,8 @@ def number(kind: type, low: float, high: float = float("inf"), above: bool = Fal
             value = kind(text)
         except ValueError:
             value = None
-        if value is None or not math.isfinite(value) or not (low < value if above else low <= value) or value > high:
+        too_low = value is None or not (low < value if above else low <= value)
+        if too_low or value > high or value >= LARGEST:
             what = "whole number" if kind is int else "number"
             limits = f"{'above' if above else 'of at least'} {low:g}" + (f" and at most {high:g}" if high < 1e9 else "")
             raise argparse.ArgumentTypeError(f"{text!r} is no {what} {limits}")

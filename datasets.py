@@ -102,6 +102,19 @@ def adapt_policy(policy: Callable) -> None:
             operation.aug_fn = posterize
 
 
+def check_policy(name: str) -> None:
+    """Raise a UserError if timm has no augmentation policy of this name."""
+    build = auto_augment.auto_augment_transform
+    if name.startswith("rand"):
+        build = auto_augment.rand_augment_transform
+    elif name.startswith("augmix"):
+        build = auto_augment.augment_and_mix_transform
+    try:
+        build(name, {})
+    except (AssertionError, ValueError, LookupError) as error:
+        raise UserError(f"--aa {name!r} is no policy of timm; use one such as rand-m9-mstd0.5-inc1") from error
+
+
 def _on_movable(change: Callable) -> Callable:
     return lambda img, *args, **kwargs: change(Movable(img), *args, **kwargs)
 
@@ -220,7 +233,7 @@ def build_dataset(is_train: bool, args) -> Dataset:
     if not args.data_path:
         raise UserError(f"--data-path is missing; name the folder that holds {args.data_set}")
     root = Path(args.data_path)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise UserError(f"--data-path {args.data_path!r} is no folder; name the one that holds {args.data_set}")
     if args.data_set == "CIFAR":
         return _open_cifar(root, is_train, transform)
@@ -234,20 +247,19 @@ def build_transform(is_train: bool, args) -> Callable:
     """Build the transform of an image to a `View` in training, else to a normalised tensor `(3, size, size)`."""
     shifts = args.data_set == "CIFAR" and args.input_size <= 32  # small images are shifted, not cropped
     if is_train:
-        try:
-            transform = create_transform(
-                input_size=args.input_size,
-                is_training=True,
-                scale=args.scale,
-                color_jitter=args.color_jitter,
-                auto_augment=None if args.aa == "none" else args.aa,
-                interpolation=args.train_interpolation,
-                re_prob=args.reprob,
-                re_mode=args.remode,
-                re_count=args.recount,
-            )
-        except (AssertionError, ValueError, LookupError) as error:
-            raise UserError(f"--aa {args.aa!r} is no policy of timm; use one such as rand-m9-mstd0.5-inc1") from error
+        if args.aa != "none":
+            check_policy(args.aa)
+        transform = create_transform(
+            input_size=args.input_size,
+            is_training=True,
+            scale=args.scale,
+            color_jitter=args.color_jitter,
+            auto_augment=None if args.aa == "none" else args.aa,
+            interpolation=args.train_interpolation,
+            re_prob=args.reprob,
+            re_mode=args.remode,
+            re_count=args.recount,
+        )
         crop = RandomCrop(args.input_size, args.scale, interpolation=args.train_interpolation)
         changes = transform.transforms
         for change in changes:
@@ -382,7 +394,12 @@ def _open_image_folder(root: Path, is_train: bool, transform: Callable) -> Datas
         )
     if not classes[folder.name]:
         raise UserError(f"{folder} holds no class folders; it should have one folder of images for each class")
-    dataset = torchvision.datasets.ImageFolder(folder, transform, loader=load_image, allow_empty=True)
+    try:
+        dataset = torchvision.datasets.ImageFolder(folder, transform, loader=load_image, allow_empty=True)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: cannot be read ({error.strerror}); check the permissions"
+        ) from error
     filled = set(dataset.targets)
     empty = [name for name, label in dataset.class_to_idx.items() if label not in filled]
     if empty:

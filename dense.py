@@ -8,8 +8,11 @@ import argparse
 import ast
 import dataclasses
 import logging
+import math
+import os
 import re
 import runpy
+import traceback
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -36,6 +39,7 @@ from command_line import (
     one_line,
 )
 from engine import train_one_epoch
+from models.twins import MIN_INPUT_SIZE
 from runs import choose_accumulation, choose_checkpoint, compile_if_asked, describe_batch, resume, run_epochs
 from samplers import EpochSampler
 from utils import Processes, UserError
@@ -50,28 +54,38 @@ HUB = "hub"  # in place of a file of ImageNet weights: the published ones on tim
 # ---------------------------------------------------------------------------------------------------- experiments
 
 
-def load_experiment(path: str | Path, changes: Sequence[str] = ()) -> Any:
+def load_experiment(path: str | Path, changes: Sequence[str] = (), kind: type | None = None) -> Any:
     """Load the experiment of a file and change single fields of it.
 
     Args:
         path: A Python file that defines `config`; it is executed.
         changes: `key=value` each, with the value as in Python; quotes around text may be left out.
+        kind: Class that the experiment must have; None for any.
 
     Raises:
         UserError: If there is no experiment in the file, or no such field, or a value is of another type.
     """
-    if not Path(path).is_file():
-        others = sorted(file.name for file in Path(path).parent.glob("*_*.py"))
+    if not os.path.isfile(path):
+        folder = Path(path).parent
+        others = sorted(file.name for file in folder.glob("*_*.py")) if os.path.isdir(folder) else []
         raise UserError(f"{path}: there is no such config{nearest(Path(path).name, others)}")
     try:
         config = runpy.run_path(str(path)).get("config")
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except (ImportError, NameError, SyntaxError, TypeError) as error:
+    except Exception as error:  # the file may do anything
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
-        raise UserError(f"{path}: {f'there is no such key: {unknown[1]}' if unknown else error}") from error
-    if not dataclasses.is_dataclass(config):
+        if unknown:
+            raise UserError(f"{path}: there is no such key: {unknown[1]}") from error
+        if isinstance(error, SyntaxError) or traceback.extract_tb(error.__traceback__)[-1].filename == str(path):
+            raise UserError(f"{path}: {type(error).__name__}: {one_line(error)}") from error
+        raise  # not in the file itself: an internal error
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
         raise UserError(f"{path}: defines no experiment; it should end with config = one of the recipes")
+    if kind is not None and not isinstance(config, kind):
+        raise UserError(
+            f"{path}: is an experiment of another task; choose one of {kind.__module__.split('.')[0]}/configs"
+        )
     return change_fields(config, changes)
 
 
@@ -109,6 +123,36 @@ def check_types(experiment: Any) -> None:
             raise UserError(f"{name}={value!r} is not of type {_type_name(hint)}")
 
 
+def check_fields(
+    experiment: Any, choices: dict[str, Sequence[str]], above_zero: Sequence[str], not_below_zero: Sequence[str]
+):
+    """Check the types of the fields of an experiment, and the values that both tasks' experiments limit.
+
+    Args:
+        experiment: A dataclass.
+        choices: Fields to the values that they may have.
+        above_zero: Fields that must be greater than 0.
+        not_below_zero: Fields that must be at least 0.
+
+    Raises:
+        UserError: If a field has another value; its name and value are given.
+    """
+    check_types(experiment)
+    for name, known in choices.items():
+        if getattr(experiment, name) not in known:
+            raise UserError(f"{name}={getattr(experiment, name)!r} is unknown; it is {', '.join(known)}")
+    for name in above_zero:
+        if getattr(experiment, name) <= 0:
+            raise UserError(f"{name}={getattr(experiment, name)} is not above 0")
+    for name in not_below_zero:
+        if getattr(experiment, name) < 0:
+            raise UserError(f"{name}={getattr(experiment, name)} is below 0")
+    if not 0 <= experiment.drop_path < 1:
+        raise UserError(f"drop_path={experiment.drop_path} is not between 0 and 1")
+    if min(experiment.scale) < MIN_INPUT_SIZE:
+        raise UserError(f"scale={experiment.scale}: sides of {MIN_INPUT_SIZE} pixels are the least")
+
+
 def _as_type(value: Any, hint: Any) -> Any:
     """Return a value as the type that a field has, `NotImplemented` where it is of another."""
     arguments = typing.get_args(hint)
@@ -118,8 +162,8 @@ def _as_type(value: Any, hint: Any) -> Any:
         kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         items = [_as_type(item, kind) for item, kind in zip(value, kinds, strict=False)]
         return NotImplemented if len(value) != len(kinds) or NotImplemented in items else tuple(items)
-    if hint is float and type(value) is int:
-        return float(value)
+    if hint is float and type(value) in (int, float):
+        return float(value) if abs(value) < math.inf else NotImplemented
     return value if type(value) is hint else NotImplemented
 
 
@@ -290,9 +334,9 @@ def _add_experiment_options(parser: ArgumentParser) -> None:
     add_loader_options(group, num_workers=4)
 
 
-def build_experiment(args: argparse.Namespace) -> Any:
-    """Return the experiment that the options ask for."""
-    experiment = load_experiment(args.config, args.cfg_options)
+def build_experiment(args: argparse.Namespace, kind: type) -> Any:
+    """Return the experiment, of the class of a task, that the options ask for."""
+    experiment = load_experiment(args.config, args.cfg_options, kind)
     if args.data_root and experiment.dataset == "shapes":
         raise UserError(
             f"--data-root {args.data_root}: shapes are drawn, not read; for your own data set choose another data set "
@@ -331,6 +375,7 @@ def run_training(
     args: argparse.Namespace,
     processes: Processes,
     build_training: Callable[[argparse.Namespace, Any, Processes, bool], Training],
+    kind: type,
 ) -> None:
     """Train an experiment, evaluating after each epoch and keeping the newest and the best checkpoints.
 
@@ -338,10 +383,11 @@ def run_training(
         args: Options of `get_train_parser`.
         processes: Those of the run.
         build_training: `(args, experiment, processes, new)`; only a new run needs weights to start from.
+        kind: Class of the task's experiments.
     """
     if sum(option is not None for option in (args.pretrained, args.finetune, args.resume)) > 1:
         raise UserError("--pretrained, --finetune and --resume each give the first weights; choose one of them")
-    experiment = build_experiment(args)
+    experiment = build_experiment(args, kind)
     folder = RunFolder(args.output_dir or f"work_dirs/{Path(args.config).stem}", args.keep)
     options = {**vars(args), **dataclasses.asdict(experiment)}
     device = processes.device

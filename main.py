@@ -242,7 +242,9 @@ def get_args_parser() -> ArgumentParser:
         metavar="NAME",
         help="policy of timm, such as rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original or v0; none: off",
     )
-    group.add_argument("--smoothing", default=0.1, type=SHARE, metavar="RATE", help="label smoothing, 0 to 1")
+    group.add_argument(
+        "--smoothing", default=0.1, type=number(float, 0, 0.99), metavar="RATE", help="label smoothing, 0 to 0.99"
+    )
     group.add_argument(
         "--train-interpolation",
         default="bicubic",
@@ -361,10 +363,15 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--auto-resume goes on with a training; name the file to --eval with --resume")
     if sum(map(bool, (args.pretrained, args.finetune, args.resume))) > 1:
         parser.error("--pretrained, --finetune and --resume each give the first weights; choose one of them")
-    for option in ("scale", "cutmix_minmax"):
-        low, high = getattr(args, option) or (0, 1)
+    for option in ("scale", "cutmix_minmax", "lr_noise"):
+        low, *high = getattr(args, option) or (0, 1)
+        if len(high) > 1:
+            parser.error(f"--{option.replace('_', '-')}: takes two numbers at most")
+        high = high[0] if high else 1
         if low > high or (option == "cutmix_minmax" and low == high):
             parser.error(f"--{option.replace('_', '-')} {low} {high}: the smaller share comes first")
+    if args.decay_milestones != sorted(args.decay_milestones):
+        parser.error(f"--decay-milestones {' '.join(map(str, args.decay_milestones))}: give them in ascending order")
     for option in ("model", "teacher_model"):
         name = getattr(args, option)
         if not timm.is_model(get_arch_name(name)):
@@ -415,7 +422,7 @@ def build_model(name: str, nb_classes: int, **kwargs) -> nn.Module:
                 f"--pretrained: the weights of {name} cannot be loaded ({reason}); without a network, download the "
                 "file elsewhere and pass it to --finetune"
             ) from error
-        if name in models.list_models():
+        if get_arch_name(name) in models.list_models():
             raise  # an internal error
         raise UserError(
             f"model {name!r} cannot be built ({reason}); some models of timm need --drop-path 0 or --drop 0"
@@ -479,7 +486,8 @@ def check_optimizer(name: str, options: dict[str, Any]) -> None:
     given = " ".join([f"--opt {name}", *(["--opt-betas", *map(str, betas)] if betas else [])])
     parameter = nn.Parameter(torch.zeros(2, 2))
     try:
-        default = create_optimizer_v2([parameter], opt=name).param_groups[0].get("betas", ())
+        others = {option: value for option, value in options.items() if option != "betas"}
+        default = create_optimizer_v2([parameter], opt=name, **others).param_groups[0].get("betas", ())
         if betas and len(betas) != len(default):
             raise UserError(f"{given}: this optimizer has {len(default)} betas; give as many, or leave the option out")
         optimizer = create_optimizer_v2([parameter], opt=name, **options)
@@ -514,6 +522,14 @@ def build_state(args: argparse.Namespace, model: nn.Module, sampler: TrainSample
     )
 
 
+def check_input_size(args: argparse.Namespace, model: nn.Module) -> None:
+    """Refuse images of another size than a model of timm is made for."""
+    config = getattr(model, "pretrained_cfg", {})
+    size = config.get("input_size", (3, args.input_size))[-1]
+    if config.get("fixed_input_size") and size != args.input_size:
+        raise UserError(f"--input-size {args.input_size}: {args.model} takes images of {size} pixels; pass that")
+
+
 def check_classes(args: argparse.Namespace, classes: Sequence[str]) -> int:
     """Return the class count of the data, which `--nb-classes` must not contradict."""
     if args.nb_classes not in (None, len(classes)):
@@ -539,6 +555,7 @@ def run_evaluation(args: argparse.Namespace, processes: Processes) -> None:
             f"--pretrained: these weights are for {model.pretrained_cfg['num_classes']} classes and the data have "
             f"{nb_classes}; fine-tune them first"
         )
+    check_input_size(args, model)
     model.to(processes.device)
     compile_if_asked(model, args.compile)
     logger.info("evaluating %s at %d pixels, %d classes", args.model, args.input_size, nb_classes)
@@ -610,6 +627,7 @@ def build_trained_model(args: argparse.Namespace, nb_classes: int, new: bool) ->
         logger.info("the published weights are for other classes; the head is new")
     if args.finetune and new:
         logger.info("%s", models.load_weights(model, args.finetune, finetune=True))
+    check_input_size(args, model)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     return model

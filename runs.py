@@ -90,15 +90,15 @@ def resume(state: TrainState, path: Path, args: Mapping[str, Any], same: Sequenc
         UserError: If the file holds no run, or one that does not fit.
     """
     checkpoint = models.read_file(path)
+    if checkpoint.get("format", 1) not in range(FORMAT + 1):
+        raise UserError(
+            f"{path}: has format {checkpoint['format']}, and this code reads formats up to {FORMAT}; continue the run "
+            "with the code that wrote it, or with a newer version of this one"
+        )
     if not set(checkpoint) >= CHECKPOINT_KEYS:
         raise UserError(
             f"{path}: holds weights but no state of a training run of ours to continue; "
             "evaluate them, or start a run from them with --finetune"
-        )
-    if checkpoint.get("format", 1) > FORMAT:
-        raise UserError(
-            f"{path}: has format {checkpoint['format']}, and this code reads formats up to {FORMAT}; continue the run "
-            "with the code that wrote it, or with a newer version of this one"
         )
     averaged = checkpoint["model_ema"] is not None
     if averaged != (state.model_ema is not None):
@@ -107,17 +107,19 @@ def resume(state: TrainState, path: Path, args: Mapping[str, Any], same: Sequenc
             f"{'add --model-ema' if averaged else 'leave --model-ema out'}"
         )
     for name in same:
-        if checkpoint["args"].get(name) != args[name]:
+        if name not in checkpoint["args"]:
             raise UserError(
-                f"{path}: its run used {name} {checkpoint['args'].get(name)}; repeat that, not {args[name]}"
+                f"{path}: is a checkpoint of another task, without the option {name}; choose one of this task"
             )
+        if checkpoint["args"][name] != args[name]:
+            raise UserError(f"{path}: its run used {name} {checkpoint['args'][name]}; repeat that, not {args[name]}")
     models.load_state_dict(state.model, checkpoint["model"], source=str(path))
     if state.model_ema is not None:
         models.load_state_dict(state.model_ema.module, checkpoint["model_ema"], source=str(path))
     try:
         inexact = state.load_training(checkpoint, args["seed"])
-    except (KeyError, ValueError) as error:
-        raise UserError(f"{path}: does not fit these options ({error}); repeat those of its run") from error
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     place = f" and {state.position} images of the next" if state.position else ""
     logger.info("resumed %s: %d epochs%s are done", path, state.epoch, place)
     for what in inexact:

@@ -67,8 +67,8 @@ def init_processes(device: str = "auto", dist_url: str = "env://", patience: flo
         UserError: If the device does not exist here.
     """
     _export_slurm_variables()
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    chosen = _choose_device(device, int(os.environ.get("LOCAL_RANK", 0)) if world_size > 1 else None)
+    rank, world_size = read_variable("RANK", 0), read_variable("WORLD_SIZE", 1)
+    chosen = _choose_device(device, read_variable("LOCAL_RANK", 0) if world_size > 1 else None)
     _set_up_logging(rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -189,7 +189,20 @@ def get_world_size() -> int:
 def cores_per_process() -> int:
     """Return this process's share of the cores, at least 1; torchrun tells how many processes share them."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, cores // read_variable("LOCAL_WORLD_SIZE", 1))
+
+
+def read_variable(name: str, default: int) -> int:
+    """Return an environment variable that a launcher sets.
+
+    Raises:
+        UserError: If it is not a whole number.
+    """
+    text = os.environ.get(name, str(default))
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UserError(f"{name}={text}: the environment variable is not a whole number; unset it") from error
 
 
 def _meeting_place(dist_url: str, rank: int, world_size: int) -> dist.Store:
@@ -210,7 +223,7 @@ def _meeting_place(dist_url: str, rank: int, world_size: int) -> dist.Store:
 def _export_slurm_variables() -> None:
     """Set what torchrun would set, from srun's variables. A batch script outside srun stays a plain process."""
     env = os.environ
-    if "RANK" in env or int(env.get("SLURM_STEP_NUM_TASKS", 1)) < 2:
+    if "RANK" in env or read_variable("SLURM_STEP_NUM_TASKS", 1) < 2:
         return
     env["RANK"], env["LOCAL_RANK"] = env["SLURM_PROCID"], env["SLURM_LOCALID"]
     env["WORLD_SIZE"] = env["SLURM_STEP_NUM_TASKS"]
@@ -221,7 +234,7 @@ def _export_slurm_variables() -> None:
         except (OSError, subprocess.CalledProcessError) as error:
             raise UserError(f"{' '.join(command)} failed ({error}); export MASTER_ADDR, the first machine") from error
         env["MASTER_ADDR"] = listing.stdout.split()[0]
-    env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+    env.setdefault("MASTER_PORT", str(20000 + read_variable("SLURM_JOB_ID", 0) % 20000))
 
 
 def _choose_device(name: str, local_rank: int | None) -> torch.device:

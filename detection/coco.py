@@ -8,7 +8,7 @@ the annotations. Its attribute `coco` has those annotations as pycocotools reads
 import contextlib
 import io
 import json
-import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ class CocoDetection(Dataset):
     """
 
     def __init__(self, folder: Path, annotations: Path, is_train: bool):
-        self.folder = folder
+        self.folder, self.annotations = folder, annotations
         self.coco = read_annotations(annotations)
         self.category_ids = sorted(self.coco.cats)
         self.classes = [self.coco.cats[category]["name"] for category in self.category_ids]
@@ -84,7 +84,7 @@ class CocoDetection(Dataset):
             self.ids = [i for i in self.ids if self._is_trained(i)]
         if not self.ids:
             raise UserError(f"{annotations}: has no images" + " with boxes to train on" * is_train)
-        missing = next((i for i in self.ids if not (folder / self.coco.imgs[i]["file_name"]).is_file()), None)
+        missing = next((i for i in self.ids if not os.path.isfile(folder / self.coco.imgs[i]["file_name"])), None)
         if missing is not None:
             raise UserError(
                 f"{folder / self.coco.imgs[missing]['file_name']} is missing; {annotations} lists it as image {missing}"
@@ -107,7 +107,7 @@ class CocoDetection(Dataset):
         found = self._annotations(image_id)
         boxes = torch.tensor([each["bbox"] for each in found], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        masks = [self.coco.annToMask(each) for each in found]
+        masks = [self._decode_mask(each) for each in found]
         target = {
             "boxes": boxes,
             "labels": torch.tensor([self.label_of[each["category_id"]] for each in found], dtype=torch.int64),
@@ -115,6 +115,15 @@ class CocoDetection(Dataset):
             "image_id": image_id,
         }
         return image, target
+
+    def _decode_mask(self, annotation: dict) -> np.ndarray:
+        try:
+            return self.coco.annToMask(annotation)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise UserError(
+                f"{self.annotations}: the mask of annotation number {annotation['id']}, of image "
+                f"{annotation['image_id']}, cannot be decoded ({error}); correct or remove it"
+            ) from error
 
     def _annotations(self, image_id: int) -> list[dict]:
         """Return the annotations of an image that count in training."""
@@ -193,7 +202,7 @@ def read_annotations(path: Path) -> COCO:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); --data-root is the folder that holds annotations/{path.name}"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is no valid JSON ({error}); fetch it again") from error
     lists = [
         content.get(part) if isinstance(content, dict) else None for part in ("images", "annotations", "categories")
@@ -225,9 +234,9 @@ def _check_annotations(images: list[dict], annotations: list[dict], categories: 
         name = f"annotation {each.get('id', f'number {number}')}" if isinstance(each, dict) else f"entry {number}"
         if not isinstance(each, dict):
             raise UserError(f"{name} of the annotations is no object")
-        if each.get("image_id") not in known_images:
+        if not _is_known(each.get("image_id"), known_images):
             raise UserError(f"{name} is of image {each.get('image_id')}, which is not listed")
-        if each.get("category_id") not in known_categories:
+        if not _is_known(each.get("category_id"), known_categories):
             raise UserError(f"{name} has the category {each.get('category_id')}, which is not listed")
         image = known_images[each["image_id"]]
         _check_box(name, each.get("bbox"), each["image_id"], image["width"], image["height"])
@@ -237,6 +246,8 @@ def _check_annotations(images: list[dict], annotations: list[dict], categories: 
         ]
         each.setdefault("iscrowd", 0)
         each.setdefault("area", w * h)
+        if not _is_number(each["area"]):
+            raise UserError(f"{name} has the area {each['area']}; it should be a number of pixels")
         each["id"] = number  # pycocotools takes an id of 0 for none, and equal ones for one
 
 
@@ -252,11 +263,22 @@ def _identify(kind: str, entries: list[dict]) -> dict[int, dict]:
     return known
 
 
+def _is_known(number: Any, known: dict[int, dict]) -> bool:
+    return isinstance(number, int) and number in known
+
+
+def _is_number(value: Any) -> bool:
+    """Return True for an int or float of a size that pixels can have; NaN is none."""
+    return isinstance(value, (int, float)) and -1e9 < value < 1e9
+
+
 def _check_box(name: str, box: Any, image_id: int, width: int, height: int) -> None:
-    numbers = isinstance(box, list) and all(isinstance(each, (int, float)) and math.isfinite(each) for each in box)
+    numbers = isinstance(box, list) and all(map(_is_number, box))
     if not numbers or len(box) != 4:
         raise UserError(f"{name} has the box {box}; it should be four numbers: x, y, width and height")
     x, y, w, h = box
+    if w < 0 or h < 0:
+        raise UserError(f"{name} has the box {box}; its width and height should not be negative")
     if x >= width or y >= height or x + w <= 0 < w or y + h <= 0 < h:
         raise UserError(f"{name} has a box {box} outside its image {image_id}, of {width}x{height} pixels")
 
@@ -264,12 +286,19 @@ def _check_box(name: str, box: Any, image_id: int, width: int, height: int) -> N
 def _check_mask(name: str, mask: Any, width: int, height: int) -> dict | list | None:
     """Return a mask, less polygons of fewer than three points; None or an empty list where there is none."""
     if isinstance(mask, dict):
-        if list(mask.get("size", ())) != [height, width] or not isinstance(mask.get("counts"), (str, list)):
+        counts = mask.get("counts")
+        if isinstance(counts, list):
+            whole = all(isinstance(count, int) and count >= 0 for count in counts) and sum(counts) == height * width
+        else:
+            whole = isinstance(counts, str) and counts != ""
+        if mask.get("size") != [height, width] or not whole:
             raise UserError(f"{name} has a mask that is no run-length code of {height}x{width} pixels")
         return mask
     if mask is None:
         return None
-    if not isinstance(mask, list) or not all(isinstance(each, list) and len(each) % 2 == 0 for each in mask):
+    if not isinstance(mask, list) or not all(
+        isinstance(each, list) and len(each) % 2 == 0 and all(map(_is_number, each)) for each in mask
+    ):
         raise UserError(f"{name} has a segmentation that is neither polygons, each a list x1, y1, x2, ..., nor a code")
     return [polygon for polygon in mask if len(polygon) >= 6]
 

@@ -73,4 +73,4 @@ def _background_first(name: str, tensor: Tensor) -> Tensor:
         return torch.cat([tensor[-1:], tensor[:-1]])
     rows = {".bbox_pred.": 4, ".mask_fcn_logits.": 1}
     added = next((count for part, count in rows.items() if part in name and name.startswith("roi_heads.")), 0)
-    return torch.cat([tensor.new_zeros(added, *tensor.shape[1:]), tensor])
+    return torch.cat([tensor.new_zeros(added, *tensor.shape[1:]), tensor]) if added else tensor

@@ -21,9 +21,10 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import to_pil_image
 
 from checkpoints import make_folder
-from command_line import ArgumentParser, choose_amp, run_script
+from command_line import SHARE, ArgumentParser, choose_amp, run_script
 from dense import build_experiment, describe, get_test_parser
 from detection.coco_eval import find_objects, summarise, write_results
+from detection.configs.recipes import Experiment
 from detection.detectors import build_detector
 from detection.pictures import draw_detections
 from detection.released import load_detector
@@ -49,14 +50,14 @@ def get_parser() -> ArgumentParser:
     group.add_argument("--out", metavar="FILE", help="write the results as COCO's JSON")
     group.add_argument("--show-dir", metavar="FOLDER", help="write pictures with boxes, masks, names and scores")
     group.add_argument(
-        "--show-score-thr", type=float, default=0.3, metavar="SCORE", help="least score of what is shown"
+        "--show-score-thr", type=SHARE, default=0.3, metavar="SCORE", help="least score of what is shown"
     )
     return parser
 
 
 def run_test(args: argparse.Namespace, processes: Processes) -> None:
     """Test the weights of a file and report the figures."""
-    experiment = build_experiment(args)
+    experiment = build_experiment(args, Experiment)
     kinds = KINDS[experiment.detector]
     wanted = kinds if "mAP" in args.eval else tuple(dict.fromkeys(args.eval))
     if not set(wanted) <= set(kinds):

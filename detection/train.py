@@ -99,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line; see `command_line.run_script` for how it ends."""
     parser = get_train_parser(__doc__)
     args = parser.parse_args(argv)
-    run_script(parser.prog, partial(run_training, build_training=build_training), args, kept=True)
+    run_script(parser.prog, partial(run_training, build_training=build_training, kind=Experiment), args, kept=True)
 
 
 if __name__ == "__main__":

@@ -26,12 +26,14 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _is_available() -> bool:
     """Return True if torch has oneDNN and all its private functions that this file calls."""
-    try:
+    x = torch.ones(1, 1)
+    try:  # each of them, as below
         torch._C._functorch.peek_interpreter_stack()
-        _ = torch.autograd.forward_ad._current_level < 0
+        int(torch.autograd.forward_ad._current_level)
         _has_hooks(nn.Identity())
-        return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    except (AttributeError, TypeError):
+        torch.ops.mkldnn._linear_pointwise(x, x, x[0], "gelu", [], "none")
+        return torch.backends.mkldnn.is_available()
+    except Exception:  # whatever another torch raises instead
         return False
 
 

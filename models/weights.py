@@ -6,6 +6,7 @@ DistributedDataParallel and torch.compile add. Nothing in a file is ever execute
 """
 
 import argparse
+import os
 import pickle
 import pickletools
 import re
@@ -79,8 +80,8 @@ def read_file(path: str | Path) -> dict:
         TwinsError: If the file is missing, damaged, would execute code or holds no dict.
     """
     path = Path(path)
-    if not path.is_file():
-        what = "this is a folder; name a file in it" if path.is_dir() else "there is no such file"
+    if not os.path.isfile(path):
+        what = "this is a folder; name a file in it" if os.path.isdir(path) else "there is no such file"
         raise TwinsError(f"{path}: {what}")
     try:
         if path.suffix == ".safetensors":
@@ -101,7 +102,7 @@ def read_file(path: str | Path) -> dict:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        from safetensors.torch import load_file  # it comes with timm, but is not among the requirements
+        from safetensors.torch import load_file  # here, for an installation without it reads .pth files
     except ImportError as error:
         raise TwinsError(f"{path}: install safetensors to read it (pip install safetensors)") from error
     return load_file(path)

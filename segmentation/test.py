@@ -26,6 +26,7 @@ from command_line import ArgumentParser, choose_amp, run_script
 from dense import build_experiment, describe, get_test_parser
 from images import save_png
 from runs import compile_if_asked
+from segmentation.configs.recipes import Experiment
 from segmentation.miou import evaluate
 from segmentation.overlays import draw_overlay
 from segmentation.segmentor import IGNORED_LABEL, build_segmentor, load_segmentor
@@ -56,7 +57,7 @@ def get_parser() -> ArgumentParser:
 
 def run_test(args: argparse.Namespace, processes: Processes) -> None:
     """Test the weights of a file and report the figures."""
-    experiment = build_experiment(args)
+    experiment = build_experiment(args, Experiment)
     loader = build_eval_loader(args, experiment, processes, experiment.test_ratios if args.aug_test else (1.0,))
     dataset = loader.dataset.dataset
     classes = dataset.classes

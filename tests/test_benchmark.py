@@ -58,7 +58,7 @@ def test_outputs_that_differ_are_not_compared():
     setting = benchmark.Setting(torch.device("cpu"), batch_size=1, input_size=(32, 32))
     ours = benchmark.Subject("alt_gvt_tiny", setting)
     other = benchmark.Subject("alt_gvt_tiny", setting)
-    with pytest.raises(ValueError, match="the outputs of the two models differ by"):
+    with pytest.raises(RuntimeError, match="the outputs of the two models differ by"):
         benchmark.check_outputs(ours, other)
     same = benchmark.Subject("alt_gvt_tiny", setting, ours.model.state_dict())
     assert benchmark.check_outputs(ours, same) == 0
@@ -133,6 +133,13 @@ def test_broken_images_are_named_by_their_own_file(tmp_path, capsys):
     broken = next(tmp_path.glob("train/*/7.jpg"))
     broken.write_bytes(broken.read_bytes()[:300])
     assert f"{broken}: cannot be read as an image" in fails(capsys, benchmark, "--data", str(tmp_path))
+
+
+def test_folders_without_classes_are_named(tmp_path, capsys):
+    (tmp_path / "train").mkdir()
+    assert f"--data {tmp_path}: Couldn't find any class folder" in fails(capsys, benchmark, "--data", str(tmp_path))
+    (tmp_path / "train/empty").mkdir()
+    assert "Found no valid file for the classes empty" in fails(capsys, benchmark, "--data", str(tmp_path))
 
 
 @pytest.mark.slow

@@ -49,6 +49,15 @@ def test_log_is_one_json_line_for_each_epoch(folder):
     assert [json.loads(line) for line in (folder.path / "log.txt").read_text().splitlines()] == history
 
 
+def test_an_internal_error_of_a_write_is_no_fault_of_the_disk(tmp_path):
+    def fail(file):
+        raise KeyError("internal")
+
+    with pytest.raises(KeyError, match="internal"):
+        write_atomically(tmp_path / "file", fail)
+    assert not names(tmp_path)
+
+
 def test_the_log_is_valid_json_whatever_the_figures(folder):
     def refuse(name):
         raise ValueError(f"{name} is not JSON")

@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ from datasets import (
 from main import get_args_parser
 from samplers import SampleKey, TrainSampler
 from tests.conftest import damage_jpeg
-from utils import restored_generators, seed_generators
+from utils import UserError, restored_generators, seed_generators
 
 
 def options(*argv):
@@ -293,6 +294,17 @@ def test_truncated_image_is_named(damaged_folder):
     (damaged_folder / "val/n01440764/1.JPEG").write_text("no image")
     with pytest.raises(BadImageError, match="it is not in a known format"):
         dataset[1]
+
+
+def test_a_disk_that_fails_is_not_skipped(damaged_folder, monkeypatch):
+    def fail(self):
+        raise OSError(5, "Input/output error")
+
+    dataset = EvalSet(build_dataset(False, options("--data-path", damaged_folder)), bad_image="skip")
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    with pytest.raises(UserError, match=r"0\.JPEG: cannot be read \(Input/output error\); check the disk") as raised:
+        dataset[0]
+    assert not isinstance(raised.value, BadImageError)
 
 
 def test_truncated_image_is_skipped(damaged_folder, caplog):

@@ -7,7 +7,9 @@ import timm
 import torch
 
 from dense import PolySchedule, build_backbone, change_fields, load_experiment, parameter_groups
+from segmentation.configs.recipes import Experiment
 from tests.conftest import ROOT
+from utils import UserError
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ def test_fields_are_changed_with_their_types():
     [
         ("whole=2.5", "--cfg-options whole: '2.5' is not of type int"),
         ("whole=True", "--cfg-options whole: 'True' is not of type int"),
+        ("real=1e999", "--cfg-options real: '1e999' is not of type float"),
         ("real=fast", "--cfg-options real: 'fast' is not of type float"),
         ("flag=1", "--cfg-options flag: '1' is not of type bool"),
         ("pair=(1, 2, 3)", r"--cfg-options pair: '\(1, 2, 3\)' is not of type tuple\[int, int\]"),
@@ -57,7 +60,10 @@ def test_files_without_an_experiment_are_refused(tmp_path):
     recipe = "from segmentation.configs.recipes import fpn_pvt_setting\nconfig = fpn_pvt_setting('pcpvt_tiny', {})\n"
     faults = {
         "chanels=3": "there is no such key: chanels",
-        "channels=": "invalid syntax",
+        "channels=": "SyntaxError: .*invalid syntax",
+        "lr=int('x')": "ValueError: invalid literal for int",
+        "pretrained=open('/nonexistent')": "FileNotFoundError: .*No such file or directory",
+        "lr=float('inf')": "lr=inf is not of type float",
         "crop_size=(128, 96)": r"crop_size=\(128, 96\) is not of type int",
         "scale=64": r"scale=64 is not of type tuple\[int, int\]",
         "head=None": "head=None is not of type str",
@@ -67,6 +73,32 @@ def test_files_without_an_experiment_are_refused(tmp_path):
         (tmp_path / "mine.py").write_text(recipe.format(fault))
         with pytest.raises(ValueError, match=rf"mine\.py: .*{message}"):
             load_experiment(tmp_path / "mine.py")
+
+
+def test_files_that_are_no_experiment_of_the_task_are_refused(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("from segmentation.configs import recipes\nconfig = recipes.nothing()\n")
+    with pytest.raises(UserError, match=r"mine\.py: AttributeError: module .* has no attribute 'nothing'"):
+        load_experiment(path)
+    path.write_text("from segmentation.configs.recipes import Experiment\nconfig = Experiment\n")
+    with pytest.raises(UserError, match=r"mine\.py: defines no experiment"):
+        load_experiment(path)
+    config = ROOT / "detection/configs/retinanet_alt_gvt_tiny_shapes.py"
+    with pytest.raises(
+        UserError, match=r"tiny_shapes\.py: is an experiment of another task; choose one of segmentatio"
+    ):
+        load_experiment(config, kind=Experiment)
+    with pytest.raises(UserError, match="there is no such config"):
+        load_experiment("x" * 5000)
+
+
+def test_internal_errors_of_experiments_keep_their_traceback(monkeypatch):
+    def fail(*_):
+        raise TypeError("internal")
+
+    monkeypatch.setattr("dense._as_type", fail)
+    with pytest.raises(TypeError, match="internal"):
+        load_experiment(ROOT / "segmentation/configs/upernet_alt_gvt_tiny_shapes.py")
 
 
 # ------------------------------------------------------------------------------------------------------- networks

@@ -139,7 +139,7 @@ def test_another_global_batch_continues_the_run(coco_folder, tmp_path, capsys):
     changes += ["epochs=2", "global_batch=1"]
     train_script.main([str(each) for each in (*command, "--auto-resume", *changes)])
     output = capsys.readouterr().out
-    message = "the global batch changed from 2 to 1, and with it the images of a step; epoch 1 continues after step 0"
+    message = "the global batch changed from 2 to 1; epoch 1 continues after step 0"
     assert message in output
     assert "epoch 1 [4/4]" in output
     checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
@@ -279,6 +279,10 @@ def test_learning_rates_and_weight_decay_equal_the_recipes(setting):
         (["epoch=3"], "--cfg-options epoch: there is no such key; did you mean epochs"),
         (["detector=yolo"], "detector='yolo' is unknown; it is retinanet, mask_rcnn"),
         (["epochs=0"], "epochs=0 is not above 0"),
+        (["weight_decay=-1"], "weight_decay=-1.0 is below 0"),
+        (["drop_path=2"], "drop_path=2.0 is not between 0 and 1"),
+        (["scale=8,8"], "scale=(8, 8): sides of 32 pixels are the least"),
+        (["milestones=-3,"], "milestones=(-3,): epochs above 0 are needed"),
         (["data_root=/nowhere"], "/nowhere: there is no such folder; name the one of the data set with --data-root"),
         (["backbone=pcpvt"], "backbone 'pcpvt' is unknown"),
     ],
@@ -324,6 +328,17 @@ def test_pictures_show_boxes_masks_and_names():
     assert np.abs(pixels[100, 80] - (0.55 * 90 + 0.45 * colour)).max() <= 1
     assert (pixels[100, 50] == 90).all()
     assert (pixels[10, 10] == 90).all()
+
+
+def test_only_objects_above_the_threshold_are_shown(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(test_script, "draw_detections", lambda image, found, _: drawn.append(found["scores"]) or image)
+    show = test_script.build_painter(coco.build_dataset("shapes", "", False, 64), str(tmp_path), 0.4)
+    scores = torch.tensor([0.3, 0.5, 0.4])
+    show(0, {"boxes": torch.zeros(3, 4), "scores": scores, "labels": torch.zeros(3, dtype=torch.int64)})
+    assert drawn[0].tolist() == pytest.approx([0.5, 0.4])
+    parser = test_script.get_parser()
+    assert parser.parse_args(["c", "w", "--show-score-thr", "0.7"]).show_score_thr == 0.7
 
 
 def test_a_run_on_shapes_shows_what_it_finds(tmp_path, capsys, monkeypatch):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.optim import create_optimizer_v2, list_optimizers
 
 import main
 from command_line import choose_amp
@@ -403,6 +404,18 @@ def test_help_names_each_group():
             ["--data-set", "SHAPES", "--opt", "adahessian"],
             "adahessian: second-order optimizers are not supp",
         ),
+        (["--lr-noise", "0.9", "0.1"], "--lr-noise 0.9 0.1: the smaller share comes first"),
+        (["--lr-noise", "0.1", "0.2", "0.3"], "--lr-noise: takes two numbers at most"),
+        (["--decay-milestones", "3", "1"], "--decay-milestones 3 1: give them in ascending order"),
+        (["--epochs", "1" + "0" * 400], "is no whole number of at least 1"),
+        (["--data-path", "x" * 5000], "is no folder"),
+        (["--data-set", "SHAPES", "--resume", "x" * 5000], "there is no such file"),
+        (["--data-set", "SHAPES", "--output_dir", "x" * 300], "cannot be written to (File name too long)"),
+        (["--smoothing", "1"], "argument --smoothing: '1' is no number of at least 0 and at most 0.99"),
+        (
+            ["--data-set", "SHAPES", "--model", "vit_tiny_patch16_224", "--input-size", "64"],
+            "--input-size 64: vit_tiny_patch16_224 takes images of 224 pixels; pass that",
+        ),
         (["--lr", "inf"], "argument --lr: 'inf' is no number above 0"),
     ],
 )
@@ -494,6 +507,41 @@ def test_processes_meet_at_the_address_given(image_folder, tmp_path):
     outputs = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert "4 images x 2 processes x 1 accumulated = global batch 8" in outputs[0]
+
+
+def test_every_optimizer_that_timm_builds_is_accepted():
+    for name in list_optimizers():
+        try:
+            create_optimizer_v2([torch.nn.Parameter(torch.zeros(2, 2))], opt=name, lr=1e-3, momentum=0.9)
+        except Exception:  # it needs another package
+            continue
+        if name != "adahessian":
+            main.check_optimizer(name, {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.05})
+
+
+def test_internal_errors_of_our_models_keep_their_traceback(monkeypatch):
+    def fail(*_, **__):
+        raise KeyError("internal")
+
+    monkeypatch.setattr("models.twins.Twins.__init__", fail)
+    for name in ("alt_gvt_tiny", "alt_gvt_small.in1k"):
+        with pytest.raises(KeyError, match="internal"):
+            main.build_model(name, 10)
+
+
+def test_internal_errors_of_transforms_and_states_keep_their_traceback(image_folder, monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise ValueError("internal")
+
+    command = [*TINY, "--data-path", str(image_folder), "--epochs", "1", "--output_dir", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr("datasets.create_transform", fail)
+        with pytest.raises(ValueError, match="^internal"):
+            main.main(command)
+    main.main(command)
+    monkeypatch.setattr("utils.EpochMeter.load_state_dict", fail)
+    with pytest.raises(ValueError, match="^internal"):
+        main.main([*command, "--auto-resume"])
 
 
 def test_a_bad_address_is_named(monkeypatch, run_in_process):

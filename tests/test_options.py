@@ -10,16 +10,19 @@ from torch import nn
 
 import main
 from command_line import loader_options
-from dense import get_test_parser, get_train_parser, load_experiment
+from dense import get_train_parser, load_experiment
 from detection import coco
+from detection import test as detection_test
 from detection import train as detection_train
 from detection.configs.recipes import Experiment as DetectionExperiment
 from main import build_optimizer, build_scheduler, build_trained_model, get_args_parser
 from models import Twins
 from segmentation import ade20k
+from segmentation import test as segmentation_test
 from segmentation import train as segmentation_train
 from segmentation.configs.recipes import Experiment as SegmentationExperiment
 from tests.conftest import ROOT, TINY, assert_equal
+from utils import Processes
 
 CPU = torch.device("cpu")
 BASE = [*TINY, "--data-set", "SHAPES", "--epochs", "1", "--warmup-epochs", "0", "--lr", "1e-2", "--unscale-lr"]
@@ -110,11 +113,43 @@ ELSEWHERE = {
     "local_rank": "test_training_on_two_processes",
     "deterministic": "test_deterministic_algorithms",
     "traceback": "test_traceback_on_demand",
-    # of the dense tasks
+}
+# Of train.py in both dense tasks.
+DENSE_TRAIN = {
     "config": "test_files_without_an_experiment_are_refused",
-    "checkpoint": "test_figures_equal_those_of_the_written_predictions",
     "data_root": "test_a_training_leaves_what_is_promised",
     "cfg_options": "test_fields_are_changed_with_their_types",
+    "num_workers": "test_loaders_follow_their_options",
+    "loader_timeout": "test_loaders_follow_their_options",
+    "pin_mem": "test_loaders_follow_their_options",
+    "output_dir": "test_a_training_leaves_what_is_promised",
+    "resume": "test_another_global_batch_continues_the_run",
+    "auto_resume": "test_another_global_batch_continues_at_the_same_step",
+    "save_every": "test_a_killed_run_ends_as_an_uninterrupted_one",
+    "keep": "test_options_of_a_dense_training",
+    "on_nonfinite": "test_options_of_a_dense_training",
+    "max_skipped": "test_options_of_a_dense_training",
+    "seed": "test_options_of_a_dense_training",
+    "print_freq": "test_options_of_a_dense_training",
+    "pretrained": "test_a_tiny_network_learns_from_a_classifiers_weights",
+    "finetune": "test_fine_tuning_makes_new_heads_for_other_classes",
+    "grad_checkpointing": "test_options_of_a_dense_training",
+    "compile": "test_options_of_a_dense_training",
+    "amp": "test_mixed_precision_reaches_the_evaluation",
+    "device": "test_unknown_device",
+    "dist_url": "test_processes_meet_at_the_address_given",
+    "local_rank": "test_training_on_two_processes",
+    "deterministic": "test_deterministic_algorithms",
+    "traceback": "test_traceback_on_demand",
+}
+# Of test.py in either dense task.
+DENSE_TEST = DENSE_TRAIN | {
+    "checkpoint": "test_figures_equal_those_of_the_written_predictions",
+    "eval": "test_weights_that_do_not_fit_are_refused",
+    "aug_test": "test_figures_equal_those_of_the_written_predictions",
+    "out": "test_figures_equal_pycocotools_on_the_written_results",
+    "show_dir": "test_the_figures_are_the_same_for_any_number_of_processes",
+    "show_score_thr": "test_only_objects_above_the_threshold_are_shown",
 }
 
 
@@ -158,12 +193,18 @@ def differ(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return any(not torch.equal(a[name], b[name]) for name in a)
 
 
+def options_of(parser) -> set[str]:
+    return {action.dest for action in parser._actions} - {"help"}
+
+
 def test_every_option_has_a_test():
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    parsers = get_args_parser(), get_train_parser(""), get_test_parser("")
-    options = {action.dest for parser in parsers for action in parser._actions} - {"help"}
-    assert options == {*CHANGES, *CHANGES_BESIDE, *ELSEWHERE}
-    assert not [name for name in ELSEWHERE.values() if f"def {name}(" not in tests]
+    assert options_of(get_args_parser()) == {*CHANGES, *CHANGES_BESIDE, *ELSEWHERE}
+    assert options_of(get_train_parser("")) == set(DENSE_TRAIN)
+    for script in (segmentation_test, detection_test):
+        assert options_of(script.get_parser()) <= set(DENSE_TEST)
+    for table in (ELSEWHERE, DENSE_TRAIN, DENSE_TEST):
+        assert not [name for name in table.values() if f"def {name}(" not in tests]
 
 
 def test_the_same_options_give_the_same_load_weights(run, tmp_path):
@@ -222,14 +263,14 @@ def test_rates_of_drop_path_and_dropout_are_those_given():
 
 def test_repeated_augmentation_shows_each_image_three_times():
     for flags, images in (([], 6), (["--repeated-aug"], 2)):
-        loader = main.build_train_loader(parse(*BASE, *flags), main.Processes(CPU), 6)
+        loader = main.build_train_loader(parse(*BASE, *flags), Processes(CPU), 6)
         keys = list(loader.sampler)
         assert len(keys) == 6
         assert len({key.index for key in keys}) == images
 
 
 def test_seeds_reach_the_order_and_the_augmentation():
-    loaders = [main.build_train_loader(parse(*BASE, "--seed", seed), main.Processes(CPU), 4) for seed in (0, 1)]
+    loaders = [main.build_train_loader(parse(*BASE, "--seed", seed), Processes(CPU), 4) for seed in (0, 1)]
     assert list(loaders[0].sampler) != list(loaders[1].sampler)
     key = next(iter(loaders[0].sampler))
     assert not torch.equal(*(loader.dataset[key][0].pixels for loader in loaders))
@@ -356,7 +397,7 @@ def test_log_lines_follow_their_option(tmp_path, capsys):
 
 def test_a_shared_evaluation_takes_a_part_of_the_images():
     for flags, count in (([], 4), (["--dist-eval"], 2)):
-        loader = main.build_val_loader(parse(*BASE, *flags), main.Processes(CPU, rank=1, world_size=2))
+        loader = main.build_val_loader(parse(*BASE, *flags), Processes(CPU, rank=1, world_size=2))
         assert len(loader.sampler) == count
 
 
@@ -451,6 +492,31 @@ def run_dense(tmp_path_factory):
     return run
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_options_of_a_dense_training(task, run_dense, monkeypatch, tmp_path, capsys):
+    script, config, setting = TASKS[task]
+    compiled, recomputed = [], []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, *_, **__: compiled.append(self))
+    monkeypatch.setattr("models.twins.checkpoint", lambda block, x, **_: recomputed.append(block) or block(x))
+    options = ["--device", "cpu", "--num_workers", "0", "--work-dir", str(tmp_path), "--seed", "1", "--keep", "1"]
+    options += ["--print-freq", "1", "--compile", "--grad-checkpointing", "--on-nonfinite", "skip"]
+    script.main([str(ROOT / config), *options, "--cfg-options", *setting.split()])
+    assert capsys.readouterr().out.count("epoch 0 [") == 2
+    assert {file.name for file in tmp_path.glob("checkpoint.*")} == {"checkpoint.pth"}
+    assert read_log(tmp_path)[0]["train_skipped"] == 0
+    assert compiled
+    assert len(recomputed) == 2 * 7  # steps x blocks
+    assert differ(load_weights(tmp_path), load_weights(run_dense(task)))
+    keys = []
+    for seed in ("0", "1"):
+        args = get_train_parser("").parse_args(["x", "--num_workers", "0", "--seed", seed])
+        loader = script.build_train_loader(args, load_experiment(ROOT / config, setting.split()), Processes(CPU))
+        sampler = loader.sampler if task == "segmentation" else loader.batch_sampler
+        keys.append((list(sampler), loader.dataset.seed))
+    assert keys[0][0] != keys[1][0]
+    assert (keys[0][1], keys[1][1]) == (0, 1)
+
+
 def test_every_field_of_an_experiment_has_a_test():
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     for task, experiment in EXPERIMENTS.items():
@@ -478,6 +544,8 @@ def test_an_experiment_chooses_its_scales():
     for change, sizes in (("many_scales=False", {96}), ("many_scales=True", set(range(480, 801, 32)))):
         config = ROOT / "detection/configs/mask_rcnn_alt_gvt_tiny_shapes.py"
         args = get_train_parser("").parse_args(["x", "--num_workers", "0"])
-        loader = detection_train.build_train_loader(args, load_experiment(config, [change]), main.Processes(CPU))
+        loader = detection_train.build_train_loader(args, load_experiment(config, [change]), Processes(CPU))
         (images, _), *_ = loader
-        assert {min(image.shape[1:]) for image in images} <= sizes
+        found = {min(image.shape[1:]) for image in images}
+        assert found <= sizes
+        assert len(found) == 1 if len(sizes) == 1 else len(found) > 1

@@ -51,6 +51,15 @@ def test_unknown_device(name):
         utils.init_processes(name)
 
 
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_bad_variables_of_a_launcher_are_named(name, monkeypatch):
+    for other in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "many")
+    with pytest.raises(utils.UserError, match=f"{name}=many: the environment variable is not a whole number"):
+        utils.init_processes("cpu")
+
+
 def test_missing_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="--device cuda:5: GPU 5 is asked for, but 2 are visible"):

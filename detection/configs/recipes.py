@@ -5,7 +5,7 @@ A file of this folder is one experiment: `config = mask_rcnn_1x_pvt_setting(back
 
 from dataclasses import dataclass
 
-from dense import check_types
+from dense import check_fields
 from utils import UserError
 
 
@@ -41,13 +41,17 @@ class Experiment:
     warmup_ratio: float = 0.001
 
     def __post_init__(self):
-        check_types(self)
-        for name, known in (("detector", ("retinanet", "mask_rcnn")), ("dataset", ("coco", "shapes"))):
-            if getattr(self, name) not in known:
-                raise UserError(f"{name}={getattr(self, name)!r} is unknown; it is {', '.join(known)}")
-        for name in ("channels", "head_std", "proposals", "roi_samples", "batch_size", "global_batch", "epochs", "lr"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}={getattr(self, name)} is not above 0")
+        check_fields(
+            self,
+            choices={"detector": ("retinanet", "mask_rcnn"), "dataset": ("coco", "shapes")},
+            above_zero=(
+                *("channels", "head_std", "proposals", "roi_samples"),
+                *("batch_size", "global_batch", "epochs", "lr"),
+            ),
+            not_below_zero=("weight_decay", "warmup_iterations"),
+        )
+        if min(self.milestones, default=1) <= 0:
+            raise UserError(f"milestones={self.milestones}: epochs above 0 are needed")
 
 
 def retinanet_1x_pvt_setting(backbone: str, **changes) -> Experiment:

@@ -5,7 +5,7 @@ A file of this folder is one experiment: `config = upernet_swin_setting(backbone
 
 from dataclasses import dataclass
 
-from dense import check_types
+from dense import check_fields
 from utils import UserError
 
 
@@ -47,20 +47,14 @@ class Experiment:
     stride: int = 0  # pixels between windows
 
     def __post_init__(self):
-        check_types(self)
-        for name, known in (("head", ("upernet", "fpn")), ("dataset", ("ade20k", "folder", "shapes"))):
-            if getattr(self, name) not in known:
-                raise UserError(f"{name}={getattr(self, name)!r} is unknown; it is {', '.join(known)}")
-        for name in ("channels", "neck_channels", "batch_size", "global_batch", "iterations", "eval_interval", "lr"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"{name}={getattr(self, name)} is not above 0")
-        for name in ("weight_decay", "warmup_iterations", "power", "min_lr"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} is below 0")
-        if not 0 <= self.drop_path < 1:
-            raise UserError(f"drop_path={self.drop_path} is not between 0 and 1")
-        if min(*self.scale, self.crop_size) < 32:
-            raise UserError(f"scale={self.scale}, crop_size={self.crop_size}: sides of 32 pixels are the least")
+        check_fields(
+            self,
+            choices={"head": ("upernet", "fpn"), "dataset": ("ade20k", "folder", "shapes")},
+            above_zero=("channels", "neck_channels", "batch_size", "global_batch", "iterations", "eval_interval", "lr"),
+            not_below_zero=("weight_decay", "warmup_iterations", "power", "min_lr"),
+        )
+        if self.crop_size < 32:
+            raise UserError(f"crop_size={self.crop_size}: sides of 32 pixels are the least")
         if not 0 < self.scale_range[0] <= self.scale_range[1]:
             raise UserError(f"scale_range={self.scale_range}: the lower factor comes first, and both are above 0")
         if not self.test_ratios or min(self.test_ratios) <= 0:
