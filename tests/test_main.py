@@ -536,11 +536,11 @@ def test_internal_errors_of_transforms_and_states_keep_their_traceback(image_fol
     command = [*TINY, "--data-path", str(image_folder), "--epochs", "1", "--output_dir", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
         patch.setattr("datasets.create_transform", fail)
-        with pytest.raises(ValueError, match="^internal"):
+        with pytest.raises(ValueError, match=r"^internal"):
             main.main(command)
     main.main(command)
     monkeypatch.setattr("utils.EpochMeter.load_state_dict", fail)
-    with pytest.raises(ValueError, match="^internal"):
+    with pytest.raises(ValueError, match=r"^internal"):
         main.main([*command, "--auto-resume"])
 
 

@@ -21,7 +21,7 @@ from segmentation import ade20k
 from segmentation import test as segmentation_test
 from segmentation import train as segmentation_train
 from segmentation.configs.recipes import Experiment as SegmentationExperiment
-from tests.conftest import ROOT, TINY, assert_equal
+from tests.conftest import ROOT, TINY, assert_equal, read_log
 from utils import Processes
 
 CPU = torch.device("cpu")
