@@ -11,8 +11,6 @@ Bad input ends with one line that names it and a non-zero exit code; --traceback
 import argparse
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import timm
@@ -26,9 +24,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import models
-import utils
-from checkpoints import BEST_CHECKPOINT, BEST_EMA_CHECKPOINT, RunFolder, TrainState
-from command_line import (
+from core.checkpoint import TrainState
+from core.distributed import Processes, parallelise
+from core.launch import one_line, run_script
+from core.options import (
     COUNT,
     NON_NEGATIVE,
     POSITIVE,
@@ -40,46 +39,24 @@ from command_line import (
     add_process_options,
     add_training_options,
     choose_amp,
-    engine_options,
+    compile_if_asked,
     loader_options,
     nearest,
     number,
-    one_line,
-    run_script,
+    train_settings,
 )
-from datasets import (
-    BAD_IMAGE_POLICIES,
-    DATA_SETS,
-    IGNORED_TARGET,
-    INAT_CATEGORIES,
-    EvalSet,
-    ToImages,
-    TrainSet,
-    build_dataset,
-    collate_views,
-)
+from core.recipes import NOT_OF_A_RECIPE, PUBLISHED, RECIPES, differences, get_recipe, published_name
+from core.run import Run, choose_accumulation, describe_batch
+from core.run_folder import BEST_CHECKPOINT, BEST_EMA_CHECKPOINT
+from datasets import BAD_IMAGE_POLICIES, DATA_SETS, IGNORED_TARGET, INAT_CATEGORIES, EvalSet, TrainSet, build_dataset
 from engine import evaluate, train_one_epoch
 from losses import DISTILLATION_TYPES, DistillationLoss, choose_criterion
 from models.twins import MIN_INPUT_SIZE
-from runs import choose_accumulation, choose_checkpoint, compile_if_asked, describe_batch, resume, run_epochs
 from samplers import EvalSampler, TrainSampler
-from utils import Processes, UserError
+from transforms import ToImages, collate_views
+from utils import UserError, seed_everything
 
 logger = logging.getLogger("twins")
-
-# What made each released model, where it is not the default of an option: the original's one published command
-# is not the one that made most of them. The peak learning rate is --lr x global batch / 512.
-PUBLISHED_RECIPES = {
-    "pcpvt_small": {"global_batch": 1280, "drop_path": 0.2},
-    "pcpvt_base": {"global_batch": 1024, "drop_path": 0.3},
-    "pcpvt_large": {"global_batch": 1024, "drop_path": 0.5},
-    "alt_gvt_small": {"global_batch": 2048, "drop_path": 0.2},
-    "alt_gvt_base": {"global_batch": 1024, "drop_path": 0.3},
-    "alt_gvt_large": {"global_batch": 1024, "drop_path": 0.5, "warmup_epochs": 20},
-}
-# Groups of options that a recipe is made of; everything else does not change what is trained.
-RECIPE_GROUPS = ("model", "optimisation", "schedule", "augmentation", "mixup", "distillation", "fine-tuning")
-NOT_OF_THE_RECIPE = {"model", "batch_size", "global_batch", "grad_checkpointing", "compile", "amp"}
 
 
 # ---------------------------------------------------------------------------------------------------- arguments
@@ -95,6 +72,12 @@ def get_args_parser() -> ArgumentParser:
         description=__doc__,
     )
 
+    parser.add_argument(
+        "--recipe",
+        choices=RECIPES,
+        help="options to start from; others given here win. shapes: the tiny model on the embedded shapes; published: "
+        "global batch, drop path and warm-up that made the released weights of --model",
+    )
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="alt_gvt_base", metavar="NAME", help=f"{MODEL_NAMES}, or a model of timm")
     group.add_argument(
@@ -180,7 +163,12 @@ def get_args_parser() -> ArgumentParser:
         type=POSITIVE,
         help="peak learning rate for a global batch of 512; it grows with the batch",
     )
-    group.add_argument("--unscale-lr", action="store_true", help="take --lr as it is, whatever the batch")
+    group.add_argument(
+        "--unscale-lr",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="use --lr unchanged, not scaled by the global batch",
+    )
     group.add_argument(
         "--sched",
         default="cosine",
@@ -565,57 +553,29 @@ def run_evaluation(args: argparse.Namespace, processes: Processes) -> None:
 
 def run_training(args: argparse.Namespace, processes: Processes) -> None:
     """Train, evaluating after each epoch and keeping the newest and the best checkpoints."""
-    run_folder = RunFolder(args.output_dir, args.keep) if args.output_dir else nullcontext()
-    with utils.signals_noted(), run_folder as folder:
-        checkpoint = choose_checkpoint(folder, args.resume, args.auto_resume)
+    with Run(vars(args)) as run:
         device = processes.device
         global_batch = args.global_batch or args.batch_size * processes.world_size
         accumulation = choose_accumulation(args.batch_size, global_batch, processes.world_size)
+        settings = train_settings(args, device, accumulation)
         val_loader = build_val_loader(args, processes)
         train_loader = build_train_loader(args, processes, global_batch)
         nb_classes = check_classes(args, train_loader.dataset.dataset.classes)
-        utils.seed_everything(args.seed)  # the same weights on every process
+        seed_everything(args.seed)  # the same weights on every process
         # The weights in the memory format of the tokens, so that convolutions and gradient exchange need no copies.
-        model = build_trained_model(args, nb_classes, new=not checkpoint)
-        model.to(device, memory_format=torch.channels_last)
+        model = build_trained_model(args, nb_classes, run.is_new).to(device, memory_format=torch.channels_last)
         state = build_state(args, model, train_loader.sampler, device)
         compute_losses = build_compute_losses(args, nb_classes, device)
-        utils.seed_everything(args.seed + processes.rank)  # but mixup and drop path of its own on each
-        if checkpoint:
-            resume(state, checkpoint, vars(args), same=("model", "opt"))
+        seed_everything(args.seed + processes.rank)  # but other mixup and drop path on each
+        run.resume(state, same=("model", "opt"))
         compile_if_asked(model, args.compile)
-        parallel_model = utils.parallelise(model, processes)
-        announce(args, processes, model, nb_classes, accumulation, len(train_loader) // accumulation)
-
-        def train(epoch: int, save: Callable[[], None] | None) -> dict[str, float]:
+        parallel_model = parallelise(model, processes)
+        announce(args, processes, state, nb_classes, accumulation)
+        for epoch in run.epochs(args.epochs, {"test_acc1": BEST_CHECKPOINT, "test_ema_acc1": BEST_EMA_CHECKPOINT}):
             state.sampler.set_epoch(epoch, state.meter.step)
-            return train_one_epoch(
-                parallel_model,
-                compute_losses,
-                train_loader,
-                state.optimizer,
-                device,
-                epoch,
-                scaler=state.scaler,
-                accumulation=accumulation,
-                clip_grad=args.clip_grad or None,
-                model_ema=state.model_ema,
-                lr_scheduler=state.lr_scheduler,
-                meter=state.meter,
-                save=save,
-                **engine_options(args, device),
-            )
-
-        run_epochs(
-            state,
-            train,
-            partial(evaluate_state, state, val_loader, args, processes),
-            epochs=args.epochs,
-            folder=folder,
-            args=vars(args),
-            best_files={"test_acc1": BEST_CHECKPOINT, "test_ema_acc1": BEST_EMA_CHECKPOINT},
-            count_skipped=args.on_nonfinite == "skip",
-        )
+            train_stats = train_one_epoch(parallel_model, compute_losses, train_loader, state, settings, run)
+            test_stats = evaluate_state(state, val_loader, args, processes)
+            run.finish_epoch(train_stats, test_stats)
 
 
 def build_trained_model(args: argparse.Namespace, nb_classes: int, new: bool) -> nn.Module:
@@ -658,44 +618,36 @@ def evaluate_state(
 
 
 def announce(
-    args: argparse.Namespace, processes: Processes, model: nn.Module, nb_classes: int, accumulation: int, steps: int
+    args: argparse.Namespace, processes: Processes, state: TrainState, nb_classes: int, accumulation: int
 ) -> None:
-    """Print what is trained, the batch arithmetic and how the run differs from the published one."""
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    """Log what is trained, the batch arithmetic, and how the run differs from its recipe and the published one."""
+    global_batch = state.sampler.global_batch
     amp_dtype = choose_amp(args.amp, processes.device) or torch.float32
-    logger.info(
-        "%s: %d parameters, %d classes, %s on %s", args.model, n_parameters, nb_classes, amp_dtype, processes.device
-    )
-    global_batch = args.batch_size * processes.world_size * accumulation
+    what = f"{args.model}: {state.n_parameters} parameters, {nb_classes} classes"
+    logger.info("%s, %s on %s", what, amp_dtype, processes.device)
     scaling = "" if args.unscale_lr else f" ({args.lr:g} x {global_batch} / 512)"
     lr = f"{peak_lr(args, global_batch):g}{scaling}"
-    logger.info("%s", describe_batch(args.batch_size, accumulation, lr, steps))
+    logger.info("%s", describe_batch(args.batch_size, accumulation, lr, state.sampler.steps))
+    if args.recipe:
+        changed = differences(args, get_recipe(args.recipe, args.model))
+        logger.info("recipe %s%s", args.recipe, f", changed: {', '.join(changed)}" if changed else "")
     if args.warmup_epochs >= args.epochs:
         logger.info("note: the warm-up of %d epochs does not end in this run of %d", args.warmup_epochs, args.epochs)
     if peak_lr(args, global_batch) <= args.min_lr:
-        logger.info(
-            "note: the learning rate is no higher than --min-lr %g; raise --lr or pass --unscale-lr", args.min_lr
-        )
-    differing = differences_from_recipe(args, global_batch)
-    if differing:
-        logger.info("note: not the recipe that made the published %s: %s", args.model, ", ".join(differing))
+        logger.info("note: the peak learning rate is not above --min-lr %g; raise --lr, or --unscale-lr", args.min_lr)
+    changed = differences_from_published(args, global_batch)
+    if changed:
+        logger.info("note: not the recipe that made the published %s: %s", args.model, ", ".join(changed))
 
 
-def differences_from_recipe(args: argparse.Namespace, global_batch: int) -> list[str]:
+def differences_from_published(args: argparse.Namespace, global_batch: int) -> list[str]:
     """Return how a run differs from the one that made the published model; nothing for an unpublished one."""
-    recipe = PUBLISHED_RECIPES.get(get_arch_name(args.model).removesuffix("_v0"))
-    if recipe is None:
+    name = published_name(args.model)
+    if name not in PUBLISHED:
         return []
-    parser = get_args_parser()
-    groups = [group for group in parser._action_groups if group.title in RECIPE_GROUPS]
-    names = {action.dest for group in groups for action in group._group_actions} - NOT_OF_THE_RECIPE
-    published = {name: parser.get_default(name) for name in sorted(names)} | {"data_set": "IMNET"} | recipe
-    actual = vars(args) | {"global_batch": global_batch}
-    return [
-        f"{name.replace('_', '-')} {actual[name]} (published: {value})"
-        for name, value in published.items()
-        if actual[name] != value
-    ]
+    defaults = vars(get_args_parser().parse_args([]))
+    recipe = {option: value for option, value in defaults.items() if option not in NOT_OF_A_RECIPE} | PUBLISHED[name]
+    return differences(argparse.Namespace(**vars(args) | {"global_batch": global_batch}), recipe)
 
 
 def report_evaluation(stats: dict[str, float], what: str = "network") -> None:
@@ -707,12 +659,24 @@ def report_evaluation(stats: dict[str, float], what: str = "network") -> None:
 # ----------------------------------------------------------------------------------------------------------- main
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run from the command line; see `command_line.run_script` for how it ends."""
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the options; those of --recipe take the place of the defaults."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
+    if args.recipe:
+        try:
+            parser.set_defaults(**get_recipe(args.recipe, args.model))
+        except UserError as error:
+            parser.error(str(error))
+        args = parser.parse_args(argv)
     check_args(parser, args)
-    run_script(parser.prog, run_evaluation if args.eval else run_training, args, kept=bool(args.output_dir))
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run from the command line; see `core.launch.run_script` for how it ends."""
+    args = parse_args(argv)
+    run_script("main.py", run_evaluation if args.eval else run_training, args, kept=bool(args.output_dir))
 
 
 if __name__ == "__main__":

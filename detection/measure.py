@@ -17,11 +17,12 @@ import torch
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
 
-from benchmark import PUBLISHED, Macs, count_module_macs
-from dense import build_backbone
+from benchmarks.models import PUBLISHED
+from core.meters import peak_memory
+from dense.networks import build_backbone
 from detection.configs.recipes import mask_rcnn_1x_pvt_setting, retinanet_1x_pvt_setting
-from detection.detectors import build_detector
-from engine import peak_memory
+from detection.network import build_detector
+from models.complexity import Macs, count_module_macs
 
 CLASSES, BOXES, MASKS = 80, 1000, 100  # of COCO; regions of one image that the heads see
 SETTINGS = {"RetinaNet": retinanet_1x_pvt_setting, "Mask R-CNN": mask_rcnn_1x_pvt_setting}

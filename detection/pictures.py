@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from images import make_colours
+from core.images import make_colours
 
 MIN_SIDE = 400  # pixels; smaller images are enlarged, so that text can be read
 OPACITY = 0.45  # of masks

@@ -20,18 +20,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import to_pil_image
 
-from checkpoints import make_folder
-from command_line import SHARE, ArgumentParser, choose_amp, run_script
-from dense import build_experiment, describe, get_test_parser
-from detection.coco_eval import find_objects, summarise, write_results
+from core.distributed import Processes, on_main
+from core.images import save_png
+from core.launch import run_script
+from core.options import SHARE, ArgumentParser, choose_amp, compile_if_asked
+from core.signals import signals_noted
+from dense.training import build_experiment, describe, get_test_parser
 from detection.configs.recipes import Experiment
-from detection.detectors import build_detector
+from detection.metrics import find_objects, summarise, write_results
+from detection.network import build_detector
 from detection.pictures import draw_detections
-from detection.released import load_detector
 from detection.train import KINDS, build_eval_loader
-from images import save_png
-from runs import compile_if_asked
-from utils import Processes, UserError, on_main, signals_noted
+from detection.weights import load_detector
+from utils import UserError, make_folder
 
 logger = logging.getLogger("twins")
 

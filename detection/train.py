@@ -20,15 +20,18 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from command_line import choose_amp, loader_options, run_script
-from dense import StepSchedule, Training, get_train_parser, process_batch, run_training
-from detection.coco import GroupedBatches, TrainViews, build_dataset, collate, many_scales, one_scale
-from detection.coco_eval import find_objects, summarise
+from core.distributed import Processes
+from core.launch import run_script
+from core.options import choose_amp, loader_options
+from dense.optimisation import StepSchedule
+from dense.training import Task, get_train_parser, process_batch, run_training
 from detection.configs.recipes import Experiment
-from detection.detectors import build_detector
-from detection.released import load_detector
+from detection.data import GroupedBatches, build_dataset, collate
+from detection.metrics import find_objects, summarise
+from detection.network import build_detector
+from detection.transforms import TrainViews, many_scales, one_scale
+from detection.weights import load_detector
 from samplers import EvalSampler, SeededSet
-from utils import Processes
 
 logger = logging.getLogger("twins")
 
@@ -58,13 +61,13 @@ def build_eval_loader(args: argparse.Namespace, experiment: Experiment, processe
     return DataLoader(dataset, sampler=sampler, collate_fn=collate, **loader_options(args, processes.device))
 
 
-def build_training(args: argparse.Namespace, experiment: Experiment, processes: Processes, new: bool) -> Training:
+def build_task(args: argparse.Namespace, experiment: Experiment, processes: Processes, is_new: bool) -> Task:
     """Build the data and the detector of an experiment; in a new run, with the weights that it starts from."""
     train_loader = build_train_loader(args, experiment, processes)
     eval_loader = build_eval_loader(args, experiment, processes)
     dataset = eval_loader.dataset
-    model = build_detector(experiment, len(dataset.classes), new and not args.finetune)
-    if args.finetune and new:
+    model = build_detector(experiment, len(dataset.classes), is_new and not args.finetune)
+    if args.finetune and is_new:
         logger.info("%s", load_detector(model, args.finetune, finetune=True))
 
     def evaluate(model: nn.Module) -> dict[str, float]:
@@ -73,7 +76,7 @@ def build_training(args: argparse.Namespace, experiment: Experiment, processes: 
         figures = summarise(dataset.coco, dataset.ids, results, KINDS[experiment.detector])
         return {f"test_{name}": value for name, value in figures.items()}
 
-    return Training(
+    return Task(
         model=model,
         train_loader=train_loader,
         sampler=train_loader.batch_sampler,
@@ -99,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line; see `command_line.run_script` for how it ends."""
     parser = get_train_parser(__doc__)
     args = parser.parse_args(argv)
-    run_script(parser.prog, partial(run_training, build_training=build_training, kind=Experiment), args, kept=True)
+    run_script(parser.prog, partial(run_training, build_task=build_task, kind=Experiment), args, kept=True)
 
 
 if __name__ == "__main__":

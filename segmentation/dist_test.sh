@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Test weights on several GPUs (or CPU processes) of this machine: bash dist_test.sh CONFIG CHECKPOINT GPUS [options]
-# The options are those of test.py; launch.sh tells about several machines.
+# The options are those of test.py; see dense/launch.sh for several machines.
 here=$(dirname "${BASH_SOURCE[0]}")
-[ "${1:-}" != --help ] || exec bash "$here/../launch.sh" "$here/test.py" 1 --help
+[ "${1:-}" != --help ] || exec bash "$here/../dense/launch.sh" "$here/test.py" 1 --help
 [ $# -ge 3 ] || { echo "usage: bash dist_test.sh CONFIG CHECKPOINT GPUS [options of test.py]" >&2; exit 2; }
-exec bash "$here/../launch.sh" "$here/test.py" "$3" "$1" "$2" "${@:4}"
+exec bash "$here/../dense/launch.sh" "$here/test.py" "$3" "$1" "$2" "${@:4}"

@@ -17,10 +17,10 @@ if __name__ == "__main__":  # in place of this folder, whose file names might sh
 
 import torch
 
-from benchmark import count_module_macs
-from dense import load_experiment
-from engine import peak_memory
-from segmentation.segmentor import Segmentor, build_segmentor
+from core.meters import peak_memory
+from dense.experiments import load_experiment
+from models.complexity import count_module_macs
+from segmentation.network import Segmentor, build_segmentor
 
 CLASSES = 150
 PUBLISHED_G = {"pcpvt_s": 234, "pcpvt_b": 250, "pcpvt_l": 269, "alt_gvt_s": 228, "alt_gvt_b": 261, "alt_gvt_l": 297}

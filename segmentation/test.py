@@ -21,17 +21,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import to_pil_image
 
-from checkpoints import make_folder
-from command_line import ArgumentParser, choose_amp, run_script
-from dense import build_experiment, describe, get_test_parser
-from images import save_png
-from runs import compile_if_asked
+from core.distributed import Processes
+from core.images import save_png
+from core.launch import run_script
+from core.options import ArgumentParser, choose_amp, compile_if_asked
+from core.signals import signals_noted
+from dense.training import build_experiment, describe, get_test_parser
 from segmentation.configs.recipes import Experiment
-from segmentation.miou import evaluate
-from segmentation.overlays import draw_overlay
-from segmentation.segmentor import IGNORED_LABEL, build_segmentor, load_segmentor
+from segmentation.metrics import evaluate
+from segmentation.network import IGNORED_LABEL, build_segmentor
+from segmentation.pictures import draw_overlay
 from segmentation.train import build_eval_loader, inference_options
-from utils import Processes, signals_noted
+from segmentation.weights import load_segmentor
+from utils import make_folder
 
 logger = logging.getLogger("twins")
 

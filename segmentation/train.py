@@ -19,15 +19,20 @@ if __name__ == "__main__":  # in place of this folder, whose file names might sh
 import torch
 from torch.utils.data import DataLoader
 
-from command_line import choose_amp, loader_options, run_script
-from dense import PolySchedule, Training, describe, get_train_parser, process_batch, run_training
+from core.distributed import Processes
+from core.launch import run_script
+from core.options import choose_amp, loader_options
+from dense.optimisation import PolySchedule
+from dense.training import Task, describe, get_train_parser, process_batch, run_training
 from models.twins import MIN_INPUT_SIZE
 from samplers import EndlessSampler, EvalSampler, SeededSet
-from segmentation.ade20k import EvalViews, TrainViews, build_dataset
 from segmentation.configs.recipes import Experiment
-from segmentation.miou import evaluate
-from segmentation.segmentor import Segmentor, build_segmentor, load_segmentor
-from utils import Processes, UserError
+from segmentation.data import build_dataset
+from segmentation.metrics import evaluate
+from segmentation.network import Segmentor, build_segmentor
+from segmentation.transforms import EvalViews, TrainViews
+from segmentation.weights import load_segmentor
+from utils import UserError
 
 logger = logging.getLogger("twins")
 
@@ -59,14 +64,14 @@ def build_eval_loader(
     return DataLoader(views, batch_size=None, sampler=sampler, **loader_options(args, processes.device))
 
 
-def build_training(args: argparse.Namespace, experiment: Experiment, processes: Processes, new: bool) -> Training:
+def build_task(args: argparse.Namespace, experiment: Experiment, processes: Processes, is_new: bool) -> Task:
     """Build the data and the network of an experiment; in a new run, with the weights that it starts from."""
     check_batch(experiment, processes)
     train_loader = build_train_loader(args, experiment, processes)
     eval_loader = build_eval_loader(args, experiment, processes)
     classes = eval_loader.dataset.dataset.classes
-    model = build_segmentor(experiment, len(classes), new and not args.finetune)
-    if args.finetune and new:
+    model = build_segmentor(experiment, len(classes), is_new and not args.finetune)
+    if args.finetune and is_new:
         logger.info("%s", load_segmentor(model, args.finetune, finetune=True))
 
     def evaluate_model(model: Segmentor) -> dict[str, float]:
@@ -82,7 +87,7 @@ def build_training(args: argparse.Namespace, experiment: Experiment, processes: 
         logger.info("%s\n%s", matrix.table(classes), describe(figures))
         return {f"test_{name}": value for name, value in figures.items()}
 
-    return Training(
+    return Task(
         model=model,
         train_loader=train_loader,
         sampler=train_loader.sampler,
@@ -126,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line; see `command_line.run_script` for how it ends."""
     parser = get_train_parser(__doc__)
     args = parser.parse_args(argv)
-    run_script(parser.prog, partial(run_training, build_training=build_training, kind=Experiment), args, kept=True)
+    run_script(parser.prog, partial(run_training, build_task=build_task, kind=Experiment), args, kept=True)
 
 
 if __name__ == "__main__":

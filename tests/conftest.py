@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-import shapes
+from core import shapes
 from main import main
 from tests.small_data import write_ade20k, write_coco
 

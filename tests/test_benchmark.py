@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-import benchmark
+from benchmarks import models as benchmark
 from tests.conftest import fails
 from utils import seed_generators
 

@@ -15,23 +15,11 @@ from timm.data import auto_augment, create_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import DataLoader
 
-from datasets import (
-    IGNORED_TARGET,
-    POLICIES,
-    BadImageError,
-    EvalSet,
-    RandomCrop,
-    ToImages,
-    TrainSet,
-    adapt_policy,
-    build_dataset,
-    build_transform,
-    collate_views,
-    posterize,
-)
+from datasets import IGNORED_TARGET, BadImageError, EvalSet, TrainSet, build_dataset
 from main import get_args_parser
 from samplers import SampleKey, TrainSampler
 from tests.conftest import damage_jpeg
+from transforms import POLICIES, RandomCrop, ToImages, adapt_policy, build_transform, collate_views, posterize
 from utils import UserError, restored_generators, seed_generators
 
 
@@ -339,7 +327,7 @@ def test_operations_of_every_policy_are_adapted(name):
         if operation.name.startswith("Posterize"):
             assert operation.aug_fn is posterize
         moves = operation.name.startswith(("Shear", "Translate"))
-        assert moves == (operation.aug_fn.__module__ == "datasets" and operation.aug_fn is not posterize)
+        assert moves == (operation.aug_fn.__module__ == "transforms" and operation.aug_fn is not posterize)
     seed_generators(0)
     photo = Image.effect_noise((60, 50), 80).convert("RGB")
     assert all(transform(photo).pixels.shape == (48, 48, 3) for _ in range(50))

@@ -6,7 +6,9 @@ import pytest
 import timm
 import torch
 
-from dense import PolySchedule, build_backbone, change_fields, load_experiment, parameter_groups
+from dense.experiments import change_fields, load_experiment
+from dense.networks import build_backbone
+from dense.optimisation import PolySchedule, parameter_groups
 from segmentation.configs.recipes import Experiment
 from tests.conftest import ROOT
 from utils import UserError
@@ -96,7 +98,7 @@ def test_internal_errors_of_experiments_keep_their_traceback(monkeypatch):
     def fail(*_):
         raise TypeError("internal")
 
-    monkeypatch.setattr("dense._as_type", fail)
+    monkeypatch.setattr("dense.experiments._as_type", fail)
     with pytest.raises(TypeError, match="internal"):
         load_experiment(ROOT / "segmentation/configs/upernet_alt_gvt_tiny_shapes.py")
 

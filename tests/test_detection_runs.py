@@ -11,11 +11,14 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dense import StepSchedule, build_state, get_train_parser, load_experiment
-from detection import coco, coco_eval
+from dense.experiments import load_experiment
+from dense.optimisation import StepSchedule
+from dense.training import build_state, get_train_parser
+from detection import data as detection_data
+from detection import metrics
 from detection import test as test_script
 from detection import train as train_script
-from detection.detectors import TwinsMaskRCNN, build_detector
+from detection.network import TwinsMaskRCNN, build_detector
 from detection.pictures import draw_detections
 from tests.conftest import BACKBONES, ROOT, Run, assert_same_run, fails, read_log, run_bash_in
 from tests.test_engine import on_processes
@@ -105,8 +108,8 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(coco_folder, tmp_path, start)
 
 def evaluate_on_two(rank: int) -> tuple:
     """Evaluate true objects as found ones; return what this process gathered, evaluated and was told."""
-    coco.SHAPES_VAL = 5
-    dataset = coco.build_dataset("shapes", "", False, 64)
+    detection_data.SHAPES_VAL = 5
+    dataset = detection_data.build_dataset("shapes", "", False, 64)
 
     class Truth(torch.nn.Module):
         def forward(self, images):
@@ -115,10 +118,10 @@ def evaluate_on_two(rank: int) -> tuple:
             return [{**target, "scores": torch.ones(len(target["labels"]))} for target in kept]
 
     evaluated = []
-    coco_eval._evaluate = lambda *args, wrapped=coco_eval._evaluate: evaluated.append(1) or wrapped(*args)
+    metrics._evaluate = lambda *args, wrapped=metrics._evaluate: evaluated.append(1) or wrapped(*args)
     loader = ([[image], [target]] for image, target in (dataset[i] for i in range(rank, 5, 2)))
-    results = coco_eval.find_objects(Truth(), loader, torch.device("cpu"), dataset.category_ids)
-    figures = coco_eval.summarise(dataset.coco, dataset.ids, results, ("bbox", "segm"))
+    results = metrics.find_objects(Truth(), loader, torch.device("cpu"), dataset.category_ids)
+    figures = metrics.summarise(dataset.coco, dataset.ids, results, ("bbox", "segm"))
     return (None if results is None else len({row["image_id"] for row in results})), len(evaluated), figures
 
 
@@ -333,7 +336,7 @@ def test_pictures_show_boxes_masks_and_names():
 def test_only_objects_above_the_threshold_are_shown(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(test_script, "draw_detections", lambda image, found, _: drawn.append(found["scores"]) or image)
-    show = test_script.build_painter(coco.build_dataset("shapes", "", False, 64), str(tmp_path), 0.4)
+    show = test_script.build_painter(detection_data.build_dataset("shapes", "", False, 64), str(tmp_path), 0.4)
     scores = torch.tensor([0.3, 0.5, 0.4])
     show(0, {"boxes": torch.zeros(3, 4), "scores": scores, "labels": torch.zeros(3, dtype=torch.int64)})
     assert drawn[0].tolist() == pytest.approx([0.5, 0.4])
@@ -342,8 +345,8 @@ def test_only_objects_above_the_threshold_are_shown(tmp_path, monkeypatch):
 
 
 def test_a_run_on_shapes_shows_what_it_finds(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(coco, "SHAPES_TRAIN", 16)
-    monkeypatch.setattr(coco, "SHAPES_VAL", 6)
+    monkeypatch.setattr(detection_data, "SHAPES_TRAIN", 16)
+    monkeypatch.setattr(detection_data, "SHAPES_VAL", 6)
     config = FOLDER / "configs/retinanet_alt_gvt_tiny_shapes.py"
     changes = ["--cfg-options", "epochs=1", "scale=(96, 96)"]
     train_script.main([str(each) for each in (config, *TINY, "--work-dir", tmp_path / "run", *changes)])

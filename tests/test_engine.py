@@ -1,8 +1,10 @@
 """The loop against updates computed by hand, and evaluation against counts by hand."""
 
 import copy
+import math
 import os
 import signal
+from datetime import timedelta
 from typing import NamedTuple
 
 import pytest
@@ -16,8 +18,12 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.nn.parallel import DistributedDataParallel
 
 import models  # noqa: F401  registers our models
+from core.checkpoint import TrainState
+from core.distributed import Processes, parallelise
+from core.meters import EpochMeter
+from core.options import TrainSettings
+from core.signals import Interrupted, signals_noted
 from engine import evaluate, to_device, train_one_epoch
-from utils import EpochMeter, Interrupted, Processes, parallelise, signals_noted
 
 CPU = torch.device("cpu")
 
@@ -35,10 +41,36 @@ def make_batches(count: int, size: int, seed: int = 0) -> list[tuple[torch.Tenso
     ]
 
 
-def train(model, batches, compute_losses=cross_entropy, lr=0.1, **kwargs):
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
-    kwargs.setdefault("scaler", torch.amp.GradScaler("cpu", enabled=False))
-    return train_one_epoch(model, compute_losses, batches, optimizer, CPU, 0, **kwargs)
+class Schedule:
+    """Leaves the learning rate as it is, and keeps what it is told."""
+
+    def __init__(self):
+        self.seen = ()
+
+    def step_update(self, num_updates):
+        self.seen += (num_updates,)
+
+
+class Saves:
+    """Stands for a run: calls a function instead of saving."""
+
+    def __init__(self, save=None):
+        self.save = save or (lambda: None)
+
+    def remaining_time(self, steps):
+        return timedelta(0)
+
+
+def train(model, batches, compute_losses=cross_entropy, lr=0.1, save=None, state=None, **settings):
+    """Train an epoch by SGD; `state` has fields of the TrainState."""
+    fields = {
+        "optimizer": torch.optim.SGD(model.parameters(), lr=lr),
+        "lr_scheduler": Schedule(),
+        "scaler": torch.amp.GradScaler("cpu", enabled=False),
+        "sampler": None,
+    }
+    state = TrainState(model, **(fields | (state or {})))
+    return train_one_epoch(model, compute_losses, batches, state, TrainSettings(CPU, **settings), Saves(save))
 
 
 @pytest.fixture
@@ -56,8 +88,8 @@ def test_accumulated_batches_equal_one_batch(model):
     whole = make_batches(3, 8)
     halves = [half for images, targets in whole for half in zip(images.chunk(2), targets.chunk(2), strict=True)]
     other = copy.deepcopy(model)
-    stats = train(model, whole, clip_grad=5.0)
-    half_stats = train(other, halves, clip_grad=5.0, accumulation=2)
+    stats = train(model, whole, max_norm=5.0)
+    half_stats = train(other, halves, max_norm=5.0, accumulation=2)
     assert_close_weights(model, other, atol=1e-6, rtol=0)
     assert stats["loss"] == pytest.approx(half_stats["loss"], abs=1e-6)
 
@@ -78,7 +110,7 @@ def test_steps_equal_those_written_out(model):
                 parameter -= 0.1 * parameter.grad * min(1.0, 0.5 / norm)
         average = {name: 0.9 * value + 0.1 * expected.state_dict()[name] for name, value in average.items()}
         losses.append(loss.item())
-    stats = train(model, batches, clip_grad=0.5, model_ema=ema)
+    stats = train(model, batches, max_norm=0.5, state={"model_ema": ema})
     assert norm > 0.5
     assert_close_weights(model, expected, atol=1e-6, rtol=1e-5)
     for name, value in ema.module.state_dict().items():
@@ -90,8 +122,8 @@ def test_scaled_losses_take_the_same_steps(model):
     """As in fp16: clipping sees the true gradients."""
     batches = make_batches(3, 4)
     other = copy.deepcopy(model)
-    train(model, batches, clip_grad=0.5)
-    train(other, batches, clip_grad=0.5, scaler=torch.amp.GradScaler("cpu", init_scale=2.0**12))
+    train(model, batches, max_norm=0.5)
+    train(other, batches, max_norm=0.5, state={"scaler": torch.amp.GradScaler("cpu", init_scale=2.0**12)})
     assert_close_weights(model, other, atol=1e-6, rtol=1e-5)
 
 
@@ -106,14 +138,8 @@ def test_parts_of_the_loss_are_summed_and_reported(model):
 
 
 def test_updates_are_told_to_the_schedule(model):
-    class Schedule:
-        seen = ()
-
-        def step_update(self, num_updates):
-            self.seen += (num_updates,)
-
     schedule = Schedule()
-    train(model, make_batches(6, 2), lr_scheduler=schedule, accumulation=2)
+    train(model, make_batches(6, 2), state={"lr_scheduler": schedule}, accumulation=2)
     assert schedule.seen == (0, 1, 2)
 
 
@@ -182,6 +208,9 @@ def test_gradients_are_added_in_one_order_whenever_a_run_was_restarted(tmp_path)
     assert on_processes(3, train_with_a_restart, tmp_path) == [True, True, True]
 
 
+SKIPPING = {"accumulation": 2, "max_skipped": 1, "max_norm": 1.0}
+
+
 def skip_on_one(rank: int) -> list:
     """Train with one micro-batch that is not finite on process 1, skipping its step; return weights and meter."""
     batches = make_batches(6, 2, seed=rank)
@@ -192,8 +221,8 @@ def skip_on_one(rank: int) -> list:
     reference = copy.deepcopy(model)
     processes = Processes(CPU, rank, 2)
     meter = EpochMeter()
-    stats = train(parallelise(model, processes), batches, accumulation=2, max_skipped=1, clip_grad=1.0, meter=meter)
-    expected = train(parallelise(reference, processes), batches[:2] + batches[4:], accumulation=2, clip_grad=1.0)
+    stats = train(parallelise(model, processes), batches, state={"meter": meter}, **SKIPPING)
+    expected = train(parallelise(reference, processes), batches[:2] + batches[4:], accumulation=2, max_norm=1.0)
     same = all(torch.equal(a, b) for a, b in zip(model.parameters(), reference.parameters(), strict=True))
     return [same, stats == expected, meter.step, meter.taken, meter.skipped]
 
@@ -203,9 +232,9 @@ def test_a_skipped_step_leaves_no_trace_on_any_process(tmp_path):
     assert on_processes(2, skip_on_one, tmp_path) == [[True, True, 3, 2, 1]] * 2
 
 
-@pytest.mark.parametrize("clip_grad", [None, 1.0])
+@pytest.mark.parametrize("max_norm", [math.inf, 1.0])
 @pytest.mark.parametrize("max_skipped", [0, 1])
-def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(model, max_skipped, clip_grad):
+def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(model, max_skipped, max_norm):
     batches = make_batches(3, 4)
     reference = copy.deepcopy(model)
     seen = []
@@ -216,12 +245,12 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(model, max_ski
         return {"loss": loss + (torch.sqrt((loss - loss.detach()) * 0) if len(seen) == 2 else 0)}  # finite itself
 
     if max_skipped:
-        train(model, batches, overflow, clip_grad=clip_grad, max_skipped=1)
-        train(reference, [batches[0], batches[2]], clip_grad=clip_grad)
+        train(model, batches, overflow, max_norm=max_norm, max_skipped=1)
+        train(reference, [batches[0], batches[2]], max_norm=max_norm)
     else:
         with pytest.raises(FloatingPointError, match="the gradient is not finite in epoch 0, step 1"):
-            train(model, batches, overflow, clip_grad=clip_grad)
-        train(reference, batches[:1], clip_grad=clip_grad)
+            train(model, batches, overflow, max_norm=max_norm)
+        train(reference, batches[:1], max_norm=max_norm)
     assert_close_weights(model, reference, atol=0, rtol=0)
 
 
@@ -241,7 +270,7 @@ def running_statistics(rank: int) -> list[float]:
     torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=5)
     ema = ModelEmaV3(model, decay=0.5)
-    train(parallelise(model, Processes(CPU, rank, 2)), make_batches(2, 2, seed=rank), model_ema=ema)
+    train(parallelise(model, Processes(CPU, rank, 2)), make_batches(2, 2, seed=rank), state={"model_ema": ema})
     return [buffer.double().sum().item() for module in (model, ema) for buffer in module.buffers()]
 
 
@@ -258,7 +287,7 @@ def test_too_many_skipped_steps_in_a_row(model):
         batches[i][0][0, 0, 0, 0] = float("nan")
     meter = EpochMeter()
     with pytest.raises(FloatingPointError, match="step 4, on process 0, after 2 skipped steps in a row"):
-        train(model, batches, max_skipped=2, meter=meter)
+        train(model, batches, max_skipped=2, state={"meter": meter})
     assert (meter.step, meter.skipped, meter.skipped_in_a_row) == (4, 3, 2)
     meter.start_epoch()
     assert (meter.step, meter.skipped, meter.skipped_in_a_row) == (0, 0, 2)
@@ -274,9 +303,10 @@ def test_an_epoch_of_skipped_steps_has_no_loss(model):
 def test_checkpoints_are_asked_for_between_steps_and_at_the_end(model):
     meter = EpochMeter()
     saved = []
-    train(model, make_batches(10, 2), accumulation=2, meter=meter, save=lambda: saved.append(meter.step), save_every=2)
+    save, state = (lambda: saved.append(meter.step)), {"meter": meter}
+    train(model, make_batches(10, 2), accumulation=2, state=state, save=save, save_every=2)
     assert saved == [2, 4, 5]
-    train(model, [], meter=meter, save=lambda: saved.append(meter.step))  # resumed at its end
+    train(model, [], state=state, save=save)  # resumed at its end
     assert saved == [2, 4, 5]
 
 
@@ -285,10 +315,10 @@ def test_an_epoch_goes_on_with_its_meter(model):
     other = copy.deepcopy(model)
     expected = train(model, batches)
     meter = EpochMeter()
-    train(other, batches[:2], meter=meter)
+    train(other, batches[:2], state={"meter": meter})
     restored = EpochMeter()
     restored.load_state_dict(meter.state_dict(), CPU)
-    assert train(other, batches[2:], meter=restored) == expected
+    assert train(other, batches[2:], state={"meter": restored}) == expected
 
 
 def stop_one(rank: int) -> tuple:
@@ -303,7 +333,8 @@ def stop_one(rank: int) -> tuple:
     model = DistributedDataParallel(timm.create_model("alt_gvt_tiny", num_classes=5))
     with signals_noted():
         try:
-            train(model, make_batches(4, 2), compute_losses, meter=meter, save=lambda: saved.append(meter.step))
+            save = lambda: saved.append(meter.step)  # noqa: E731
+            train(model, make_batches(4, 2), compute_losses, state={"meter": meter}, save=save)
         except Interrupted as stop:
             return saved, stop.signal
     return saved, None

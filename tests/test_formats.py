@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import main
-from checkpoints import FORMAT
-from detection import coco
+from core.checkpoint import FORMAT
+from detection import data as detection_data
 from detection import train as detection_train
 from main import get_args_parser
-from segmentation import ade20k
+from segmentation import data as segmentation_data
 from segmentation import train as segmentation_train
 from tests.conftest import ROOT, fails, read_log
 
@@ -28,7 +28,7 @@ SCRIPTS = {"classification": main, "segmentation": segmentation_train, "detectio
 def small_sets(monkeypatch):
     monkeypatch.setattr("datasets.SHAPES_TRAIN", 16)
     monkeypatch.setattr("datasets.SHAPES_VAL", 10)
-    for module in (ade20k, coco):
+    for module in (segmentation_data, detection_data):
         monkeypatch.setattr(module, "SHAPES_TRAIN", 16)
         monkeypatch.setattr(module, "SHAPES_VAL", 6)
 

@@ -14,16 +14,18 @@ import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 
 import main
-from command_line import choose_amp
+from core.options import choose_amp
+from core.recipes import NOT_OF_A_RECIPE, PUBLISHED, SHAPES
+from core.run import choose_accumulation
 from main import (
     build_optimizer,
     build_scheduler,
     build_state,
     check_args,
-    differences_from_recipe,
+    differences_from_published,
     get_args_parser,
+    parse_args,
 )
-from runs import choose_accumulation
 from samplers import TrainSampler
 from tests.conftest import (
     LAUNCHERS,
@@ -127,7 +129,7 @@ def test_a_longer_resumed_run_follows_its_new_options(image_folder, tmp_path, ru
     resumed = ["--resume", tmp_path / "checkpoint.pth", "--epochs", "5", "--lr", "2e-3", "--weight-decay", "0.2"]
     output, message = run_in_process(*command, *resumed)
     assert message is None, output
-    assert "changed since: epochs 5, was 2" in output
+    assert "option changed: epochs from 2 to 5" in output
     rates = [line["train_lr"] for line in read_log(tmp_path)]
     cosine = [1e-5 + (2e-3 - 1e-5) * (1 + np.cos(np.pi * t / 5)) / 2 for t in range(5)]
     assert rates[2:] == pytest.approx([cosine[1], cosine[2], cosine[3]])
@@ -252,10 +254,10 @@ def test_other_models_and_options_train(image_folder, run_in_process):
 # --------------------------------------------------------------------------------------- schedule and recipes
 
 
-@pytest.mark.parametrize("name", main.PUBLISHED_RECIPES)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_schedule_equals_the_published_logs(name):
     published = json.loads((DATA / "published_lr.json").read_text())[name]
-    recipe = main.PUBLISHED_RECIPES[name]
+    recipe = PUBLISHED[name]
     args = parse("--model", name, "--warmup-epochs", recipe.get("warmup_epochs", 5))
     with torch.device("meta"):
         model = timm.create_model(name)
@@ -292,24 +294,46 @@ def test_layer_decay():
 def test_accumulation_follows_the_global_batch():
     assert choose_accumulation(batch_size=4, global_batch=8, world_size=2) == 1
     assert choose_accumulation(batch_size=4, global_batch=32, world_size=2) == 4
-    with pytest.raises(ValueError, match=r"global batch 20 is no multiple of 8 \(4 images x 2 processes\); 16 is"):
+    with pytest.raises(ValueError, match=r"global batch 20 is not a multiple of 8 \(4 images x 2 .*; choose 16"):
         choose_accumulation(batch_size=4, global_batch=20, world_size=2)
 
 
 def test_a_run_says_how_it_differs_from_the_published_recipe():
     args = parse("--model", "alt_gvt_small", "--drop-path", 0.2, "--data-path", "x", "--batch-size", 256)
-    assert differences_from_recipe(args, 2048) == []
-    assert differences_from_recipe(args, 1024) == ["global-batch 1024 (published: 2048)"]
+    assert differences_from_published(args, 2048) == []
+    assert differences_from_published(args, 1024) == ["global-batch 1024 (recipe: 2048)"]
     args = parse("--model", "pcpvt_large_v0", "--mixup", 0.5, "--data-set", "SHAPES")
-    differing = " ".join(differences_from_recipe(args, 1024))
-    for part in ("drop-path 0.1 (published: 0.5)", "mixup 0.5 (published: 0.8)", "data-set SHAPES (published: IMNET)"):
+    differing = " ".join(differences_from_published(args, 1024))
+    for part in ("drop-path 0.1 (recipe: 0.5)", "mixup 0.5 (recipe: 0.8)", "data-set SHAPES (recipe: IMNET)"):
         assert part in differing
-    assert differences_from_recipe(parse("--model", "alt_gvt_tiny", "--lr", 1), 64) == []
+    assert differences_from_published(parse("--model", "alt_gvt_tiny", "--lr", 1), 64) == []
 
 
 def test_the_published_command_needs_no_note_but_for_its_defaults():
     command = "--model alt_gvt_base --batch-size 128 --data-path path_to_imagenet --dist-eval --drop-path 0.3"
-    assert differences_from_recipe(parse(*command.split()), 8 * 128) == []
+    assert differences_from_published(parse(*command.split()), 8 * 128) == []
+
+
+def test_recipes_are_defaults_that_options_override(monkeypatch, tmp_path, run_in_process):
+    args = vars(parse_args(["--recipe", "shapes", "--lr", "1e-3", "--no-unscale-lr"]))
+    expected = vars(parse()) | SHAPES | {"recipe": "shapes", "lr": 1e-3, "unscale_lr": False}
+    assert args == expected
+    args = vars(parse_args(["--recipe", "published", "--model", "alt_gvt_large", "--warmup-epochs", "3"]))
+    assert (args["global_batch"], args["drop_path"], args["warmup_epochs"]) == (1024, 0.5, 3)
+    _, error = run_in_process("--recipe", "published", "--model", "resnet18")
+    assert "--recipe published: --model resnet18 is not one of pcpvt_small" in error
+    monkeypatch.setattr("datasets.SHAPES_TRAIN", 8)
+    monkeypatch.setattr("datasets.SHAPES_VAL", 4)
+    small = ["--input-size", "32", "--batch-size", "4", "--epochs", "1", "--device", "cpu", "--num_workers", "0"]
+    output, _ = run_in_process("--recipe", "shapes", *small)
+    assert "recipe shapes, changed: input-size 32 (recipe: 64), epochs 1 (recipe: 5), batch-size 4" in output
+
+
+def test_every_option_is_in_a_recipe_or_not():
+    assert set(NOT_OF_A_RECIPE) | set(SHAPES) | set(PUBLISHED["alt_gvt_large"]) <= set(vars(parse()))
+    fixed = set(vars(parse())) - NOT_OF_A_RECIPE
+    assert {"lr", "aa", "drop_path", "finetune", "data_set", "opt_betas", "recount", "mixup_mode"} <= fixed
+    assert not fixed & {"output_dir", "seed", "device"}
 
 
 def test_amp_choice(monkeypatch):
@@ -390,7 +414,7 @@ def test_help_names_each_group():
         ),
         (["--cutmix-minmax", "0.8", "0.2"], "--cutmix-minmax 0.8 0.2: the smaller share comes first"),
         (["--seed", "1" + "0" * 23], "argument --seed: '100000000000000000000000' is no whole number"),
-        (["--data-set", "SHAPES", "--global-batch", "100"], "global batch 100 is no multiple of 64"),
+        (["--data-set", "SHAPES", "--global-batch", "100"], "global batch 100 is not a multiple of 64"),
         (["--data-set", "SHAPES", "--batch-size", "16000"], "the training set has 10000 images, fewer than one global"),
         (["--data-set", "SHAPES", "--nb-classes", "12"], "--nb-classes 12: the data have 10 classes"),
         (["--data-set", "SHAPES", "--resume", "none.pth"], "none.pth: there is no such file"),
@@ -443,7 +467,7 @@ def test_bad_checkpoints_end_with_one_line(trained, image_folder, tmp_path, run_
         "head.weight (3, 128) in the file, (10, 128) in the model": [
             *("--resume", folder / "checkpoint.pth", "--model-ema", "--data-set", "SHAPES"),
         ],
-        "no state of a training run of ours to continue": ["--resume", tmp_path / "bare.pth"],
+        "no training state to resume": ["--resume", tmp_path / "bare.pth"],
         "text.pth: cannot be read as weights": ["--resume", tmp_path / "text.pth"],
         "cut.pth: cannot be read as weights": ["--finetune", tmp_path / "cut.pth"],
         "holds no moving average": ["--eval", "--resume", tmp_path / "bare.pth", "--model-ema"],
@@ -535,11 +559,11 @@ def test_internal_errors_of_transforms_and_states_keep_their_traceback(image_fol
 
     command = [*TINY, "--data-path", str(image_folder), "--epochs", "1", "--output_dir", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
-        patch.setattr("datasets.create_transform", fail)
+        patch.setattr("transforms.create_transform", fail)
         with pytest.raises(ValueError, match=r"^internal"):
             main.main(command)
     main.main(command)
-    monkeypatch.setattr("utils.EpochMeter.load_state_dict", fail)
+    monkeypatch.setattr("core.meters.EpochMeter.load_state_dict", fail)
     with pytest.raises(ValueError, match=r"^internal"):
         main.main([*command, "--auto-resume"])
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 
 import models  # noqa: F401  registers our models
-from benchmark import count_macs
+from models.complexity import count_macs
 from models.twins import LocallyGroupedAttention
 from tests import golden_rule
 

@@ -9,20 +9,23 @@ import torch
 from torch import nn
 
 import main
-from command_line import loader_options
-from dense import get_train_parser, load_experiment
-from detection import coco
+from core.distributed import Processes
+from core.options import loader_options
+from core.run_folder import RunFolder
+from datasets import build_dataset
+from dense.experiments import load_experiment
+from dense.training import get_train_parser
+from detection import data as detection_data
 from detection import test as detection_test
 from detection import train as detection_train
 from detection.configs.recipes import Experiment as DetectionExperiment
 from main import build_optimizer, build_scheduler, build_trained_model, get_args_parser
 from models import Twins
-from segmentation import ade20k
+from segmentation import data as segmentation_data
 from segmentation import test as segmentation_test
 from segmentation import train as segmentation_train
 from segmentation.configs.recipes import Experiment as SegmentationExperiment
 from tests.conftest import ROOT, TINY, assert_equal, read_log
-from utils import Processes
 
 CPU = torch.device("cpu")
 BASE = [*TINY, "--data-set", "SHAPES", "--epochs", "1", "--warmup-epochs", "0", "--lr", "1e-2", "--unscale-lr"]
@@ -68,6 +71,7 @@ CHANGES_BESIDE = {
 }
 # Options whose tests stand elsewhere, by the name of a test.
 ELSEWHERE = {
+    "recipe": "test_recipes_are_defaults_that_options_override",
     "model": "test_other_models_and_options_train",
     "pretrained": "test_bad_arguments_end_with_one_line",
     "model_ema": "test_training_writes_what_it_should",
@@ -161,7 +165,7 @@ def small_sets():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.SHAPES_TRAIN", 8)
         patch.setattr("datasets.SHAPES_VAL", 4)
-        for module in (ade20k, coco):
+        for module in (segmentation_data, detection_data):
             patch.setattr(module, "SHAPES_TRAIN", 8)
             patch.setattr(module, "SHAPES_VAL", 2)
         yield
@@ -360,13 +364,13 @@ def test_the_evaluated_crop_follows_its_option(image_folder):
     images = []
     for ratio in (0.875, 0.5):
         args = parse("--data-path", image_folder, "--input-size", 32, "--eval-crop-ratio", ratio)
-        images.append(main.build_dataset(False, args)[0][0])
+        images.append(build_dataset(False, args)[0][0])
     assert images[0].shape == images[1].shape == (3, 32, 32)
     assert not torch.equal(*images)
 
 
 def test_loaders_follow_their_options(monkeypatch):
-    monkeypatch.setattr("utils.cores_per_process", lambda: 4)
+    monkeypatch.setattr("core.options.cores_per_process", lambda: 4)
     gpu = torch.device("cuda", 0)
     options = loader_options(parse("--num_workers", 3, "--loader-timeout", 50), gpu)
     assert (options["num_workers"], options["timeout"], options["pin_memory"]) == (3, 50, True)
@@ -378,7 +382,7 @@ def test_loaders_follow_their_options(monkeypatch):
 
 def test_checkpoints_are_written_within_an_epoch(monkeypatch, tmp_path):
     steps = []
-    monkeypatch.setattr("runs.save_state", lambda state, *_: steps.append(state.meter.step))
+    monkeypatch.setattr(RunFolder, "save", lambda self, content: steps.append(content["meters"][0]["step"]))
     main.main([*BASE, "--batch-size", "2", "--output_dir", str(tmp_path), "--save-every", "1"])
     assert steps == [1, 2, 3, 4, 0]  # in the epoch, and after its evaluation
 

@@ -10,16 +10,19 @@ import timm
 import torch
 from PIL import Image
 
-from dense import PolySchedule, build_state, get_train_parser, load_experiment, synchronise_norms
-from segmentation import ade20k, measure
+from core.distributed import Processes, synchronise_norms
+from dense.experiments import load_experiment
+from dense.optimisation import PolySchedule
+from dense.training import build_state, get_train_parser
+from segmentation import data as segmentation_data
+from segmentation import measure
 from segmentation import test as test_script
 from segmentation import train as train_script
-from segmentation.ade20k import build_dataset
-from segmentation.overlays import draw_overlay
-from segmentation.segmentor import Segmentor, build_segmentor
+from segmentation.data import build_dataset
+from segmentation.network import Segmentor, build_segmentor
+from segmentation.pictures import draw_overlay
 from tests.conftest import BACKBONES, ROOT, Run, assert_same_run, fails, read_log, run_bash_in
 from tests.small_data import ADE20K_SIZES, make_labels, write_ade20k
-from utils import Processes
 
 FOLDER = ROOT / "segmentation"
 UPERNET = "configs/upernet_alt_gvt_s_512x512_160k_ade20k_swin_setting.py"
@@ -172,7 +175,7 @@ def test_mixed_precision_reaches_the_evaluation(ade20k_folder, tmp_path, monkeyp
 @pytest.mark.parametrize("config", ["upernet_alt_gvt_tiny_shapes.py", "fpn_alt_gvt_tiny_shapes.py"])
 def test_a_tiny_network_learns_from_a_classifiers_weights(config, tmp_path, capsys, monkeypatch):
     """By heart: eight images of shapes, on which it is evaluated, too."""
-    monkeypatch.setattr(ade20k, "SHAPES_TRAIN", 8)
+    monkeypatch.setattr(segmentation_data, "SHAPES_TRAIN", 8)
     monkeypatch.setattr(
         train_script, "build_dataset", lambda kind, root, is_train, size: build_dataset(kind, root, True, size)
     )
@@ -352,7 +355,7 @@ def test_weight_decay_of_the_whole_networks():
         (["--cfg-options", "head=uper"], "head='uper' is unknown; it is upernet, fpn"),
         (["--cfg-options", "iterations=7"], "iterations=7 is no multiple of eval_interval=3"),
         (["--cfg-options", "window=32"], "stride=0 is not between 1 and window=32"),
-        (["--cfg-options", "global_batch=5"], "global batch 5 is no multiple of 2 (2 images x 1 processes); 4 is"),
+        (["--cfg-options", "global_batch=5"], "global batch 5 is not a multiple of 2 (2 images x 1 processes)"),
         (
             ["--data-root", "/nowhere"],
             "/nowhere: there is no such folder; name the one of the data set with --data-root",
@@ -425,12 +428,6 @@ def test_launch_scripts_say_how_they_are_used(script):
     assert result.stderr.startswith(f"usage: bash {script} CONFIG ")
     result = run_bash(script, UPERNET, *(["x.pth"] if "test" in script else []), "many")
     assert (result.returncode, result.stderr) == (2, "launch.sh: many is no number of processes\n")
-
-
-def test_no_module_bears_the_name_of_one_of_the_root():
-    """Run from its folder, a script would import its neighbour instead."""
-    at_root = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or path.is_dir()}
-    assert not at_root & {path.stem for path in FOLDER.iterdir() if path.suffix == ".py"}
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-import shapes
+from core import shapes
 
 
 def test_a_seed_gives_one_scene():

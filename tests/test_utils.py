@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import utils
+from core import distributed
 
 
 def draw():
@@ -30,7 +31,7 @@ def test_plain_process(monkeypatch):
     # A batch script of SLURM that starts one process by hand, not through srun.
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_NTASKS", "8")
-    assert utils.init_processes("cpu") == utils.Processes(torch.device("cpu"), 0, 1)
+    assert distributed.init_processes("cpu") == distributed.Processes(torch.device("cpu"), 0, 1)
 
 
 def test_srun_sets_what_torchrun_would(monkeypatch):
@@ -39,16 +40,16 @@ def test_srun_sets_what_torchrun_would(monkeypatch):
     srun = {"SLURM_PROCID": "11", "SLURM_LOCALID": "3", "SLURM_STEP_NUM_TASKS": "16", "SLURM_JOB_ID": "123456"}
     for name, value in {**srun, "MASTER_ADDR": "node0"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(utils.os, "environ", dict(utils.os.environ))
-    utils._export_slurm_variables()
+    monkeypatch.setattr(distributed.os, "environ", dict(distributed.os.environ))
+    distributed._export_slurm_variables()
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    assert [utils.os.environ[name] for name in names] == ["11", "3", "16", "node0", "23456"]
+    assert [distributed.os.environ[name] for name in names] == ["11", "3", "16", "node0", "23456"]
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x"])
 def test_unknown_device(name):
     with pytest.raises(ValueError, match=f"--device '{name}' is unknown"):
-        utils.init_processes(name)
+        distributed.init_processes(name)
 
 
 @pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
@@ -57,17 +58,17 @@ def test_bad_variables_of_a_launcher_are_named(name, monkeypatch):
         monkeypatch.delenv(other, raising=False)
     monkeypatch.setenv(name, "many")
     with pytest.raises(utils.UserError, match=f"{name}=many: the environment variable is not a whole number"):
-        utils.init_processes("cpu")
+        distributed.init_processes("cpu")
 
 
 def test_missing_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="--device cuda:5: GPU 5 is asked for, but 2 are visible"):
-        utils.init_processes("cuda:5")
+        distributed.init_processes("cuda:5")
 
 
 def test_a_process_alone_gathers_its_own_value():
-    assert utils.gather_on_main(3) == utils.gather(3) == [3]
+    assert distributed.gather_on_main(3) == distributed.gather(3) == [3]
 
 
 def test_versions():
@@ -85,6 +86,6 @@ def test_versions_without_git(monkeypatch):
 
 def test_srun_without_scontrol(monkeypatch):
     srun = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "n[1-2]"}
-    monkeypatch.setattr(utils.os, "environ", {**srun, "PATH": ""})
+    monkeypatch.setattr(distributed.os, "environ", {**srun, "PATH": ""})
     with pytest.raises(ValueError, match=r"scontrol show hostnames .* failed .*; export MASTER_ADDR"):
-        utils._export_slurm_variables()
+        distributed._export_slurm_variables()

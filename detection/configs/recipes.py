@@ -5,7 +5,7 @@ A file of this folder is one experiment: `config = mask_rcnn_1x_pvt_setting(back
 
 from dataclasses import dataclass
 
-from dense import check_fields
+from dense.experiments import check_fields
 from utils import UserError
 
 

@@ -5,7 +5,7 @@ A file of this folder is one experiment: `config = upernet_swin_setting(backbone
 
 from dataclasses import dataclass
 
-from dense import check_fields
+from dense.experiments import check_fields
 from utils import UserError
 
 

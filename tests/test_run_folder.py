@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 
-import checkpoints
-from checkpoints import RunFolder, write_atomically
+from core import run_folder
+from core.run_folder import RunFolder
 from tests.conftest import ROOT
-from utils import UserError
+from utils import UserError, make_folder, write_atomically
 
 
 def names(folder) -> set[str]:
@@ -175,7 +175,7 @@ def test_a_checkpoint_that_cannot_be_read_is_not_set_aside(folder, monkeypatch):
     def fail(*_, **__):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(checkpoints.zipfile, "ZipFile", fail)
+    monkeypatch.setattr(run_folder.zipfile, "ZipFile", fail)
     with pytest.raises(UserError, match=r"checkpoint\.pth: cannot be read \(Input/output error\)"):
         folder.find_checkpoint()
     assert names(folder.path) == {".lock", "checkpoint.pth"}
@@ -184,9 +184,9 @@ def test_a_checkpoint_that_cannot_be_read_is_not_set_aside(folder, monkeypatch):
 def test_folders_that_cannot_be_made_are_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/pictures: the folder cannot be made \(Not a directory\)"):
-        checkpoints.make_folder(tmp_path / "file/pictures")
-    checkpoints.make_folder(tmp_path / "new/pictures")
-    checkpoints.make_folder(tmp_path / "new/pictures")
+        make_folder(tmp_path / "file/pictures")
+    make_folder(tmp_path / "new/pictures")
+    make_folder(tmp_path / "new/pictures")
     assert (tmp_path / "new/pictures").is_dir()
 
 
@@ -207,7 +207,7 @@ def test_a_run_whose_checkpoint_is_gone_is_not_written_over(folder):
 
 HOLD = """
 import sys
-from checkpoints import RunFolder
+from core.run_folder import RunFolder
 with RunFolder(sys.argv[1]):
     print("held", flush=True)
     sys.stdin.read()
@@ -233,7 +233,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(checkpoints.fcntl, "lockf", refuse)
+    monkeypatch.setattr(run_folder.fcntl, "lockf", refuse)
     with RunFolder(tmp_path):
         assert f"{tmp_path} cannot be locked (No locks available); let no other run write there" in caplog.text
 

@@ -8,20 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from images import fitted_size, resize_image
-from segmentation import ade20k
-from segmentation.ade20k import (
-    EvalViews,
-    MaskFolder,
-    TrainViews,
-    build_dataset,
-    distort_colours,
-    normalise,
-    random_crop,
-    read_classes,
-    resize_labels,
-)
-from segmentation.segmentor import IGNORED_LABEL
+from core.images import fitted_size, resize_image
+from segmentation import transforms
+from segmentation.data import MaskFolder, build_dataset, read_classes
+from segmentation.network import IGNORED_LABEL
+from segmentation.transforms import EvalViews, TrainViews, distort_colours, normalise, random_crop, resize_labels
 from tests.conftest import damage_jpeg
 from tests.small_data import ADE20K_SIZES, make_labels, write_ade20k
 
@@ -202,7 +193,7 @@ def test_colours_are_distorted_as_published(coins, monkeypatch):
     )
     flips = [bright, contrast_first, *([contrasted] if contrast_first else []), saturated, hued]
     flips = iter(flips + ([] if contrast_first else [contrasted]))
-    monkeypatch.setattr(ade20k, "_coin", lambda: bool(next(flips)))
+    monkeypatch.setattr(transforms, "_coin", lambda: bool(next(flips)))
     monkeypatch.setattr(np.random, "uniform", lambda low, high: next(uniform))
     monkeypatch.setattr(np.random, "randint", lambda low, high: -15)
     image = torch.randint(30, 200, (3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -261,8 +252,8 @@ class Places(torch.utils.data.Dataset):
 
 
 def test_images_and_labels_are_flipped_together_half_of_the_time(monkeypatch):
-    monkeypatch.setattr(ade20k, "distort_colours", lambda image: image)
-    monkeypatch.setattr(ade20k, "normalise", lambda image: image)
+    monkeypatch.setattr(transforms, "distort_colours", lambda image: image)
+    monkeypatch.setattr(transforms, "normalise", lambda image: image)
     np.random.seed(0)
     flips = []
     for _ in range(200):
@@ -277,7 +268,7 @@ def test_training_images_are_distorted_in_their_colours(monkeypatch):
     views = TrainViews(Places(), (60, 40), (1.0, 1.0), 32)
     np.random.seed(0)
     distorted = [views[0][0] for _ in range(10)]
-    monkeypatch.setattr(ade20k, "distort_colours", lambda image: image)
+    monkeypatch.setattr(transforms, "distort_colours", lambda image: image)
     np.random.seed(0)
     plain = [views[0][0] for _ in range(10)]
     assert sum(not torch.equal(a, b) for a, b in zip(distorted, plain, strict=True)) > 7

@@ -13,10 +13,12 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
-from checkpoints import make_folder, write_text
-from detection.coco import encode_mask
+from core.distributed import gather_on_main, on_main
+from core.meters import show_progress
+from core.signals import stop_if_requested, stop_requested
+from detection.data import encode_mask
 from engine import to_device
-from utils import gather_on_main, on_main, stop_if_requested, stop_requested
+from utils import make_folder, write_text
 
 logger = logging.getLogger("twins")
 
@@ -51,7 +53,7 @@ def find_objects(
     """
     model.eval()
     results = []
-    for images, targets in data_loader:
+    for images, targets in show_progress(data_loader, "evaluation"):
         if stop_requested():
             break
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):

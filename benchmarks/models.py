@@ -41,11 +41,14 @@ from timm.optim import create_optimizer_v2
 from timm.utils import AverageMeter, dispatch_clip_grad
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
-import shapes
-from command_line import (
+from core import shapes
+from core.distributed import Processes, cores_per_process
+from core.images import load_image
+from core.launch import run_script
+from core.meters import peak_memory
+from core.options import (
     COUNT,
     POSITIVE_INT,
     ArgumentParser,
@@ -53,20 +56,18 @@ from command_line import (
     add_process_options,
     choose_amp,
     nearest,
-    run_script,
 )
-from datasets import STATISTICS, RandomCrop, ToImages, adapt_policy
-from engine import peak_memory, train_one_epoch
-from images import load_image
+from engine import train_one_epoch
 from models import cpu
+from models.complexity import count_macs, count_parameters
 from models.cpu import Linear
 from models.twins import LocallyGroupedAttention
-from utils import Processes, UserError, cores_per_process
+from transforms import STATISTICS, RandomCrop, ToImages, adapt_policy
+from utils import UserError
 
 logger = logging.getLogger("twins")
 
 PUBLISHED = ("pcpvt_small", "pcpvt_base", "pcpvt_large", "alt_gvt_small", "alt_gvt_base", "alt_gvt_large")
-NORM_OPERATIONS = 5  # counted for each normalised element, as the original's counter does
 MODES = {"inference": 1, "training": 3}  # and how many times the forward pass's operations each takes
 TURN_SECONDS = 0.3  # least length of a turn; short steps are repeated
 TOLERANCES = {None: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}  # relative; outputs of both models, by autocast
@@ -75,47 +76,6 @@ PIPELINE_SIDES = (500, 375)  # pixels, width and height, of images drawn for the
 
 
 # ---------------------------------------------------------------------------------------------------------- counting
-
-
-class Macs(NamedTuple):
-    """Multiply-accumulates of one image, in two conventions."""
-
-    layers: int  # convolutions, linear layers and norms: the convention of the original's README
-    total: int  # with the two matrix products of attention: the convention of the paper
-
-
-def count_macs(name: str, input_size: int | tuple[int, int] = 224, **kwargs) -> Macs:
-    """Count the multiply-accumulates of one image, without computing or allocating anything.
-
-    Args:
-        name: A model of `models/twins.py` or of timm.
-        input_size: Pixels a side, or height and width.
-        **kwargs: Passed to timm's `create_model`.
-    """
-    size = (input_size, input_size) if isinstance(input_size, int) else input_size
-    with torch.device("meta"):
-        return count_module_macs(timm.create_model(name, **kwargs), torch.empty(1, 3, *size))
-
-
-def count_module_macs(model: nn.Module, *inputs: Tensor) -> Macs:
-    """Count the multiply-accumulates of a network, which may be on torch's meta device with its inputs."""
-    normalised = []
-    for module in model.eval().modules():
-        if isinstance(module, nn.LayerNorm):
-            module.register_forward_hook(lambda _module, _inputs, output: normalised.append(output.numel()))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(*inputs)
-    flops = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
-    norms = NORM_OPERATIONS * sum(normalised)
-    attention = sum(count for operation, count in flops.items() if "bmm" in operation or "attention" in operation)
-    total = sum(flops.values()) // 2 + norms  # the counter takes a multiply-accumulate for two
-    return Macs(total - attention // 2, total)
-
-
-def count_parameters(name: str, **kwargs) -> int:
-    """Count the parameters of a model without allocating them."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in timm.create_model(name, **kwargs).parameters())
 
 
 # ------------------------------------------------------------------------------------------------------------- models

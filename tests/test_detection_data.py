@@ -9,18 +9,10 @@ import pytest
 import torch
 from pycocotools import mask as mask_coding
 
-from detection import coco
-from detection.coco import (
-    GroupedBatches,
-    build_dataset,
-    collate,
-    many_scales,
-    one_scale,
-    random_crop,
-    random_flip,
-    resize,
-)
-from detection.coco_eval import summarise, to_results
+from detection import data as detection_data
+from detection.data import GroupedBatches, build_dataset, collate
+from detection.metrics import summarise, to_results
+from detection.transforms import many_scales, one_scale, random_crop, random_flip, resize
 from tests.small_data import COCO_SIZES, circle, write_coco
 
 
@@ -152,7 +144,7 @@ def test_missing_and_broken_files_are_named(tmp_path):
 
 
 def test_shapes_have_the_boxes_of_their_masks(monkeypatch):
-    monkeypatch.setattr(coco, "SHAPES_VAL", 20)
+    monkeypatch.setattr(detection_data, "SHAPES_VAL", 20)
     dataset = build_dataset("shapes", "", False, 96)
     assert len(dataset.coco.anns) == sum(len(dataset[i][1]["labels"]) for i in range(20))
     for annotation in dataset.coco.anns.values():

@@ -1,20 +1,16 @@
 """A segmentation network - backbone, optional neck, heads - its losses and its ways of inference."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dense import build_backbone
-from models import LoadReport, load_state_dict, read_weights
+from dense.networks import build_backbone
 from segmentation.configs.recipes import Experiment
 from segmentation.heads import FPN, FCNHead, FPNHead, UPerHead, resize
-from utils import UserError
 
 IGNORED_LABEL = 255  # of pixels that count neither in the loss nor in the evaluation
-UNUSED_WEIGHTS = ("backbone.norm.", "backbone.head.")  # the classifier that the released files still carry
 
 
 class Segmentor(nn.Module):
@@ -95,23 +91,6 @@ def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """
     logits = F.interpolate(logits.float(), size=labels.shape[1:], mode="bilinear", align_corners=False)
     return F.cross_entropy(logits, labels.long(), ignore_index=IGNORED_LABEL, reduction="sum") / labels.numel()
-
-
-def load_segmentor(model: Segmentor, path: str | Path, finetune: bool = False) -> LoadReport:
-    """Load the weights of a whole network, of ours or as released, strictly.
-
-    With `finetune` heads for other classes stay as they were initialised.
-
-    Raises:
-        UserError: If the file cannot be read or does not fit the network, which is then unchanged.
-    """
-    weights = read_weights(path)
-    if not any(name.startswith("backbone.") for name in weights):
-        raise UserError(f"{path}: holds no segmentation network; weights of a backbone alone are for --pretrained")
-    state = {name: tensor for name, tensor in weights.items() if not name.startswith(UNUSED_WEIGHTS)}
-    report = load_state_dict(model, state, source=str(path), finetune=finetune)
-    report.skipped += [name for name in weights if name not in state]
-    return report
 
 
 @torch.inference_mode()

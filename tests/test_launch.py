@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from command_line import NON_NEGATIVE, POSITIVE, find_cause, one_line, run_script
+from core.launch import find_cause, one_line, run_script
+from core.options import NON_NEGATIVE, POSITIVE
 from models import TwinsError
 from tests.conftest import ROOT, launch
 from utils import UserError
@@ -89,12 +90,13 @@ def test_numbers_are_finite(kind, text):
 ON_MAIN = """
 import sys
 sys.path.insert(0, {root!r})
-import argparse, command_line, utils
+import argparse, utils
+from core import distributed, launch
 def run(args, processes):
     def fail():
         raise {error}
-    utils.on_main(fail)
-command_line.run_script("script.py", run, argparse.Namespace(
+    distributed.on_main(fail)
+launch.run_script("script.py", run, argparse.Namespace(
     device="cpu", dist_url="env://", loader_timeout=0, deterministic=False, traceback=False))
 """
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from dense import build_backbone
-from detection.detectors import TwinsMaskRCNN, TwinsRetinaNet
-from detection.released import load_detector
+from dense.networks import build_backbone
+from detection.network import TwinsMaskRCNN, TwinsRetinaNet
+from detection.weights import load_detector
 from tests import golden_rule
 from tests.test_models import DATA, PARAMETERS
 

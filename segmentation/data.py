@@ -10,23 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-import shapes
-from images import decode_image, fitted_size, load_image, make_colours, resize_image
-from models.twins import MIN_INPUT_SIZE
-from segmentation.segmentor import IGNORED_LABEL
+from core import shapes
+from core.images import decode_image, load_image, make_colours
+from segmentation.network import IGNORED_LABEL
 from utils import UserError
 
 SHAPES_TRAIN, SHAPES_VAL = 10_000, 500  # images
 SHAPES_RADII = (0.33, 0.45)  # share of the image's side: one object, rather large
-MAX_CLASS_SHARE = 0.75  # of a training crop
-CROP_TRIES = 10
 
 ADE20K_CLASSES = Path(__file__).with_name("ade20k_classes.txt")  # labelled 1 to 150 in the files
 
@@ -187,121 +181,3 @@ def read_classes(path: Path) -> tuple[list[str], list[tuple[int, ...]]]:
 
 
 # ------------------------------------------------------------------------------------------------------ transforms
-
-
-class TrainViews(Dataset):
-    """A data set in the published augmentation: `(image, labels)`, normalised `(3, crop, crop)` and `(crop, crop)`.
-
-    Args:
-        dataset: Gives samples; see the top of this file.
-        scale: Pixels that the longer and the shorter side of an image are made to fit into.
-        scale_range: Of the random factor on `scale`.
-        crop_size: Pixels a side.
-    """
-
-    def __init__(self, dataset: Dataset, scale: tuple[int, int], scale_range: tuple[float, float], crop_size: int):
-        self.dataset = dataset
-        self.scale = scale
-        self.scale_range = scale_range
-        self.crop_size = crop_size
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Sample:
-        image, labels = self.dataset[index]
-        size = fitted_size(labels.shape, self.scale, np.random.uniform(*self.scale_range))
-        image, labels = resize_image(image, size), resize_labels(labels, size)
-        image, labels = random_crop(image, labels, self.crop_size)
-        if np.random.rand() < 0.5:
-            image, labels = image.flip(2), labels.flip(1)
-        image = normalise(distort_colours(image))
-        bottom, right = (self.crop_size - side for side in labels.shape)
-        padding = (0, right, 0, bottom)
-        return F.pad(image, padding), F.pad(labels, padding, value=IGNORED_LABEL)
-
-
-class EvalViews(Dataset):
-    """A data set for evaluation: `(index, images, labels)`, the image normalised in one size or several, `(3, h, w)`.
-
-    Labels have the size of the image in the data set.
-    """
-
-    def __init__(self, dataset: Dataset, scale: tuple[int, int], ratios: Sequence[float] = (1.0,)):
-        self.dataset = dataset
-        self.scale = scale
-        self.ratios = ratios
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[int, list[Tensor], Tensor]:
-        image, labels = self.dataset[index]
-        sizes = [fitted_size(labels.shape, self.scale, ratio) for ratio in self.ratios]
-        smallest = min(sizes, key=min)
-        if min(smallest) < MIN_INPUT_SIZE:
-            raise UserError(
-                f"image {self.dataset.name(index)}: is {smallest[1]}x{smallest[0]} pixels when it is fitted into scale="
-                f"{self.scale} at the least of the ratios, and {MIN_INPUT_SIZE} a side are needed; raise scale, or "
-                "leave small test_ratios out"
-            )
-        return index, [normalise(resize_image(image, size)) for size in sizes], labels
-
-
-def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize labels `(H, W)`, each pixel taking that of the nearest."""
-    return F.interpolate(labels[None, None], size=size, mode="nearest")[0, 0]
-
-
-def random_crop(image: Tensor, labels: Tensor, size: int) -> Sample:
-    """Cut out a random square, or all there is, in which no class has too large a share if ten tries find one."""
-    for _ in range(CROP_TRIES + 1):
-        top, left = (np.random.randint(0, max(side - size, 0) + 1) for side in labels.shape)
-        part = labels[top : top + size, left : left + size]
-        counts = torch.bincount(part.flatten())[:IGNORED_LABEL]
-        if counts.count_nonzero() > 1 and counts.max() < MAX_CLASS_SHARE * counts.sum():
-            break
-    return image[:, top : top + size, left : left + size], part
-
-
-def distort_colours(image: Tensor) -> Tensor:
-    """Change brightness, contrast, saturation and hue of a uint8 image `(3, H, W)`, each by a chance of half.
-
-    By up to 32 levels, by factors of 0.5 to 1.5 and by up to 36 degrees; contrast comes second or last.
-    """
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-    levels = np.arange(256)
-    if _coin():
-        picture = _map_levels(picture, levels + np.random.uniform(-32, 32))
-    contrast_first = _coin()
-    if contrast_first:
-        picture = _distort_contrast(picture)
-    saturation = np.random.uniform(0.5, 1.5) if _coin() else 1.0
-    # Differs from the original: a hue has 256 steps, not 180.
-    shift = round(np.random.randint(-18, 18) * 256 / 180) if _coin() else 0
-    if saturation != 1.0 or shift:
-        picture = _map_levels(picture.convert("HSV"), (levels + shift) % 256, levels * saturation, levels)
-    picture = picture.convert("RGB")
-    if not contrast_first:
-        picture = _distort_contrast(picture)
-    return pil_to_tensor(picture)
-
-
-def normalise(image: Tensor) -> Tensor:
-    """Normalise a uint8 image `(3, H, W)` by ImageNet's mean and deviation."""
-    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    return image.float().div_(255).sub_(mean).div_(std)
-
-
-def _distort_contrast(picture: Image.Image) -> Image.Image:
-    return _map_levels(picture, np.arange(256) * np.random.uniform(0.5, 1.5)) if _coin() else picture
-
-
-def _map_levels(picture: Image.Image, *levels: np.ndarray) -> Image.Image:
-    """Replace each level of a channel by another; one table for all three channels, or one for each."""
-    tables = np.clip(np.stack(levels * (3 // len(levels))), 0, 255).astype(np.uint8)
-    return picture.point(tables.ravel().tolist())
-
-
-def _coin() -> bool:
-    return np.random.rand() < 0.5

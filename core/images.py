@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from checkpoints import make_folder, write_atomically
-from utils import UserError
+from utils import UserError, make_folder, write_atomically
 
 
 class BadImageError(UserError):

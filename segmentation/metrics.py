@@ -5,8 +5,11 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from segmentation.segmentor import predict
-from utils import UserError, all_reduce, stop_if_requested, stop_requested
+from core.distributed import all_reduce
+from core.meters import show_progress
+from core.signals import stop_if_requested, stop_requested
+from segmentation.network import predict
+from utils import UserError
 
 
 class ConfusionMatrix:
@@ -87,7 +90,7 @@ def evaluate(
     """
     model.eval()
     matrix = ConfusionMatrix(num_classes, device)
-    for index, images, labels in data_loader:
+    for index, images, labels in show_progress(data_loader, "evaluation"):
         if stop_requested():
             break
         images = [image[None].to(device, non_blocking=True) for image in images]

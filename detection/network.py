@@ -32,9 +32,9 @@ from torchvision.ops import (
 )
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
 
-from dense import build_backbone
+from core.images import fitted_size, resize_image
+from dense.networks import build_backbone
 from detection.configs.recipes import Experiment
-from images import fitted_size, resize_image
 
 RATIOS = (0.5, 1.0, 2.0)  # height over width of the anchors
 PADDING = 32  # images are padded to multiples of this

@@ -2,28 +2,21 @@
 
 import argparse
 import difflib
-import re
-import signal
+import logging
+import math
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import torch
+from torch import nn
 
-import utils
-from models import TwinsError
-from utils import Processes, UserError
+from core.distributed import cores_per_process
+from core.signals import outlive_signals
+from utils import UserError
 
-# Parts of the messages of errors that torch raises where this code is not at fault, and what to do.
-LOST = "another process of the run has ended or cannot be reached; its message says why. Continue with --auto-resume"
-KNOWN_FAULTS = {
-    "DataLoader timed out": "{}; raise --loader-timeout if the disk is that slow, or look for what blocks it",
-    "DataLoader worker (pid": "{}; a data-loading process has died, often for want of memory; lower --num_workers",
-    "does not have a deterministic implementation": "{}; leave --deterministic out",
-    "Connection closed by peer": LOST,
-    "Connection reset by peer": LOST,
-    "NCCL": "{}; " + LOST,
-}
+logger = logging.getLogger("twins")
 
 
 # ------------------------------------------------------------------------------------------------------- the parser
@@ -153,7 +146,7 @@ def add_compute_options(group, amp: str = "auto") -> None:
 
 
 def add_training_options(parser: ArgumentParser, kept: str = "nothing is kept without it"):
-    """Add the options of a training run and its folder; return their group. `engine_options` reads some of them.
+    """Add the options of a training run and its folder; return their group. `train_settings` reads some of them.
 
     Args:
         parser: Where to.
@@ -209,10 +202,10 @@ def add_training_options(parser: ArgumentParser, kept: str = "nothing is kept wi
 
 def loader_options(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Return the arguments of a DataLoader that come from the options of `add_loader_options`."""
-    workers = min(args.num_workers, utils.cores_per_process())
+    workers = min(args.num_workers, cores_per_process())
     return {
         "num_workers": workers,
-        "worker_init_fn": utils.outlive_signals,
+        "worker_init_fn": outlive_signals,
         "timeout": args.loader_timeout if workers else 0,
         "pin_memory": args.pin_mem and device.type == "cuda",
         "persistent_workers": workers > 0,
@@ -220,14 +213,56 @@ def loader_options(args: argparse.Namespace, device: torch.device) -> dict[str, 
     }
 
 
-def engine_options(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Return the arguments of `engine.train_one_epoch` that come from the options of `add_training_options`."""
-    return {
-        "amp_dtype": choose_amp(args.amp, device),
-        "print_freq": args.print_freq,
-        "max_skipped": args.max_skipped if args.on_nonfinite == "skip" else 0,
-        "save_every": args.save_every,
-    }
+@dataclass(frozen=True)
+class TrainSettings:
+    """What `engine.train_one_epoch` is told and does not change.
+
+    Attributes:
+        device: Device of the model.
+        amp_dtype: Type of autocast; None for full precision.
+        accumulation: Batches whose mean gradient makes one step.
+        max_norm: Norm that gradients are clipped to; infinite for no clipping.
+        print_freq: Steps between log lines. Each line waits for a GPU; so does each step in fp16, for its scaler, and
+            each step where non-finite ones are skipped, but nothing else.
+        max_skipped: Non-finite steps in a row that are skipped before training stops.
+        save_every: Steps of an epoch between checkpoints; None for none within an epoch.
+    """
+
+    device: torch.device
+    amp_dtype: torch.dtype | None = None
+    accumulation: int = 1
+    max_norm: float = math.inf
+    print_freq: int = 10
+    max_skipped: int = 0
+    save_every: int | None = None
+
+    def autocast(self) -> torch.autocast:
+        """Return the context of a forward pass."""
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def saves_at(self, step: int) -> bool:
+        """Return True if a checkpoint is due after so many steps of an epoch."""
+        return self.save_every is not None and step % self.save_every == 0
+
+
+def train_settings(args: argparse.Namespace, device: torch.device, accumulation: int) -> TrainSettings:
+    """Return the settings that the options of a training ask for."""
+    return TrainSettings(
+        device=device,
+        amp_dtype=choose_amp(args.amp, device),
+        accumulation=accumulation,
+        max_norm=getattr(args, "clip_grad", 0) or math.inf,
+        print_freq=args.print_freq,
+        max_skipped=args.max_skipped if args.on_nonfinite == "skip" else 0,
+        save_every=args.save_every,
+    )
+
+
+def compile_if_asked(model: nn.Module, asked: bool) -> None:
+    """Compile a model in place, so that the names of its parameters stay."""
+    if asked:
+        logger.info("the model is compiled in its first steps, which can take minutes")
+        model.compile()
 
 
 def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
@@ -237,72 +272,3 @@ def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
-
-
-# ------------------------------------------------------------------------------------------- how a script runs and ends
-
-
-def run_script(
-    name: str, run: Callable[[argparse.Namespace, Processes], None], args: argparse.Namespace, kept: bool = False
-) -> None:
-    """Run a script among the processes that a launcher started.
-
-    Bad input and known faults end with one line and exit code 1, internal errors with their traceback; a run that a
-    signal stops ends with 128 plus the signal's number.
-
-    Args:
-        name: Of the script, for messages.
-        run: What it does.
-        args: With the options of `add_process_options` and `add_loader_options`.
-        kept: Whether a stopped run can go on another time.
-    """
-    try:
-        # A process whose loader hangs tells so itself, before the others give it up.
-        patience = 600 + args.loader_timeout if args.loader_timeout else 86400
-        processes = utils.init_processes(args.device, args.dist_url, patience)
-        if args.deterministic:
-            utils.make_deterministic()
-        run(args, processes)
-    except utils.Interrupted as stop:
-        go_on = "run the same command with --auto-resume to go on" if kept else "nothing was kept"
-        end_run(f"{name}: stopped by {stop.signal.name}; {go_on}", 128 + stop.signal, agreed=True)
-    except KeyboardInterrupt:
-        end_run(f"{name}: stopped at once", 128 + signal.SIGINT, agreed=False)
-    except Exception as error:
-        cause = find_cause(error)
-        if cause is None or args.traceback:
-            utils.kill_children()
-            raise
-        end_run(f"{name}: error: {cause}", 1, agreed=isinstance(error, utils.SharedError))
-    utils.end_processes()
-
-
-def find_cause(error: Exception) -> str | None:
-    """Return in one line what is wrong and what to do; None if the fault may be in this code."""
-    message = one_line(error)
-    if isinstance(error, (UserError, TwinsError, utils.SharedError)):
-        return message
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"{message}; lower the batch size of a process, keeping the global batch, or pass --grad-checkpointing"
-    texts = [text for part, text in KNOWN_FAULTS.items() if part in str(error) and isinstance(error, RuntimeError)]
-    return texts[0].format(message) if texts else None
-
-
-def end_run(message: str, code: int, agreed: bool) -> NoReturn:
-    """Print why the run ends, once where all processes end it together, and exit; nothing that hangs may keep it."""
-    if not agreed or utils.get_rank() == 0:
-        print(message, file=sys.stderr, flush=True)
-    utils.kill_children()
-    if agreed:  # otherwise leaving the group would wait for processes that wait for this one
-        utils.end_processes()
-    sys.exit(code)
-
-
-def one_line(error: Exception) -> str:
-    """Return the message of an error in one line; of one from a data-loading process, less the traceback before it."""
-    message = str(error).strip() or type(error).__name__
-    if re.match(r"Caught \w+ in DataLoader worker process \d+\.\nOriginal ", message):
-        raised = message.rpartition("Traceback (most recent call last):\n")[2]
-        raised = re.sub(r"\A(?:[ \t].*\n|\n)*", "", raised)  # the lines of code that lead to it
-        message = raised.partition(": ")[2] or raised
-    return " ".join(message.split())

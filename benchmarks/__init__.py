@@ -1,0 +1,1 @@
+"""Measurements of models, the input pipeline and their parts; nothing imports them."""

@@ -1,0 +1,1 @@
+"""What all three tasks share: options, processes, runs and their files."""

@@ -1,0 +1,248 @@
+"""A training run of any task: where it starts or resumes, its epochs, and what is saved of it."""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import models
+from core.checkpoint import FORMAT, REQUIRED_KEYS, TrainState
+from core.distributed import get_world_size, on_main
+from core.run_folder import RunFolder
+from core.signals import signals_noted
+from utils import UserError
+
+logger = logging.getLogger("twins")
+
+# Options that may change from one start of a run to the next without a word.
+NOT_OF_THE_RUN = {
+    *("resume", "auto_resume", "finetune", "pretrained", "output_dir", "save_every", "keep"),
+    *("num_workers", "loader_timeout", "pin_mem", "print_freq", "dist_url", "local_rank", "traceback"),
+    *("config", "cfg_options", "data_root", "recipe"),
+}
+
+
+class Run:
+    """A training run: its folder, its checkpoints, its epochs, and requests to stop it.
+
+        with Run(options) as run:
+            state = ...  # new weights only if `run.is_new`
+            run.resume(state)
+            for epoch in run.epochs(300, {"test_acc1": "checkpoint_best.pth"}):
+                train_stats = train_one_epoch(..., state, settings, run)
+                run.finish_epoch(train_stats, test_stats)
+
+    Inside the block, signals that ask the process to stop are only noted; `train_one_epoch` saves a checkpoint and
+    raises `Interrupted`. All processes must use a run alike.
+
+    Args:
+        options: All options of this start, which checkpoints keep. Of these are used here: `output_dir` (None to save
+            nothing), `keep`, `resume`, `auto_resume`, `seed` and `on_nonfinite`.
+
+    Raises:
+        UserError: On entering, if the folder cannot be used or holds another run.
+    """
+
+    def __init__(self, options: dict[str, Any]):
+        self.options = options
+        self.folder = RunFolder(options["output_dir"], options["keep"]) if options["output_dir"] else None
+        self.checkpoint: Path | None = None  # to resume from
+        self.state: TrainState | None = None
+        self.best_files: Mapping[str, str] = {}
+        self.total_epochs = 0
+        self.first_epoch = 0
+        self.first_step = 0
+        self.start = 0.0  # of this session, in seconds
+
+    def __enter__(self) -> "Run":
+        with ExitStack() as stack:
+            stack.enter_context(signals_noted())
+            if self.folder:
+                stack.enter_context(self.folder)
+            self.checkpoint = self._find_checkpoint()
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.stack.__exit__(*error)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether the run starts from new weights."""
+        return self.checkpoint is None
+
+    def _find_checkpoint(self) -> Path | None:
+        """Return the checkpoint to resume from, None for a new run.
+
+        Raises:
+            UserError: If the folder holds another run, which this one would overwrite.
+        """
+        resumed = Path(self.options["resume"]) if self.options["resume"] else None
+        if self.folder is None:
+            return resumed
+        if self.options["auto_resume"]:
+            return on_main(self.folder.find_checkpoint) or resumed
+        if not resumed or resumed.resolve().parent != self.folder.path.resolve():
+            on_main(self.folder.refuse_results)
+        return resumed
+
+    def resume(self, state: TrainState, same: Sequence[str]) -> None:
+        """Restore the state from the checkpoint, if there is one, and log what differs from an exact resume.
+
+        Args:
+            state: The state of the run, newly built.
+            same: Names of options that must be as they were.
+
+        Raises:
+            UserError: If the file holds no run, or one that does not fit.
+        """
+        self.state = state
+        if self.checkpoint is None:
+            return
+        path, content = self.checkpoint, models.read_file(self.checkpoint)
+        self._check(content, same)
+        models.load_state_dict(state.model, content["model"], source=str(path))
+        if state.model_ema is not None:
+            models.load_state_dict(state.model_ema.module, content["model_ema"], source=str(path))
+        try:
+            inexact = state.load_training(content, self.options["seed"])
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+        place = f" and {state.position} images of the next" if state.position else ""
+        logger.info("resumed %s: %d epochs%s are done", path, state.epoch, place)
+        for what in inexact:
+            logger.info("not an exact resume: %s", what)
+        before = content["args"]
+        changed = {name for name, value in self.options.items() if before.get(name, value) != value}
+        for name in sorted(changed - NOT_OF_THE_RUN):
+            logger.info("option changed: %s from %s to %s", name, before[name], self.options[name])
+
+    def _check(self, content: dict[str, Any], same: Sequence[str]) -> None:
+        """Refuse a checkpoint that is not one of this run."""
+        path = self.checkpoint
+        if content.get("format", 1) not in range(FORMAT + 1):
+            raise UserError(
+                f"{path}: has format {content['format']}, and this code reads formats up to {FORMAT}; continue the run "
+                "with the code that wrote it, or with a newer version of this one"
+            )
+        if not set(content) >= REQUIRED_KEYS:
+            raise UserError(
+                f"{path}: holds weights but no training state to resume; evaluate them, or start a run from them with "
+                "--finetune"
+            )
+        averaged = content["model_ema"] is not None
+        if averaged != (self.state.model_ema is not None):
+            raise UserError(
+                f"{path}: its run was {'with' if averaged else 'without'} a moving average (EMA); "
+                f"{'add --model-ema' if averaged else 'leave --model-ema out'}"
+            )
+        for name in same:
+            if name not in content["args"]:
+                raise UserError(f"{path}: is a checkpoint of another task, without the option {name}")
+            if content["args"][name] != self.options[name]:
+                raise UserError(
+                    f"{path}: its run used {name} {content['args'][name]}; repeat that, not {self.options[name]}"
+                )
+
+    def epochs(self, total: int, best_files: Mapping[str, str]) -> Iterator[int]:
+        """Iterate over the epochs that are left; `finish_epoch` ends each.
+
+        Args:
+            total: Epochs of the whole run.
+            best_files: Figures of an epoch to the file that keeps the state in which each was highest.
+        """
+        state = self.state
+        self.total_epochs, self.best_files = total, best_files
+        self.first_epoch, self.first_step, self.start = state.epoch, state.meter.step, time.perf_counter()
+        if self.folder:
+            on_main(self._write_start)
+        while state.epoch < total:
+            yield state.epoch
+        self._log_summary()
+
+    def finish_epoch(self, train_stats: dict[str, float], test_stats: dict[str, float]) -> None:
+        """Add an epoch to the log and save the checkpoint, and the best ones if this epoch is best.
+
+        Args:
+            train_stats: From `train_one_epoch`; the log names them `train_*`.
+            test_stats: Figures of the evaluation, under the names that the log gives them.
+        """
+        state = self.state
+        line = {f"train_{name}": value for name, value in train_stats.items()} | test_stats
+        if self.options["on_nonfinite"] == "skip":
+            line["train_skipped"] = state.meter.skipped
+        state.history.append({**line, "epoch": state.epoch, "n_parameters": state.n_parameters})
+        state.lr_scheduler.step(state.epoch)
+        state.epoch += 1
+        state.meter.start_epoch()
+        better = [name for name in self.best_files if name in line and line[name] > state.best.get(name, -1)]
+        state.best |= {name: line[name] for name in better}
+        self.save([self.best_files[name] for name in better])
+        if self.folder:
+            on_main(lambda: self.folder.write_log(state.history))
+
+    def save(self, best: Sequence[str] = ()) -> None:
+        """Save the checkpoint and, before it, the files of the best epochs if this is one."""
+        if self.folder is None:
+            return
+        content = self.state.to_checkpoint(self.options)
+
+        def write() -> None:
+            for name in best:  # the best first: a kill in between repeats the evaluation and loses nothing
+                self.folder.save_best(content, name)
+            self.folder.save(content)
+
+        on_main(write)
+
+    def remaining_time(self, steps: int) -> timedelta:
+        """Return the time left of the run, at the pace of this session so far, evaluations included.
+
+        Args:
+            steps: Steps of an epoch.
+        """
+        state = self.state
+        done = (state.epoch - self.first_epoch) * steps + state.meter.step - self.first_step
+        left = (self.total_epochs - state.epoch) * steps - state.meter.step
+        return timedelta(seconds=int((time.perf_counter() - self.start) / max(done, 1) * left))
+
+    def _write_start(self) -> None:
+        """Write args.json, and log.txt as the checkpoint has it, whenever the last session was killed."""
+        self.folder.write_args(self.options)
+        self.folder.write_log(self.state.history)
+
+    def _log_summary(self) -> None:
+        """Log the final summary."""
+        epochs = self.state.epoch - self.first_epoch
+        if not epochs:
+            logger.info("this run is complete; raise the number of epochs to train on")
+        best = ", ".join(f"{name} {value:.3f}" for name, value in self.state.best.items())
+        took = timedelta(seconds=int(time.perf_counter() - self.start))
+        logger.info("finished: %d epochs, %d in this session, %s; best %s", self.state.epoch, epochs, took, best)
+
+
+def choose_accumulation(batch_size: int, global_batch: int, world_size: int) -> int:
+    """Return the number of batches of each process that make one step.
+
+    Raises:
+        UserError: If the global batch is not a multiple of the images that all processes take in one batch.
+    """
+    per_batch = batch_size * world_size
+    if global_batch % per_batch:
+        nearest = max(1, round(global_batch / per_batch)) * per_batch
+        raise UserError(
+            f"global batch {global_batch} is not a multiple of {per_batch} ({batch_size} images x {world_size} "
+            f"processes); choose {nearest}, or change the batch size per process or the number of processes"
+        )
+    return global_batch // per_batch
+
+
+def describe_batch(batch_size: int, accumulation: int, lr: str, steps: int) -> str:
+    """Return the arithmetic of a batch in words; `steps` are those of an epoch."""
+    processes = get_world_size()
+    return (
+        f"batch: {batch_size} images x {processes} processes x {accumulation} accumulated = global batch "
+        f"{batch_size * processes * accumulation}; lr {lr}; {steps} steps per epoch"
+    )

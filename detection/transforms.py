@@ -1,0 +1,79 @@
+"""Transforms of detection: the published augmentation of images, boxes and masks."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.ops import clip_boxes_to_image
+
+from core.images import fitted_size, resize_image
+from detection.data import Sample, Target
+
+
+class TrainViews(Dataset):
+    """A data set in the published augmentation, `(image, target)` as from the data set.
+
+    Args:
+        dataset: Gives samples; see the top of this file.
+        augment: Changes a sample.
+    """
+
+    def __init__(self, dataset: Dataset, augment: Callable[[Tensor, Target], Sample]):
+        self.dataset = dataset
+        self.augment = augment
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.augment(*self.dataset[index])
+
+
+def one_scale(image: Tensor, target: Target, scale: tuple[int, int]) -> Sample:
+    """Resize to fit into a scale and mirror by a chance of half: the augmentation of the 1x settings."""
+    return random_flip(*resize(image, target, fitted_size(image.shape[1:], scale)))
+
+
+def many_scales(image: Tensor, target: Target) -> Sample:
+    """Mirror, then resize to one of many scales, by a chance of half after a crop: that of the 3x settings."""
+    image, target = random_flip(image, target)
+    if np.random.rand() < 0.5:
+        shorter = int(np.random.choice((400, 500, 600)))
+        image, target = resize(image, target, fitted_size(image.shape[1:], (1333, shorter)))
+        image, target = random_crop(image, target, 384, 600)
+    shorter = int(np.random.choice(range(480, 801, 32)))
+    return resize(image, target, fitted_size(image.shape[1:], (1333, shorter)))
+
+
+def resize(image: Tensor, target: Target, size: tuple[int, int]) -> Sample:
+    """Resize an image and its target to height and width in pixels; boxes are clipped to the image."""
+    (height, width), (h, w) = size, image.shape[1:]
+    boxes = clip_boxes_to_image(target["boxes"] * target["boxes"].new_tensor([width / w, height / h] * 2), size)
+    masks = F.interpolate(target["masks"][None], size=size, mode="nearest")[0]
+    return resize_image(image, size), {**target, "boxes": boxes, "masks": masks}
+
+
+def random_flip(image: Tensor, target: Target) -> Sample:
+    """Mirror an image and its target by a chance of half."""
+    if np.random.rand() < 0.5:
+        return image, target
+    x1, y1, x2, y2 = target["boxes"].unbind(1)
+    boxes = torch.stack([image.shape[2] - x2, y1, image.shape[2] - x1, y2], dim=1)
+    return image.flip(2), {**target, "boxes": boxes, "masks": target["masks"].flip(2)}
+
+
+def random_crop(image: Tensor, target: Target, smallest: int, largest: int) -> Sample:
+    """Cut out a random part, its sides between two limits or all there is, with what is left of the objects in it."""
+    limits = [(min(side, smallest), min(side, largest)) for side in image.shape[1:]]
+    height, width = (np.random.randint(low, high + 1) for low, high in limits)
+    top, left = (
+        np.random.randint(0, side - part + 1) for side, part in zip(image.shape[1:], (height, width), strict=True)
+    )
+    boxes = clip_boxes_to_image(target["boxes"] - target["boxes"].new_tensor([left, top] * 2), (height, width))
+    kept = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    masks = target["masks"][kept, top : top + height, left : left + width]
+    target = {**target, "boxes": boxes[kept], "labels": target["labels"][kept], "masks": masks}
+    return image[:, top : top + height, left : left + width], target

@@ -1,0 +1,51 @@
+"""Parameters and multiply-accumulates of models."""
+
+from typing import NamedTuple
+
+import timm
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+NORM_OPERATIONS = 5  # counted for each normalised element, as the original's counter does
+
+
+class Macs(NamedTuple):
+    """Multiply-accumulates of one image, in two conventions."""
+
+    layers: int  # convolutions, linear layers and norms: the convention of the original's README
+    total: int  # with the two matrix products of attention: the convention of the paper
+
+
+def count_macs(name: str, input_size: int | tuple[int, int] = 224, **kwargs) -> Macs:
+    """Count the multiply-accumulates of one image, without computing or allocating anything.
+
+    Args:
+        name: A model of `models/twins.py` or of timm.
+        input_size: Pixels a side, or height and width.
+        **kwargs: Passed to timm's `create_model`.
+    """
+    size = (input_size, input_size) if isinstance(input_size, int) else input_size
+    with torch.device("meta"):
+        return count_module_macs(timm.create_model(name, **kwargs), torch.empty(1, 3, *size))
+
+
+def count_module_macs(model: nn.Module, *inputs: Tensor) -> Macs:
+    """Count the multiply-accumulates of a network, which may be on torch's meta device with its inputs."""
+    normalised = []
+    for module in model.eval().modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_hook(lambda _module, _inputs, output: normalised.append(output.numel()))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*inputs)
+    flops = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
+    norms = NORM_OPERATIONS * sum(normalised)
+    attention = sum(count for operation, count in flops.items() if "bmm" in operation or "attention" in operation)
+    total = sum(flops.values()) // 2 + norms  # the counter takes a multiply-accumulate for two
+    return Macs(total - attention // 2, total)
+
+
+def count_parameters(name: str, **kwargs) -> int:
+    """Count the parameters of a model without allocating them."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in timm.create_model(name, **kwargs).parameters())
