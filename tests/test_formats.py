@@ -13,14 +13,16 @@ import torch
 import main
 from core.checkpoint import FORMAT
 from detection import data as detection_data
+from detection import test as detection_test
 from detection import train as detection_train
-from main import get_args_parser
 from segmentation import data as segmentation_data
+from segmentation import test as segmentation_test
 from segmentation import train as segmentation_train
 from tests.conftest import ROOT, fails, read_log
 
 DATA = ROOT / "tests/data"
 RUNS = json.loads((DATA / "format_1.json").read_text())
+TEST_SCRIPTS = {"segmentation": segmentation_test, "detection": detection_test}
 SCRIPTS = {"classification": main, "segmentation": segmentation_train, "detection": detection_train}
 
 
@@ -87,9 +89,15 @@ def test_checkpoints_of_another_task_are_refused(checkpoint, tmp_path, capsys):
         assert "old.pth: is a checkpoint of another task, without the option" in line
 
 
-@pytest.mark.parametrize("checkpoint", ["classification"], indirect=True)
+@pytest.mark.parametrize("checkpoint", SCRIPTS, indirect=True)
 def test_old_checkpoints_evaluate(checkpoint, capsys):
-    _, path, options = checkpoint
-    args = get_args_parser().parse_args(options)
-    main.main(["--eval", "--resume", str(path), "--model", args.model, "--data-set", "SHAPES", "--input-size", "32"])
-    assert "on the 10 test images" in capsys.readouterr().out
+    task, path, options = checkpoint
+    device = ["--device", "cpu", "--num_workers", "0"]
+    if task == "classification":
+        model = ["--model", "alt_gvt_tiny", "--data-set", "SHAPES", "--input-size", "32"]
+        main.main(["--eval", "--resume", str(path), *model, *device])
+    else:
+        changes = options[options.index("--cfg-options") :]
+        TEST_SCRIPTS[task].main([options[0], str(path), *device, *changes])
+    expected = RUNS[task]["evaluation"]
+    assert capsys.readouterr().out.strip().splitlines()[-len(expected) :] == expected
