@@ -1,0 +1,33 @@
+"""The time left of a run, and the progress of an evaluation."""
+
+import time
+from datetime import timedelta
+from types import SimpleNamespace
+
+import pytest
+
+from core.meters import EpochMeter, show_progress
+from core.run import Run
+
+OPTIONS = {"output_dir": None, "keep": 2, "resume": None, "auto_resume": False, "seed": 0, "on_nonfinite": "stop"}
+
+
+@pytest.mark.parametrize(
+    ("epoch", "step", "expected"),
+    [(2, 5, 10 / 5 * 75), (3, 0, 10 / 10 * 70), (9, 9, 10 / 79 * 1), (2, 0, 10 * 80)],
+)
+def test_the_time_left_follows_the_steps_of_this_session(epoch, step, expected, monkeypatch):
+    """Ten epochs of ten steps, started anew at the third, ten seconds ago."""
+    run = Run(OPTIONS)
+    run.state = SimpleNamespace(epoch=epoch, meter=EpochMeter(step=step))
+    run.total_epochs, run.first_epoch, run.first_step, run.start = 10, 2, 0, 100.0
+    monkeypatch.setattr(time, "perf_counter", lambda: 110.0)
+    assert run.remaining_time(10) == timedelta(seconds=int(expected))
+
+
+def test_progress_is_logged_now_and_then(monkeypatch, caplog):
+    times = iter([0.0, 8.0, 16.0, 24.0, 32.0, 40.0])
+    monkeypatch.setattr(time, "perf_counter", lambda: next(times))
+    with caplog.at_level("INFO", "twins"):
+        assert list(show_progress(["a", "b", "c", "d", "e"], "evaluation", seconds=15)) == ["a", "b", "c", "d", "e"]
+    assert caplog.messages == ["evaluation [2/5]  eta 0:00:24", "evaluation [4/5]  eta 0:00:08"]
