@@ -6,21 +6,25 @@ so that they compress; `format_1.json` has the options of the runs and the log t
 
 import json
 import lzma
+import re
 
 import pytest
 import torch
 
 import main
 from core.checkpoint import FORMAT
+from core.run import Run
 from detection import data as detection_data
 from detection import test as detection_test
 from detection import train as detection_train
 from segmentation import data as segmentation_data
 from segmentation import test as segmentation_test
 from segmentation import train as segmentation_train
-from tests.conftest import ROOT, fails, read_log
+from tests.conftest import ROOT, assert_equal, fails, read_log
+from utils import get_random_state, versions
 
 DATA = ROOT / "tests/data"
+NUMBER = r"\d+(?:\.\d+)?"
 RUNS = json.loads((DATA / "format_1.json").read_text())
 TEST_SCRIPTS = {"segmentation": segmentation_test, "detection": detection_test}
 SCRIPTS = {"classification": main, "segmentation": segmentation_train, "detection": detection_train}
@@ -50,8 +54,32 @@ def insert(options: list[str], *others) -> list[str]:
     return [*options[:place], *map(str, others), *options[place:]]
 
 
+@pytest.fixture
+def tolerance(checkpoint) -> float:
+    """Other versions of the libraries draw and augment slightly other images, and so do other processors."""
+    written = torch.load(checkpoint[1], weights_only=True)["versions"]
+    names = ("torch", "torchvision", "timm", "numpy", "pillow")
+    return 0.02 if all(written[name] == versions()[name] for name in names) else 0.3
+
+
 @pytest.mark.parametrize("checkpoint", SCRIPTS, indirect=True)
-def test_old_checkpoints_resume(checkpoint, tmp_path):
+def test_old_checkpoints_are_restored(checkpoint, tmp_path, monkeypatch):
+    task, path, options = checkpoint
+    runs = []
+    monkeypatch.setattr(Run, "epochs", lambda self, *_: runs.append(self) or iter(()))
+    SCRIPTS[task].main(insert(options, "--resume", path, "--output_dir", tmp_path / "run"))
+    state, content = runs[0].state, torch.load(path, weights_only=True)
+    assert_equal(dict(state.model.state_dict()), dict(content["model"]))
+    assert_equal(state.optimizer.state_dict()["state"], content["optimizer"]["state"])
+    if task == "classification":
+        assert_equal(dict(state.model_ema.module.state_dict()), dict(content["model_ema"]))
+    assert (state.epoch, state.meter.step, state.position) == (0, 1, 4)
+    assert_equal(state.meter.state_dict(), content["meters"][0])
+    assert torch.equal(get_random_state()["torch"], content["random_states"][0]["torch"])
+
+
+@pytest.mark.parametrize("checkpoint", SCRIPTS, indirect=True)
+def test_old_checkpoints_resume(checkpoint, tolerance, tmp_path):
     task, path, options = checkpoint
     SCRIPTS[task].main(insert(options, "--resume", path, "--output_dir", tmp_path / "run"))
     found, expected = read_log(tmp_path / "run"), RUNS[task]["log"]
@@ -59,7 +87,7 @@ def test_old_checkpoints_resume(checkpoint, tmp_path):
     for line, other in zip(found, expected, strict=True):
         assert set(line) == set(other)
         assert line["train_lr"] == pytest.approx(other["train_lr"], rel=1e-12)
-        assert line["train_loss"] == pytest.approx(other["train_loss"], rel=1e-3)
+    assert found[0]["train_loss"] == pytest.approx(expected[0]["train_loss"], rel=tolerance)
     state = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)
     assert state["format"] == FORMAT
 
@@ -90,7 +118,7 @@ def test_checkpoints_of_another_task_are_refused(checkpoint, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("checkpoint", SCRIPTS, indirect=True)
-def test_old_checkpoints_evaluate(checkpoint, capsys):
+def test_old_checkpoints_evaluate(checkpoint, tolerance, capsys):
     task, path, options = checkpoint
     device = ["--device", "cpu", "--num_workers", "0"]
     if task == "classification":
@@ -100,4 +128,8 @@ def test_old_checkpoints_evaluate(checkpoint, capsys):
         changes = options[options.index("--cfg-options") :]
         TEST_SCRIPTS[task].main([options[0], str(path), *device, *changes])
     expected = RUNS[task]["evaluation"]
-    assert capsys.readouterr().out.strip().splitlines()[-len(expected) :] == expected
+    lines = capsys.readouterr().out.strip().splitlines()[-len(expected) :]
+    for line, other in zip(lines, expected, strict=True):
+        assert re.sub(NUMBER, "", line) == re.sub(NUMBER, "", other)
+        found, wanted = (list(map(float, re.findall(NUMBER, text))) for text in (line, other))
+        assert found == pytest.approx(wanted, abs=10 * tolerance)  # in percent
