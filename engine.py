@@ -83,7 +83,7 @@ def train_one_epoch(
         if guard.signal or meter.step == steps or settings.saves_at(meter.step):
             guard.finish()
             if meter.step == steps:
-                broadcast_buffers(model, *([] if state.model_ema is None else [state.model_ema]))
+                broadcast_buffers(model, state.model_ema)
             run.save()
         if guard.signal:
             raise Interrupted(guard.signal)

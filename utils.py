@@ -105,11 +105,8 @@ def versions() -> dict[str, str | None]:
     except OSError:  # no git on this machine
         revision = None
     modules = {"torch": torch, "torchvision": torchvision, "timm": timm, "numpy": np, "pillow": PIL}
-    return {
-        "python": sys.version.split()[0],
-        **{name: str(module.__version__) for name, module in modules.items()},
-        "git": revision or None,
-    }
+    found = {"python": sys.version.split()[0], "git": revision or None}
+    return found | {name: str(module.__version__) for name, module in modules.items()}
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: Path, before_replacing: Callable[[], None] | None = None) -> None:

@@ -134,10 +134,12 @@ def parallelise(model: nn.Module, processes: Processes) -> nn.Module:
     return parallel
 
 
-def broadcast_buffers(*models: nn.Module) -> None:
+def broadcast_buffers(*models: nn.Module | None) -> None:
     """Copy the buffers of the main process, such as running statistics, to all processes. All must call it."""
-    if dist.is_initialized():
-        for model in models:
+    if not dist.is_initialized():
+        return
+    for model in models:
+        if model is not None:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 

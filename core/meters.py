@@ -170,9 +170,10 @@ class StepGuard:
         if self.meter.skipped_in_a_row < self.max_skipped:
             logger.info("skipped: %s", found)
             return False
-        row = f", after {self.meter.skipped_in_a_row} skipped steps in a row" if self.max_skipped else ""
+        if self.max_skipped:
+            found += f", after {self.meter.skipped_in_a_row} consecutive skipped steps"
         raise NonFiniteError(
-            f"{found}{row}; training has stopped. Try a lower learning rate, a longer warm-up, gradient clipping or "
+            f"{found}; training has stopped. Try a lower learning rate, a longer warm-up, gradient clipping or "
             "--amp bf16"
         )
 

@@ -132,7 +132,7 @@ class Run:
             )
         if not set(content) >= REQUIRED_KEYS:
             raise UserError(
-                f"{path}: holds weights but no training state to resume; evaluate them, or start a run from them with "
+                f"{path}: contains weights but no training state to resume; evaluate them, or start a run with "
                 "--finetune"
             )
         has_ema = content["model_ema"] is not None

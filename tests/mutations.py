@@ -1,11 +1,11 @@
-"""Change the code in small ways, and check that the tests notice each.
+"""Apply small changes to the code, and check that tests fail for each of them.
 
-    python -m tests.mutations              # all of them, in a temporary copy of the tree
-    python -m tests.mutations clip flip    # those whose name has one of these words
+    python -m tests.mutations              # all mutations, in a temporary copy of the tree
+    python -m tests.mutations clip flip    # mutations whose name contains one of these words
 
-Each mutation disconnects something: an option, a step of an augmentation, a check. It is applied alone, and each of
-the tests named with it must then fail. A mutation whose text is not found exactly once is an error, too: the code has
-moved on, and the mutation with it.
+Each mutation disables an option, a step of an augmentation or a check. Mutations are applied one at a time. All tests
+listed with a mutation must fail. It is an error if the text of a mutation does not occur exactly once: then the code
+has changed and the mutation must be adapted.
 """
 
 import shutil
@@ -19,21 +19,21 @@ from queue import SimpleQueue
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-WORKERS = 2  # copies of the tree that are tested at a time
+WORKERS = 2  # copies of the tree that are tested in parallel
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", "output", "work_dirs", ".*_cache", "pictures")
-SECONDS = 1800  # limit of one run of pytest
-TESTS_FAILED = 1  # exit code of pytest; the others are errors of the mutation itself
+SECONDS = 1800  # timeout of a pytest run
+TESTS_FAILED = 1  # exit code of pytest for failed tests; other codes mean that the mutation is wrong
 
 
 class Mutation(NamedTuple):
-    """A change of the code that tests must notice.
+    """A change of the code for which tests must fail.
 
     Attributes:
-        name: What is disconnected.
-        file: The file, relative to the root.
-        text: A text that occurs there exactly once.
-        replacement: The text in its place.
-        tests: Tests, each of which must fail, as pytest names them after `tests/`.
+        name: Name of the disabled feature.
+        file: Path of the file, relative to the root.
+        text: Text that occurs exactly once in the file.
+        replacement: Text that replaces it.
+        tests: Pytest ids, without `tests/`, of the tests that must fail.
     """
 
     name: str
@@ -248,7 +248,7 @@ MUTATIONS = [
 
 
 def mutate(mutation: Mutation, tree: Path) -> str:
-    """Apply a mutation to a copy of the tree and return the text of the file as it was."""
+    """Apply a mutation to a copy of the tree and return the original text of the file."""
     path = tree / mutation.file
     before = path.read_text()
     count = before.count(mutation.text)
@@ -274,7 +274,7 @@ def run_tests(tests: Sequence[str], tree: Path) -> int:
 
 
 def check(mutation: Mutation, trees: SimpleQueue) -> list[str]:
-    """Return the tests of a mutation that did not fail, each with what happened instead."""
+    """Return the tests of a mutation that did not fail, with their exit codes."""
     tree = trees.get()
     try:
         before = mutate(mutation, tree)
@@ -289,19 +289,19 @@ def check(mutation: Mutation, trees: SimpleQueue) -> list[str]:
 
 def main() -> None:
     words = sys.argv[1:]
-    chosen = [each for each in MUTATIONS if not words or any(word in each.name for word in words)]
+    chosen = [mutation for mutation in MUTATIONS if not words or any(word in mutation.name for word in words)]
     if not chosen:
-        sys.exit(f"no mutation has one of these words in its name: {' '.join(words)}")
+        sys.exit(f"no name of a mutation contains one of these words: {' '.join(words)}")
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(WORKERS) as pool:
         trees = SimpleQueue()
         for i in range(WORKERS):
             trees.put(Path(shutil.copytree(ROOT, Path(folder) / str(i), ignore=LEFT_OUT)))
         tree = trees.get()
         if run_tests(sorted({test for mutation in chosen for test in mutation.tests}), tree):
-            sys.exit("the tests do not pass on the code as it is")
+            sys.exit("the tests fail without a mutation")
         trees.put(tree)
-        survivors = [each for each in pool.map(lambda mutation: check(mutation, trees), chosen) if each]
-    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutations turn their tests red")
+        survivors = [tests for tests in pool.map(lambda mutation: check(mutation, trees), chosen) if tests]
+    print(f"the tests fail for {len(chosen) - len(survivors)} of {len(chosen)} mutations")
     sys.exit(bool(survivors))
 
 

@@ -290,7 +290,7 @@ def test_too_many_consecutive_skipped_steps(model):
     for i in (0, 2, 3, 4):
         batches[i][0][0, 0, 0, 0] = float("nan")
     meter = EpochMeter()
-    with pytest.raises(FloatingPointError, match="step 4, on process 0, after 2 skipped steps in a row"):
+    with pytest.raises(FloatingPointError, match="step 4, on process 0, after 2 consecutive skipped steps"):
         train(model, batches, max_skipped=2, state={"meter": meter})
     assert (meter.step, meter.skipped, meter.skipped_in_a_row) == (4, 3, 2)
     meter.start_epoch()

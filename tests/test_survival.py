@@ -269,7 +269,7 @@ def test_non_finite_steps_are_skipped_and_counted(image_folder, tmp_path):
     script = write_script(tmp_path, NAN_ON_RANK_1.format(steps=[1, 2, 3, 4, 5, 6]))
     result = launch("torchrun", 2, *EVERYTHING, *skipping, "--output_dir", tmp_path / "three", script=script)
     assert result.returncode == 1
-    assert "epoch 0, step 2, on process 1, after 2 skipped steps in a row; training has stopped" in result.stderr
+    assert "epoch 0, step 2, on process 1, after 2 consecutive skipped steps; training has stopped" in result.stderr
 
 
 FAULT_OF_ONE_IMAGE = """
