@@ -1,4 +1,4 @@
-"""The training loop of all three tasks, and the evaluation of classifiers."""
+"""The training loop of all three tasks and the evaluation of classifiers."""
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -27,24 +27,22 @@ def train_one_epoch(
     settings: TrainSettings,
     run: Run,
 ) -> dict[str, float]:
-    """Train for the rest of an epoch, in steps of `settings.accumulation` batches.
+    """Train for an epoch or the rest of it, in steps of `settings.accumulation` batches.
 
     Args:
-        model: The network of the state, in DistributedDataParallel if there are several processes.
-        compute_losses: `(model, batch) -> {name: scalar}`; the sum of the scalars is minimised.
-        data_loader: Batches: tensors, or lists, tuples and dicts of them; in a resumed epoch those that are left.
-            Its length is a multiple of `settings.accumulation`.
-        state: Optimizer, schedule, scaler, moving average and meter; updated in each step.
+        model: Model of the state, wrapped in DistributedDataParallel if there are several processes.
+        compute_losses: Function `(model, batch) -> {name: scalar}`. The sum of the scalars is minimised.
+        data_loader: Remaining batches of the epoch; their number is a multiple of `settings.accumulation`.
+        state: Optimizer, schedule, scaler, moving average and meter, updated in each step.
         settings: Mixed precision, accumulation, clipping and intervals.
-        run: Saves checkpoints: at the end of the epoch, every `settings.save_every` steps and before a stop.
+        run: Run that saves checkpoints: every `settings.save_every` steps, at the end, and before a stop.
 
     Returns:
-        Means over the steps of the epoch and all processes: `loss`, its parts where there are several, and `lr`;
-        nothing if all steps were skipped.
+        Means over steps and processes of `loss`, its parts and `lr`; an empty dict if all steps were skipped.
 
     Raises:
-        NonFiniteError: On all processes together, if the loss of any of them, or the gradient, is not finite.
-        Interrupted: On all processes together, after the step in which any of them was asked to stop.
+        NonFiniteError: On all processes, if the loss of any process or the gradient is not finite.
+        Interrupted: On all processes, after the step in which any process received a signal to stop.
     """
     model.train()
     meter, optimizer, scaler, accumulation = state.meter, state.optimizer, state.scaler, settings.accumulation
@@ -60,7 +58,7 @@ def train_one_epoch(
         for micro_step in range(accumulation):
             batch = to_device(next(batches), settings.device)
             if not guard.finite:
-                continue  # the rest of a skipped step is loaded, but not computed
+                continue  # the remaining batches of a skipped step are loaded, but not computed
             with gradient_sync(model, is_last=micro_step == accumulation - 1):
                 with settings.autocast():
                     losses = compute_losses(model, batch)
@@ -69,10 +67,7 @@ def train_one_epoch(
                     scaler.scale(loss / accumulation).backward()
             step_losses = add_losses(step_losses, loss, losses, accumulation)
         if guard.finite:
-            scaler.unscale_(optimizer)
-            norm = nn.utils.clip_grad_norm_(state.parameters(), settings.max_norm)
-            if not scaler.is_enabled():  # the scaler skips by its own rule
-                guard.check(norm, "gradient")
+            clip_gradients(state, settings.max_norm, guard)
         lr = max(group["lr"] for group in optimizer.param_groups)
         if guard.finite:
             scaler.step(optimizer)
@@ -88,15 +83,23 @@ def train_one_epoch(
         if guard.signal or meter.step == steps or settings.saves_at(meter.step):
             guard.finish()
             if meter.step == steps:
-                broadcast_buffers(model, *([] if state.model_ema is None else [state.model_ema]))
+                broadcast_buffers(model, state.model_ema)
             run.save()
         if guard.signal:
             raise Interrupted(guard.signal)
     return meter.averages()
 
 
+def clip_gradients(state: TrainState, max_norm: float, guard: StepGuard) -> None:
+    """Unscale and clip the gradients, and check that they are finite."""
+    state.scaler.unscale_(state.optimizer)
+    norm = nn.utils.clip_grad_norm_(state.parameters(), max_norm)
+    if not state.scaler.is_enabled():  # the scaler itself skips steps of infinite gradients
+        guard.check(norm, "gradient")
+
+
 def gradient_sync(model: nn.Module, is_last: bool):
-    """Return a context in which processes exchange gradients on the last batch of a step alone."""
+    """Return a context in which gradients are synchronised only for the last batch of a step."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) and not is_last else nullcontext()
 
 
@@ -110,14 +113,15 @@ def evaluate(
     sharded: bool = False,
     ignore_index: int = -1,
 ) -> dict[str, float]:
-    """Evaluate a classifier, each image counted exactly once.
+    """Evaluate a classifier. Each image counts exactly once.
 
     Args:
-        model: Maps images `(B, 3, H, W)` to logits `(B, classes)`.
+        model: Classifier, images `(B, 3, H, W)` -> logits `(B, classes)`.
         data_loader: Batches of `(images, class indices)`.
-        device: Where the model is.
-        amp_dtype: Type of autocast; None for full precision.
-        sharded: The loader gives this process's share alone; sums are then taken over all processes.
+        device: Device of the model.
+        amp_dtype: Data type of autocast; None to disable mixed precision.
+        sharded: True if the loader has only this process's part of the images. The sums are then reduced over all
+            processes.
         ignore_index: Target of images that do not count.
 
     Returns:
@@ -125,10 +129,10 @@ def evaluate(
 
     Raises:
         UserError: If there is no image to evaluate.
-        Interrupted: On all processes together, if any of them was asked to stop; the others finish their share.
+        Interrupted: On all processes, if any process received a signal to stop; the others finish their part.
     """
     model.eval()
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # correct at 1, correct at 5, loss, images
+    sums = torch.zeros(4, dtype=torch.float64, device=device)  # correct in top 1, correct in top 5, loss, images
     for images, targets in show_progress(data_loader, "evaluation"):
         if stop_requested():
             break
@@ -162,5 +166,6 @@ def to_device(batch: Any, device: torch.device) -> Any:
         return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, (list, tuple)):
         values = [to_device(value, device) for value in batch]
-        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)  # a NamedTuple takes each
+        # A named tuple takes its fields as separate arguments.
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
     return batch

@@ -1,11 +1,11 @@
 """Train and evaluate Twins, or a classifier of timm, on ImageNet-like data.
 
-    python main.py --model alt_gvt_tiny --data-set SHAPES --input-size 64 --output_dir output/shapes
+    python main.py --recipe shapes --output_dir output/shapes
     torchrun --nproc_per_node=8 main.py --model alt_gvt_base --batch-size 128 --data-path path_to_imagenet \\
         --dist-eval --drop-path 0.3 --output_dir output/alt_gvt_base
     python main.py --eval --resume alt_gvt_large.pth --model alt_gvt_large --data-path path_to_imagenet
 
-Bad input ends with one line that names it and a non-zero exit code; --traceback shows where it was found.
+Bad input ends with a one-line error message and a non-zero exit code; --traceback shows the full traceback.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from core.options import (
     number,
     train_settings,
 )
-from core.recipes import NOT_OF_A_RECIPE, PUBLISHED, RECIPES, differences, get_recipe, published_name
+from core.recipes import NOT_IN_RECIPES, PUBLISHED, RECIPES, differences, get_recipe, published_name
 from core.run import Run, choose_accumulation, describe_batch
 from core.run_folder import BEST_CHECKPOINT, BEST_EMA_CHECKPOINT
 from datasets import BAD_IMAGE_POLICIES, DATA_SETS, IGNORED_TARGET, INAT_CATEGORIES, EvalSet, TrainSet, build_dataset
@@ -65,7 +65,7 @@ MODEL_NAMES = "{pcpvt,alt_gvt}_{tiny,small,base,large}"
 
 
 def get_args_parser() -> ArgumentParser:
-    """Return the parser; the defaults are the published recipe."""
+    """Return the parser, whose defaults are the published recipe."""
     parser = ArgumentParser(
         prog="main.py",
         usage="python main.py [options]",
@@ -75,85 +75,103 @@ def get_args_parser() -> ArgumentParser:
     parser.add_argument(
         "--recipe",
         choices=RECIPES,
-        help="options to start from; others given here win. shapes: the tiny model on the embedded shapes; published: "
-        "global batch, drop path and warm-up that made the released weights of --model",
+        help="set of defaults, which options given explicitly override. shapes: the tiny model on the embedded shapes; "
+        "published: global batch, drop path and warm-up of the released weights of --model",
     )
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="alt_gvt_base", metavar="NAME", help=f"{MODEL_NAMES}, or a model of timm")
+    group.add_argument("--model", default="alt_gvt_base", metavar="NAME", help=f"{MODEL_NAMES}, or a timm model")
     group.add_argument(
-        "--pretrained", action="store_true", help="start from the published ImageNet weights on timm's hub"
+        "--pretrained",
+        action="store_true",
+        help="start from the published ImageNet weights, downloaded from timm's hub",
     )
     group.add_argument(
         "--input-size",
         default=224,
         type=number(int, MIN_INPUT_SIZE),
         metavar="PIXELS",
-        help="pixels a side, 32 or more",
+        help="side length of the images in pixels, at least 32",
     )
     group.add_argument(
-        "--drop", default=0.0, type=number(float, 0, 0.99), metavar="RATE", help="dropout before the head, 0 to 0.99"
+        "--drop",
+        default=0.0,
+        type=number(float, 0, 0.99),
+        metavar="RATE",
+        help="dropout rate before the head, 0 to 0.99",
     )
     group.add_argument(
         "--drop-path",
         default=0.1,
         type=number(float, 0, 0.99),
         metavar="RATE",
-        help="stochastic depth of the last block, 0 to 0.99; the paper: 0.2 / 0.3 / 0.5 for S / B / L",
+        help="stochastic depth rate of the last block, 0 to 0.99; the paper uses 0.2, 0.3 and 0.5 for S, B and L",
     )
     group.add_argument(
         "--model-ema",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="keep, evaluate and save a moving average of the weights",
+        help="maintain, evaluate and save an exponential moving average (EMA) of the weights",
     )
     group.add_argument(
         "--model-ema-decay",
         default=0.99996,
         type=SHARE,
         metavar="RATE",
-        help="weight of the old average at each step, 0 to 1",
+        help="decay of the EMA per step, 0 to 1",
     )
-    group.add_argument("--grad-checkpointing", action="store_true", help="less memory for about a third more time")
+    group.add_argument(
+        "--grad-checkpointing",
+        action="store_true",
+        help="recompute activations in the backward pass: less memory, about a third more time",
+    )
     add_compute_options(group)
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch-size", default=64, type=POSITIVE_INT, metavar="N", help="images a process and batch")
+    group.add_argument("--batch-size", default=64, type=POSITIVE_INT, metavar="N", help="images per process per batch")
     group.add_argument(
         "--global-batch",
         type=POSITIVE_INT,
         metavar="N",
-        help="images a step, of all processes together, accumulated as needed (default: one batch of each process)",
+        help="images per step over all processes, by gradient accumulation if needed (default: one batch per process)",
     )
     group.add_argument("--epochs", default=300, type=POSITIVE_INT, metavar="N", help="passes over the training set")
     group.add_argument(
-        "--opt", default="adamw", metavar="NAME", help="an optimizer of timm, such as adamw, lamb, sgd or lion"
+        "--opt", default="adamw", metavar="NAME", help="timm optimizer, such as adamw, lamb, sgd or lion"
     )
     group.add_argument(
-        "--opt-eps", type=POSITIVE, metavar="EPS", help="epsilon of the optimizer (default: its own; 1e-8 for adamw)"
+        "--opt-eps",
+        type=POSITIVE,
+        metavar="EPS",
+        help="epsilon of the optimizer (default: that of the optimizer, 1e-8 for adamw)",
     )
     group.add_argument(
         "--opt-betas",
         type=SHARE,
         nargs="+",
         metavar="BETA",
-        help="betas of the optimizer (default: its own; 0.9 0.999 for adamw)",
+        help="betas of the optimizer, 0 to 1 (default: those of the optimizer, 0.9 0.999 for adamw)",
     )
-    group.add_argument("--momentum", default=0.9, type=SHARE, help="momentum of SGD")
+    group.add_argument("--momentum", default=0.9, type=SHARE, help="momentum of SGD, 0 to 1")
     group.add_argument(
-        "--weight-decay", default=0.05, type=NON_NEGATIVE, metavar="RATE", help="not applied to biases, norms and PEGs"
+        "--weight-decay",
+        default=0.05,
+        type=NON_NEGATIVE,
+        metavar="RATE",
+        help="weight decay; not applied to biases, norms and PEGs",
     )
     group.add_argument(
         "--layer-decay",
         type=SHARE,
         metavar="RATE",
-        help="learning rate of each layer over that of the next, 0 to 1 (default: 1)",
+        help="layer-wise learning-rate decay: ratio of the learning rate of a layer to that of the next one, 0 to 1 "
+        "(default: 1)",
     )
     group.add_argument(
         "--clip-grad",
         default=5.0,
         type=NON_NEGATIVE,
         metavar="NORM",
-        help="largest norm of the gradient; 0: no clipping",
+        help="maximum gradient norm; 0 to disable clipping",
     )
 
     group = parser.add_argument_group("schedule")
@@ -161,52 +179,66 @@ def get_args_parser() -> ArgumentParser:
         "--lr",
         default=5e-4,
         type=POSITIVE,
-        help="peak learning rate for a global batch of 512; it grows with the batch",
+        help="peak learning rate for a global batch of 512, scaled linearly with the global batch",
     )
     group.add_argument(
         "--unscale-lr",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="use --lr unchanged, not scaled by the global batch",
+        help="use --lr as it is, without scaling by the global batch",
     )
     group.add_argument(
         "--sched",
         default="cosine",
         choices=("cosine", "tanh", "step", "multistep", "poly"),
-        help="schedule of timm",
+        help="learning-rate schedule of timm",
     )
     group.add_argument(
-        "--warmup-lr", default=1e-6, type=NON_NEGATIVE, metavar="LR", help="learning rate that the warm-up starts from"
+        "--warmup-lr", default=1e-6, type=NON_NEGATIVE, metavar="LR", help="learning rate at the start of the warm-up"
     )
     group.add_argument(
-        "--min-lr", default=1e-5, type=NON_NEGATIVE, metavar="LR", help="learning rate that the schedule ends at"
+        "--min-lr", default=1e-5, type=NON_NEGATIVE, metavar="LR", help="learning rate at the end of the schedule"
     )
     group.add_argument("--warmup-epochs", default=5, type=COUNT, metavar="N", help="epochs of linear warm-up")
-    group.add_argument("--decay-epochs", default=30, type=POSITIVE, metavar="N", help="epochs between decays (step)")
+    group.add_argument(
+        "--decay-epochs", default=30, type=POSITIVE, metavar="N", help="epochs between decays of the step schedule"
+    )
     group.add_argument(
         "--decay-milestones",
         default=[90, 180, 270],
         type=POSITIVE_INT,
         nargs="+",
         metavar="N",
-        help="epochs of the decays (multistep)",
+        help="epochs of the decays of the multistep schedule, in ascending order",
     )
     group.add_argument(
         "--decay-rate",
         default=0.1,
         type=POSITIVE,
         metavar="RATE",
-        help="factor of a decay (step, multistep), power (poly)",
+        help="factor of each decay of the step and multistep schedules, power of the poly schedule",
     )
     group.add_argument(
         "--lr-noise",
         type=SHARE,
         nargs="+",
         metavar="PCT",
-        help="shares of the run at which noise on the learning rate starts and ends",
+        help="start and, optionally, end of learning-rate noise as fractions of the run, 0 to 1 (default: no noise)",
     )
-    group.add_argument("--lr-noise-pct", default=0.67, type=NON_NEGATIVE, metavar="PCT", help="limit of that noise")
-    group.add_argument("--lr-noise-std", default=1.0, type=NON_NEGATIVE, metavar="STD", help="deviation of that noise")
+    group.add_argument(
+        "--lr-noise-pct",
+        default=0.67,
+        type=NON_NEGATIVE,
+        metavar="PCT",
+        help="limit of the learning-rate noise as a fraction of the learning rate",
+    )
+    group.add_argument(
+        "--lr-noise-std",
+        default=1.0,
+        type=NON_NEGATIVE,
+        metavar="STD",
+        help="standard deviation of the learning-rate noise",
+    )
 
     group = parser.add_argument_group("augmentation")
     group.add_argument(
@@ -215,20 +247,21 @@ def get_args_parser() -> ArgumentParser:
         type=number(float, 0, 1, above=True),
         nargs=2,
         metavar=("MIN", "MAX"),
-        help="share of the image that a random crop covers",
+        help="range of the fraction of the image area that a random crop covers",
     )
     group.add_argument(
         "--color-jitter",
         default=0.4,
         type=NON_NEGATIVE,
         metavar="X",
-        help="colour jitter; timm leaves it out where --aa is on",
+        help="strength of the colour jitter; timm ignores it if --aa is on",
     )
     group.add_argument(
         "--aa",
         default="rand-m9-mstd0.5-inc1",
         metavar="NAME",
-        help="policy of timm, such as rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original or v0; none: off",
+        help="augmentation policy of timm, such as rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original or v0; none to "
+        "disable",
     )
     group.add_argument(
         "--smoothing", default=0.1, type=number(float, 0, 0.99), metavar="RATE", help="label smoothing, 0 to 0.99"
@@ -237,36 +270,51 @@ def get_args_parser() -> ArgumentParser:
         "--train-interpolation",
         default="bicubic",
         choices=("random", "bilinear", "bicubic"),
-        help="of the random crops",
+        help="interpolation of the random crops",
     )
     group.add_argument(
         "--repeated-aug",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="show each drawn image three times, under different augmentations",
+        help="repeated augmentation: use each sampled image three times, differently augmented",
     )
-    group.add_argument("--reprob", default=0.25, type=SHARE, metavar="P", help="probability of random erasing")
+    group.add_argument("--reprob", default=0.25, type=SHARE, metavar="P", help="probability of random erasing, 0 to 1")
     group.add_argument(
-        "--remode", default="pixel", choices=("const", "rand", "pixel"), help="what an erased area is filled with"
+        "--remode",
+        default="pixel",
+        choices=("const", "rand", "pixel"),
+        help="filling of erased areas: zeros, one random colour, or a random colour per pixel",
     )
-    group.add_argument("--recount", default=1, type=POSITIVE_INT, metavar="N", help="erased areas")
+    group.add_argument("--recount", default=1, type=POSITIVE_INT, metavar="N", help="maximum number of erased areas")
 
     group = parser.add_argument_group("mixup")
-    group.add_argument("--mixup", default=0.8, type=NON_NEGATIVE, metavar="ALPHA", help="0: off")
-    group.add_argument("--cutmix", default=1.0, type=NON_NEGATIVE, metavar="ALPHA", help="0: off")
+    group.add_argument("--mixup", default=0.8, type=NON_NEGATIVE, metavar="ALPHA", help="alpha of mixup; 0 to disable")
+    group.add_argument(
+        "--cutmix", default=1.0, type=NON_NEGATIVE, metavar="ALPHA", help="alpha of CutMix; 0 to disable"
+    )
     group.add_argument(
         "--cutmix-minmax",
         type=SHARE,
         nargs=2,
         metavar=("MIN", "MAX"),
-        help="share of a side that CutMix pastes; overrides --cutmix",
-    )
-    group.add_argument("--mixup-prob", default=1.0, type=SHARE, metavar="P", help="probability of either")
-    group.add_argument(
-        "--mixup-switch-prob", default=0.5, type=SHARE, metavar="P", help="probability of CutMix where both are on"
+        help="range of the side length that CutMix pastes, as a fraction of the image side, 0 to 1; enables CutMix and "
+        "replaces --cutmix",
     )
     group.add_argument(
-        "--mixup-mode", default="batch", choices=("batch", "pair", "elem"), help="what shares its random numbers"
+        "--mixup-prob", default=1.0, type=SHARE, metavar="P", help="probability of mixup or CutMix, 0 to 1"
+    )
+    group.add_argument(
+        "--mixup-switch-prob",
+        default=0.5,
+        type=SHARE,
+        metavar="P",
+        help="probability of CutMix instead of mixup if both are on, 0 to 1",
+    )
+    group.add_argument(
+        "--mixup-mode",
+        default="batch",
+        choices=("batch", "pair", "elem"),
+        help="draw mixing parameters per batch, pair or element",
     )
 
     group = parser.add_argument_group("distillation")
@@ -274,14 +322,18 @@ def get_args_parser() -> ArgumentParser:
         "--distillation-type",
         default="none",
         choices=DISTILLATION_TYPES,
-        help="imitate a teacher's distribution (soft) or first choice (hard)",
+        help="learn from a teacher's class probabilities (soft) or predicted class (hard)",
     )
     group.add_argument(
-        "--teacher-model", default="regnety_160", metavar="NAME", help="a model of models/twins.py or of timm"
+        "--teacher-model", default="regnety_160", metavar="NAME", help=f"teacher model: {MODEL_NAMES}, or a timm model"
     )
     group.add_argument("--teacher-path", metavar="FILE", help="weights of the teacher")
     group.add_argument(
-        "--distillation-alpha", default=0.5, type=SHARE, metavar="SHARE", help="share of the teacher's part in the loss"
+        "--distillation-alpha",
+        default=0.5,
+        type=SHARE,
+        metavar="WEIGHT",
+        help="weight of the distillation loss, 0 to 1; the other loss has the rest",
     )
     group.add_argument(
         "--distillation-tau", default=1.0, type=POSITIVE, metavar="T", help="temperature of soft distillation"
@@ -289,75 +341,80 @@ def get_args_parser() -> ArgumentParser:
 
     group = parser.add_argument_group("fine-tuning")
     group.add_argument(
-        "--finetune", metavar="FILE", help="start from these weights; a head for other classes is made anew"
+        "--finetune", metavar="FILE", help="initial weights; a head for another number of classes is re-initialised"
     )
 
     group = parser.add_argument_group("data")
-    group.add_argument("--data-path", metavar="FOLDER", help="the data set; SHAPES needs none")
+    group.add_argument("--data-path", metavar="FOLDER", help="folder of the data set; not needed for SHAPES")
     group.add_argument(
         "--data-set",
         default="IMNET",
         choices=DATA_SETS,
-        help="IMNET: any tree of train/ and val/ with a folder for each class; CIFAR: CIFAR-100; SHAPES: embedded",
+        help="IMNET: folders train/ and val/ with one folder of images per class; CIFAR: CIFAR-100; SHAPES: drawn by "
+        "the program, for tests and first runs",
     )
     group.add_argument(
-        "--inat-category", default="name", choices=INAT_CATEGORIES, help="taxonomic level of INAT and INAT19"
+        "--inat-category",
+        default="name",
+        choices=INAT_CATEGORIES,
+        help="taxonomic level of the classes of INAT and INAT19",
     )
     group.add_argument(
         "--nb-classes",
         type=POSITIVE_INT,
         metavar="N",
-        help="the class count is taken from the data; give it only to have it checked",
+        help="expected number of classes, checked against the data (default: not checked)",
     )
     group.add_argument(
         "--bad-image",
         default="raise",
         choices=BAD_IMAGE_POLICIES,
-        help="stop at an unreadable image, or go on with another one in training and without it in evaluation",
+        help="raise: stop at an unreadable image; skip: replace it by another image in training, omit it in evaluation",
     )
     group.add_argument(
         "--eval-crop-ratio",
         default=0.875,
         type=number(float, 0, 1, above=True),
         metavar="RATIO",
-        help="side of the evaluated centre crop over the resized image's shorter side",
+        help="ratio of the side of the centre crop to the shorter side of the resized image, in evaluation",
     )
     add_loader_options(group)
 
     group = add_training_options(parser)
-    group.add_argument("--eval", action="store_true", help="only evaluate the weights that --resume names")
+    group.add_argument("--eval", action="store_true", help="evaluate the weights of --resume, without training")
     group.add_argument(
         "--dist-eval",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="share the evaluation between the processes; the figures are the same",
+        help="split the evaluation between the processes; the metrics do not change",
     )
     add_process_options(parser)
     return parser
 
 
 def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuse combinations of arguments that cannot work."""
+    """Reject combinations of arguments that cannot work."""
     if uses_mixup(args) and args.batch_size % 2 and not args.eval:
         parser.error(
-            f"--batch-size {args.batch_size}: mixup and CutMix pair images; make it even, or pass --mixup 0 --cutmix 0"
+            f"--batch-size {args.batch_size}: mixup and CutMix need an even batch size; change it, or pass --mixup 0 "
+            "--cutmix 0"
         )
     if args.distillation_type != "none" and not args.teacher_path:
         parser.error(f"--distillation-type {args.distillation_type} needs --teacher-path, the weights of the teacher")
     for option in ("auto_resume", "save_every"):
         if getattr(args, option) and not args.output_dir:
-            parser.error(f"--{option.replace('_', '-')} needs --output_dir, where the checkpoints are")
+            parser.error(f"--{option.replace('_', '-')} needs --output_dir, the folder of the checkpoints")
     if args.auto_resume and args.eval:
-        parser.error("--auto-resume goes on with a training; name the file to --eval with --resume")
-    if sum(map(bool, (args.pretrained, args.finetune, args.resume))) > 1:
-        parser.error("--pretrained, --finetune and --resume each give the first weights; choose one of them")
+        parser.error("--auto-resume continues a training run; name the weights to evaluate with --resume")
+    if len([source for source in (args.pretrained, args.finetune, args.resume) if source]) > 1:
+        parser.error("--pretrained, --finetune and --resume each set the initial weights; choose one of them")
     for option in ("scale", "cutmix_minmax", "lr_noise"):
-        low, *high = getattr(args, option) or (0, 1)
-        if len(high) > 1:
-            parser.error(f"--{option.replace('_', '-')}: takes two numbers at most")
-        high = high[0] if high else 1
-        if low > high or (option == "cutmix_minmax" and low == high):
-            parser.error(f"--{option.replace('_', '-')} {low} {high}: the smaller share comes first")
+        limits = getattr(args, option) or []
+        if len(limits) > 2:
+            parser.error(f"--{option.replace('_', '-')}: takes at most two numbers")
+        is_empty = option == "cutmix_minmax" and len(set(limits)) == 1
+        if limits != sorted(limits) or is_empty:
+            parser.error(f"--{option.replace('_', '-')} {limits[0]} {limits[1]}: give the smaller number first")
     if args.decay_milestones != sorted(args.decay_milestones):
         parser.error(f"--decay-milestones {' '.join(map(str, args.decay_milestones))}: give them in ascending order")
     for option in ("model", "teacher_model"):
@@ -368,7 +425,7 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def uses_mixup(args: argparse.Namespace) -> bool:
-    """Tell whether images are mixed, which makes targets soft."""
+    """Return True if mixup or CutMix is on, which makes targets soft."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
@@ -376,7 +433,7 @@ def uses_mixup(args: argparse.Namespace) -> bool:
 
 
 def build_val_loader(args: argparse.Namespace, processes: Processes) -> DataLoader:
-    """Build the loader of the validation set, of this process's share where the evaluation is shared."""
+    """Build the loader of the validation set; with --dist-eval, of this process's part of it."""
     dataset = EvalSet(build_dataset(False, args), args.bad_image)
     share = {"world_size": processes.world_size, "rank": processes.rank} if args.dist_eval else {}
     sampler = EvalSampler(len(dataset), **share)
@@ -400,20 +457,24 @@ def build_train_loader(args: argparse.Namespace, processes: Processes, global_ba
 
 
 def build_model(name: str, nb_classes: int, **kwargs) -> nn.Module:
-    """Build a model of ours or of timm, for the class count of the data."""
+    """Build one of our models or of timm's.
+
+    Raises:
+        UserError: If the weights cannot be downloaded, or timm cannot build the model with these arguments.
+    """
     try:
         return timm.create_model(name, num_classes=nb_classes, **kwargs)
     except Exception as error:  # timm and the hub raise many kinds of errors
         reason = f"{type(error).__name__}: {one_line(error)}"
         if kwargs.get("pretrained"):
             raise UserError(
-                f"--pretrained: the weights of {name} cannot be loaded ({reason}); without a network, download the "
-                "file elsewhere and pass it to --finetune"
+                f"--pretrained: the weights of {name} cannot be loaded ({reason}); without a network connection, "
+                "download the file elsewhere and pass it to --finetune"
             ) from error
         if get_arch_name(name) in models.list_models():
             raise  # an internal error
         raise UserError(
-            f"model {name!r} cannot be built ({reason}); some models of timm need --drop-path 0 or --drop 0"
+            f"model {name!r} cannot be built ({reason}); some timm models need --drop-path 0 or --drop 0"
         ) from error
 
 
@@ -425,7 +486,7 @@ def build_teacher(args: argparse.Namespace, nb_classes: int, device: torch.devic
 
 
 def build_compute_losses(args: argparse.Namespace, nb_classes: int, device: torch.device) -> Callable:
-    """Build the closure that the engine calls: images, mixup, the forward pass, the criterion or the distillation."""
+    """Build the function that computes the losses of a batch: mixup, the forward pass, criterion and distillation."""
     to_images = ToImages(device)
     criterion = choose_criterion(soft_targets=uses_mixup(args), smoothing=args.smoothing)
     mixup = None
@@ -458,7 +519,7 @@ def build_compute_losses(args: argparse.Namespace, nb_classes: int, device: torc
 
 
 def build_optimizer(args: argparse.Namespace, model: nn.Module, global_batch: int) -> torch.optim.Optimizer:
-    """Build timm's optimizer; biases, norms, other 1-D parameters and the PEGs are not decayed."""
+    """Build the optimizer; biases, norms, other 1-D parameters and the PEGs have no weight decay."""
     options = {"lr": peak_lr(args, global_batch), "weight_decay": args.weight_decay, "momentum": args.momentum}
     if args.opt_eps is not None:
         options["eps"] = args.opt_eps
@@ -469,36 +530,38 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, global_batch: in
 
 
 def check_optimizer(name: str, options: dict[str, Any]) -> None:
-    """Refuse an optimizer, or options of it, that cannot train."""
+    """Reject an optimizer or its options if they cannot train a model."""
     betas = options.get("betas", ())
-    given = " ".join([f"--opt {name}", *(["--opt-betas", *map(str, betas)] if betas else [])])
+    given = f"--opt {name}"
+    if betas:
+        given += f" --opt-betas {' '.join(map(str, betas))}"
     parameter = nn.Parameter(torch.zeros(2, 2))
     try:
         others = {option: value for option, value in options.items() if option != "betas"}
         default = create_optimizer_v2([parameter], opt=name, **others).param_groups[0].get("betas", ())
         if betas and len(betas) != len(default):
-            raise UserError(f"{given}: this optimizer has {len(default)} betas; give as many, or leave the option out")
+            raise UserError(f"{given}: this optimizer has {len(default)} betas; give as many, or omit the option")
         optimizer = create_optimizer_v2([parameter], opt=name, **options)
     except UserError:
         raise
     except Exception as error:  # optimizers raise many kinds of errors
-        raise UserError(f"{given} cannot be built: {one_line(error)}; choose another, such as adamw") from error
+        raise UserError(f"{given} cannot be built: {one_line(error)}; choose another one, such as adamw") from error
     if getattr(optimizer, "is_second_order", False):
-        raise UserError(f"{given}: second-order optimizers are not supported; choose another, such as adamw")
+        raise UserError(f"{given}: second-order optimizers are not supported; choose another one, such as adamw")
 
 
 def peak_lr(args: argparse.Namespace, global_batch: int) -> float:
-    """Return the learning rate behind the warm-up."""
+    """Return the peak learning rate, which the warm-up ends at."""
     return args.lr if args.unscale_lr else args.lr * global_batch / 512
 
 
 def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer):
-    """Build timm's schedule, stepped with the epoch number after each epoch, as the original does."""
+    """Build the learning-rate schedule, which is stepped with the epoch number after each epoch, as in the original."""
     return create_scheduler(args, optimizer)[0]
 
 
 def build_state(args: argparse.Namespace, model: nn.Module, sampler: TrainSampler, device: torch.device) -> TrainState:
-    """Build what a run changes as it goes: optimizer, schedule, scaler and moving average of the model."""
+    """Build the training state: optimizer, schedule, gradient scaler and moving average of the model."""
     optimizer = build_optimizer(args, model, sampler.global_batch)
     return TrainState(
         model=model,
@@ -511,17 +574,21 @@ def build_state(args: argparse.Namespace, model: nn.Module, sampler: TrainSample
 
 
 def check_input_size(args: argparse.Namespace, model: nn.Module) -> None:
-    """Refuse images of another size than a model of timm is made for."""
+    """Reject an image size that does not fit a timm model of fixed input size."""
     config = getattr(model, "pretrained_cfg", {})
     size = config.get("input_size", (3, args.input_size))[-1]
     if config.get("fixed_input_size") and size != args.input_size:
-        raise UserError(f"--input-size {args.input_size}: {args.model} takes images of {size} pixels; pass that")
+        raise UserError(f"--input-size {args.input_size}: {args.model} takes images of {size} pixels; pass that size")
 
 
 def check_classes(args: argparse.Namespace, classes: Sequence[str]) -> int:
-    """Return the class count of the data, which `--nb-classes` must not contradict."""
+    """Return the number of classes of the data.
+
+    Raises:
+        UserError: If `--nb-classes` is another number.
+    """
     if args.nb_classes not in (None, len(classes)):
-        raise UserError(f"--nb-classes {args.nb_classes}: the data have {len(classes)} classes; leave the option out")
+        raise UserError(f"--nb-classes {args.nb_classes}: the data have {len(classes)} classes; omit the option")
     return len(classes)
 
 
@@ -529,7 +596,7 @@ def check_classes(args: argparse.Namespace, classes: Sequence[str]) -> int:
 
 
 def run_evaluation(args: argparse.Namespace, processes: Processes) -> None:
-    """Evaluate the weights of --resume, or the published ones, on the validation set."""
+    """Evaluate the weights of --resume, --finetune or --pretrained on the validation set."""
     path = args.resume or args.finetune
     if not path and not args.pretrained:
         raise UserError("--eval needs weights: --resume FILE, or --pretrained for the published ones")
@@ -540,7 +607,7 @@ def run_evaluation(args: argparse.Namespace, processes: Processes) -> None:
         logger.info("%s", models.load_weights(model, path, ema=args.model_ema))
     elif nb_classes != model.pretrained_cfg["num_classes"]:
         raise UserError(
-            f"--pretrained: these weights are for {model.pretrained_cfg['num_classes']} classes and the data have "
+            f"--pretrained: these weights are for {model.pretrained_cfg['num_classes']} classes, but the data have "
             f"{nb_classes}; fine-tune them first"
         )
     check_input_size(args, model)
@@ -552,7 +619,7 @@ def run_evaluation(args: argparse.Namespace, processes: Processes) -> None:
 
 
 def run_training(args: argparse.Namespace, processes: Processes) -> None:
-    """Train, evaluating after each epoch and keeping the newest and the best checkpoints."""
+    """Train; evaluate after each epoch and save the newest and the best checkpoints."""
     with Run(vars(args)) as run:
         device = processes.device
         global_batch = args.global_batch or args.batch_size * processes.world_size
@@ -561,12 +628,12 @@ def run_training(args: argparse.Namespace, processes: Processes) -> None:
         val_loader = build_val_loader(args, processes)
         train_loader = build_train_loader(args, processes, global_batch)
         nb_classes = check_classes(args, train_loader.dataset.dataset.classes)
-        seed_everything(args.seed)  # the same weights on every process
-        # The weights in the memory format of the tokens, so that convolutions and gradient exchange need no copies.
+        seed_everything(args.seed)  # the same initial weights on all processes
+        # The weights get the memory format of the tokens: convolutions and the exchange of gradients need no copies.
         model = build_trained_model(args, nb_classes, run.is_new).to(device, memory_format=torch.channels_last)
         state = build_state(args, model, train_loader.sampler, device)
         compute_losses = build_compute_losses(args, nb_classes, device)
-        seed_everything(args.seed + processes.rank)  # but other mixup and drop path on each
+        seed_everything(args.seed + processes.rank)  # different mixup and drop path on each process
         run.resume(state, same=("model", "opt"))
         compile_if_asked(model, args.compile)
         parallel_model = parallelise(model, processes)
@@ -579,12 +646,12 @@ def run_training(args: argparse.Namespace, processes: Processes) -> None:
 
 
 def build_trained_model(args: argparse.Namespace, nb_classes: int, new: bool) -> nn.Module:
-    """Build the model to train; in a new run, with the weights that it starts from."""
+    """Build the model to train; in a new run, load its initial weights."""
     drops = {"drop_rate": args.drop, "drop_path_rate": args.drop_path}
-    drops = {name: rate for name, rate in drops.items() if rate > 0}  # not every model of timm knows them
+    drops = {name: rate for name, rate in drops.items() if rate > 0}  # some timm models do not accept them
     model = build_model(args.model, nb_classes, pretrained=args.pretrained and new, **drops)
     if args.pretrained and new and nb_classes != model.pretrained_cfg["num_classes"]:
-        logger.info("the published weights are for other classes; the head is new")
+        logger.info("the published weights are for other classes; the head is re-initialised")
     if args.finetune and new:
         logger.info("%s", models.load_weights(model, args.finetune, finetune=True))
     check_input_size(args, model)
@@ -594,7 +661,7 @@ def build_trained_model(args: argparse.Namespace, nb_classes: int, new: bool) ->
 
 
 def evaluation_options(args: argparse.Namespace, processes: Processes) -> dict:
-    """Return the arguments of `engine.evaluate` that are the same for every model of a run."""
+    """Return the options of `engine.evaluate`, which are the same for all models of a run."""
     amp_dtype = choose_amp(args.amp, processes.device)
     return {"amp_dtype": amp_dtype, "sharded": args.dist_eval, "ignore_index": IGNORED_TARGET}
 
@@ -602,7 +669,7 @@ def evaluation_options(args: argparse.Namespace, processes: Processes) -> dict:
 def evaluate_state(
     state: TrainState, val_loader: DataLoader, args: argparse.Namespace, processes: Processes
 ) -> dict[str, float]:
-    """Evaluate the model and, if there is one, its moving average; return test_* and test_ema_* figures."""
+    """Evaluate the model and its moving average, if there is one; return the metrics as test_* and test_ema_*."""
     evaluated = {"test": ("network", state.model)}
     if state.model_ema is not None:
         evaluated["test_ema"] = ("moving average", state.model_ema.module)
@@ -620,7 +687,7 @@ def evaluate_state(
 def announce(
     args: argparse.Namespace, processes: Processes, state: TrainState, nb_classes: int, accumulation: int
 ) -> None:
-    """Log what is trained, the batch arithmetic, and how the run differs from its recipe and the published one."""
+    """Log the model, the batch sizes, and the differences from the recipe and from the published one."""
     global_batch = state.sampler.global_batch
     amp_dtype = choose_amp(args.amp, processes.device) or torch.float32
     what = f"{args.model}: {state.n_parameters} parameters, {nb_classes} classes"
@@ -632,26 +699,28 @@ def announce(
         changed = differences(args, get_recipe(args.recipe, args.model))
         logger.info("recipe %s%s", args.recipe, f", changed: {', '.join(changed)}" if changed else "")
     if args.warmup_epochs >= args.epochs:
-        logger.info("note: the warm-up of %d epochs does not end in this run of %d", args.warmup_epochs, args.epochs)
+        logger.info("note: the warm-up of %d epochs is not over in this run of %d", args.warmup_epochs, args.epochs)
     if peak_lr(args, global_batch) <= args.min_lr:
-        logger.info("note: the peak learning rate is not above --min-lr %g; raise --lr, or --unscale-lr", args.min_lr)
+        logger.info(
+            "note: the peak learning rate is not above --min-lr %g; raise --lr, or use --unscale-lr", args.min_lr
+        )
     changed = differences_from_published(args, global_batch)
     if changed:
-        logger.info("note: not the recipe that made the published %s: %s", args.model, ", ".join(changed))
+        logger.info("note: differs from the recipe of the published %s: %s", args.model, ", ".join(changed))
 
 
 def differences_from_published(args: argparse.Namespace, global_batch: int) -> list[str]:
-    """Return how a run differs from the one that made the published model; nothing for an unpublished one."""
+    """Return the options that differ from the recipe of the published model; an empty list for other models."""
     name = published_name(args.model)
     if name not in PUBLISHED:
         return []
     defaults = vars(get_args_parser().parse_args([]))
-    recipe = {option: value for option, value in defaults.items() if option not in NOT_OF_A_RECIPE} | PUBLISHED[name]
+    recipe = {option: value for option, value in defaults.items() if option not in NOT_IN_RECIPES} | PUBLISHED[name]
     return differences(argparse.Namespace(**vars(args) | {"global_batch": global_batch}), recipe)
 
 
 def report_evaluation(stats: dict[str, float], what: str = "network") -> None:
-    """Print the two lines of the original."""
+    """Log the metrics in the two lines of the original."""
     logger.info("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats))
     logger.info("Accuracy of the %s on the %d test images: %.1f%%", what, stats["images"], stats["acc1"])
 
@@ -660,7 +729,7 @@ def report_evaluation(stats: dict[str, float], what: str = "network") -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the options; those of --recipe take the place of the defaults."""
+    """Parse the options; --recipe changes the defaults."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
     if args.recipe:
@@ -674,9 +743,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run from the command line; see `core.launch.run_script` for how it ends."""
+    """Run the command line; see `core.launch.run_script` for exit codes and errors."""
     args = parse_args(argv)
-    run_script("main.py", run_evaluation if args.eval else run_training, args, kept=bool(args.output_dir))
+    run = run_evaluation if args.eval else run_training
+    run_script("main.py", run, args, kept=bool(args.output_dir))
 
 
 if __name__ == "__main__":

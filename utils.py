@@ -1,4 +1,4 @@
-"""Processes, signals, logging and seeding, shared by the three tasks."""
+"""Small functions without a better place: logging, random generators, versions and atomic file writes."""
 
 import functools
 import json
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import PIL
@@ -21,27 +21,16 @@ import torchvision
 
 logger = logging.getLogger("twins")
 
-T = TypeVar("T")
-
 
 class UserError(ValueError):
-    """A fault outside this code: bad input, a missing file, a full disk.
+    """An error that the user can correct: bad input, a missing file, a full disk.
 
-    Its message is one line with the bad value and the remedy, and it is all that a script prints.
+    The message is one line with the bad value and the remedy. Scripts print it without a traceback.
     """
 
 
-# ---------------------------------------------------------------------------------------------------- processes
-
-
-# ------------------------------------------------------------------------------------------------------ signals
-
-
-# ----------------------------------------------------------------------------- meter, logging, seeding, versions
-
-
-def _set_up_logging(rank: int) -> None:
-    """Print messages on standard output, from the main process alone; warnings from all."""
+def set_up_logging(rank: int) -> None:
+    """Log to standard output: all messages of the main process, warnings of the others."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[process {rank}] %(message)s"))
     logger.handlers[:] = [handler]
@@ -49,23 +38,23 @@ def _set_up_logging(rank: int) -> None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's generators."""
+    """Seed the random generators of Python, NumPy and torch."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def seed_generators(*key: int) -> None:
-    """Seed Python's, NumPy's and torch's CPU generators from a key."""
+    """Seed the random generators of Python, NumPy and torch's CPU from a key of several numbers."""
     seeds = np.random.SeedSequence(key).generate_state(3)
     random.seed(int(seeds[0]))
     np.random.seed(seeds[1])
-    torch.default_generator.manual_seed(int(seeds[2]))  # torch.manual_seed would also queue a CUDA seeding
+    torch.default_generator.manual_seed(int(seeds[2]))  # torch.manual_seed would also seed CUDA
 
 
 @contextmanager
 def restored_generators() -> Iterator[None]:
-    """Leave the generators as they were before the block."""
+    """Restore the states of the CPU generators after the block."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -76,7 +65,7 @@ def restored_generators() -> Iterator[None]:
 
 
 def get_random_state() -> dict[str, Any]:
-    """Return the states of all generators, in types that load without executing code."""
+    """Return the states of all random generators, in types that load with `weights_only=True`."""
     name, keys, *rest = np.random.get_state()
     state = {
         "python": random.getstate(),
@@ -89,7 +78,7 @@ def get_random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Restore what `get_random_state` returned."""
+    """Restore the states that `get_random_state` returned."""
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
@@ -99,28 +88,25 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 
 def make_deterministic() -> None:
-    """Have torch use deterministic algorithms alone, and refuse operations that have none."""
+    """Restrict torch to deterministic algorithms; operations that have none raise an error."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs time
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that takes time
     torch.backends.cudnn.benchmark = False
-    logger.info("deterministic: slower on a GPU, where the fastest algorithms are ruled out; no different on a CPU")
+    logger.info("deterministic algorithms: slower on a GPU; no change on a CPU")
 
 
 @functools.cache
 def versions() -> dict[str, str | None]:
-    """Return the versions that a result depends on, and the git revision of this code if it is known."""
+    """Return the versions of Python, the libraries and this code (its git revision, None if it is unknown)."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         revision = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     except OSError:  # no git on this machine
         revision = None
     modules = {"torch": torch, "torchvision": torchvision, "timm": timm, "numpy": np, "pillow": PIL}
-    return {
-        "python": sys.version.split()[0],
-        **{name: str(module.__version__) for name, module in modules.items()},
-        "git": revision or None,
-    }
+    found = {"python": sys.version.split()[0], "git": revision or None}
+    return found | {name: str(module.__version__) for name, module in modules.items()}
 
 
 def save_checkpoint(checkpoint: dict[str, Any], path: Path, before_replacing: Callable[[], None] | None = None) -> None:
@@ -129,7 +115,7 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path, before_replacing: Ca
 
 
 def to_json(values: dict[str, Any]) -> str:
-    """Return a flat dict as a line of JSON; NaN and infinity, which JSON does not have, become null."""
+    """Return a flat dict as one line of JSON. NaN and infinity, which JSON does not have, become null."""
     finite = {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in values.items()
     }
@@ -137,15 +123,15 @@ def to_json(values: dict[str, Any]) -> str:
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, and those above it, unless it exists.
+    """Create a folder and its parents unless they exist.
 
     Raises:
-        UserError: If that fails.
+        UserError: If the folder cannot be created.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: the folder cannot be made ({error.strerror}); choose another") from error
+        raise UserError(f"{path}: the folder cannot be created ({error.strerror}); choose another one") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -154,15 +140,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_atomically(path: Path, write: Callable, before_replacing: Callable[[], None] | None = None) -> None:
-    """Write a file so that a kill at any instant leaves the old one or the new one, whole.
+    """Write a file atomically: if the process is killed at any time, the old file or the new one is left intact.
+
+    The content goes to a temporary file in the same folder, which is flushed to the disk and renamed.
 
     Args:
-        path: The file to write or replace.
-        write: Writes the content to the binary file that it is given, a temporary one in the same folder.
-        before_replacing: Called when that file is whole and on the disk.
+        path: File to write or replace.
+        write: Function that writes the content to the binary file that it is given.
+        before_replacing: Function called after the flush, before the rename.
 
     Raises:
-        UserError: If it cannot be written; what was there before is intact.
+        UserError: If the file cannot be written. An older file of that name is intact.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -175,15 +163,15 @@ def write_atomically(path: Path, write: Callable, before_replacing: Callable[[],
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it behind its own
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises an error of its own
         if isinstance(error, Exception) and isinstance(cause, OSError):
             raise UserError(
-                f"{path}: cannot be written ({cause.strerror or cause}); what was there before is intact. Mend "
-                "that, then run the same command again, a training with --auto-resume"
+                f"{path}: cannot be written ({cause.strerror or cause}); the previous file is intact. Correct the "
+                "cause, then run the same command again, with --auto-resume for a training run"
             ) from error
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # makes the rename itself last
+        os.fsync(folder)  # writes the rename to the disk
     finally:
         os.close(folder)

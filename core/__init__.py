@@ -1,1 +1,1 @@
-"""What all three tasks share: options, processes, runs and their files."""
+"""Modules that all three tasks share: options, processes, runs and their files."""

@@ -12,32 +12,57 @@ from core.distributed import gather, get_rank, get_world_size
 from core.meters import EpochMeter
 from utils import UserError
 
-FORMAT = 2  # of the checkpoints written here; files of format 1 have no such entry
-
+FORMAT = 2  # version of the format that this code writes; checkpoints of format 1 have no version entry
 
 REQUIRED_KEYS = {
-    *("model", "model_ema", "optimizer", "scheduler", "scaler"),
-    *("epoch", "position", "global_batch", "meters", "best", "history", "random_states", "args", "versions"),
+    "model",
+    "model_ema",
+    "optimizer",
+    "scheduler",
+    "scaler",
+    "epoch",
+    "position",
+    "global_batch",
+    "meters",
+    "best",
+    "history",
+    "random_states",
+    "args",
+    "versions",
 }
 
 
 @dataclass
 class TrainState:
-    """Everything that a run changes as it goes: what a checkpoint holds beside arguments and versions."""
+    """Everything that changes during a run. A checkpoint holds it together with arguments and versions.
 
-    model: nn.Module  # bare: neither DistributedDataParallel nor anything else around it
+    Attributes:
+        model: Model without DistributedDataParallel or any other wrapper.
+        optimizer: Optimizer of the model.
+        lr_scheduler: Learning-rate schedule of timm.
+        scaler: Gradient scaler, disabled unless the run uses fp16.
+        sampler: `EpochSampler` of the training set, see samplers.py.
+        model_ema: Moving average of the model, timm's `ModelEmaV3`; None if there is none.
+        epoch: Number of completed epochs.
+        meter: Meter of the current epoch.
+        best: Best value of each metric that selects checkpoints.
+        history: Lines of log.txt.
+    """
+
+    model: nn.Module
     optimizer: torch.optim.Optimizer
-    lr_scheduler: Any  # one of timm's
+    lr_scheduler: Any
     scaler: torch.amp.GradScaler
-    sampler: Any  # an EpochSampler of samplers.py, of the training set
-    model_ema: nn.Module | None = None  # timm's ModelEmaV3
-    epoch: int = 0  # epochs done
-    meter: EpochMeter = field(default_factory=EpochMeter)  # of the epoch under way
+    sampler: Any
+    model_ema: nn.Module | None = None
+    epoch: int = 0
+    meter: EpochMeter = field(default_factory=EpochMeter)
     best: dict[str, float] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)  # the lines of log.txt
+    history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def n_parameters(self) -> int:
+        """Number of parameters of the model."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
     def parameters(self) -> list[nn.Parameter]:
@@ -46,11 +71,11 @@ class TrainState:
 
     @property
     def position(self) -> int:
-        """Images of the epoch under way that all processes together have done."""
+        """Number of images of the current epoch that all processes have trained on."""
         return self.meter.step * self.sampler.global_batch
 
     def to_checkpoint(self, args: dict[str, Any]) -> dict[str, Any]:
-        """Return a dict that loads with `weights_only=True`. All processes must call it together."""
+        """Return a dict that loads with `weights_only=True`. All processes must call it."""
         return {
             "model": self.model.state_dict(),
             "model_ema": self.model_ema.module.state_dict() if self.model_ema else None,
@@ -70,34 +95,43 @@ class TrainState:
         }
 
     def load_training(self, checkpoint: dict[str, Any], seed: int) -> list[str]:
-        """Restore everything but the weights, which `models.load_state_dict` loads with its checks.
+        """Restore everything except the weights, which `models.load_state_dict` loads and checks.
 
         Args:
-            checkpoint: What `to_checkpoint` returned.
-            seed: Seed of new random numbers, where those of the checkpoint are for other processes.
+            checkpoint: Dict that `to_checkpoint` returned.
+            seed: Seed of new random states, used if the number of processes has changed.
 
         Returns:
-            What could not be restored exactly, in words; nothing for the same processes and global batch.
+            Descriptions of what could not be restored exactly; an empty list if the number of processes and the
+            global batch are the same.
+
+        Raises:
+            UserError: If the optimizer of the checkpoint does not fit.
         """
-        state = {"params", "lookahead_step"}  # the others are options
-        chosen = [{key: g[key] for key in g if key not in state} for g in self.optimizer.param_groups]
+        state_keys = {"params", "lookahead_step"}  # the other entries of a group are options
+        chosen = [
+            {key: value for key, value in group.items() if key not in state_keys}
+            for group in self.optimizer.param_groups
+        ]
         try:
             self.optimizer.load_state_dict(checkpoint["optimizer"])
         except (KeyError, ValueError) as error:
-            raise UserError(f"its optimizer does not fit these options ({error}); repeat those of its run") from error
+            raise UserError(
+                f"its optimizer does not fit these options ({error}); use the options of its run"
+            ) from error
         for group, options in zip(self.optimizer.param_groups, chosen, strict=True):
-            group.update(options)  # the options of this run; with those of the old run they are the same
-        if checkpoint["scaler"]:  # empty where the old run had no use for it
+            group.update(options)  # the options of this start, which may differ from those of the checkpoint
+        if checkpoint["scaler"]:  # empty if the scaler was disabled
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.epoch = checkpoint["epoch"]
-        if self.epoch > 0:  # a schedule depends on the options and the epoch alone
+        if self.epoch > 0:  # a schedule only depends on the options and the epoch
             self.lr_scheduler.step(self.epoch - 1)
         self.best = checkpoint["best"]
         self.history = checkpoint["history"]
         return self._load_place(checkpoint) + self._load_randomness(checkpoint, seed)
 
     def _load_place(self, checkpoint: dict[str, Any]) -> list[str]:
-        """Restore the place in the epoch and its meter."""
+        """Restore the place in the epoch and the meter."""
         meters, device = checkpoint["meters"], next(self.model.parameters()).device
         same = len(meters) == get_world_size()
         self.meter.load_state_dict(meters[get_rank()] if same else EpochMeter.merge(meters), device)
@@ -112,11 +146,14 @@ class TrainState:
         ]
 
     def _load_randomness(self, checkpoint: dict[str, Any], seed: int) -> list[str]:
-        """Restore the random states, or start new ones for other processes."""
+        """Restore the random states, or seed new ones if the number of processes has changed."""
         states, processes, rank = checkpoint["random_states"], get_world_size(), get_rank()
         if len(states) == processes:
             utils.set_random_state(states[rank])
             return []
         place = np.random.SeedSequence((seed, self.epoch, self.position, rank))
         utils.seed_everything(int(place.generate_state(1)[0]))
-        return [f"{processes} process(es), not {len(states)}, so mixup, drop path and dropout draw other numbers"]
+        return [
+            f"the number of processes changed from {len(states)} to {processes}; mixup, drop path and dropout draw "
+            "other numbers"
+        ]

@@ -1,22 +1,25 @@
-"""The processes of a run: devices, collectives and DistributedDataParallel."""
+"""Processes of a run: devices, collectives and DistributedDataParallel."""
 
 import os
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils import T, UserError, _set_up_logging
+from utils import UserError, set_up_logging
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of the run, and its device."""
+    """Device and rank of this process, and the number of processes of the run."""
 
     device: torch.device
     rank: int = 0
@@ -24,34 +27,35 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
+        """True on the process of rank 0."""
         return self.rank == 0
 
 
 def init_processes(device: str = "auto", dist_url: str = "env://", patience: float = 600) -> Processes:
-    """Join the other processes of the run, if there are any, and choose the device.
+    """Choose the device and, if there are several processes, initialise the process group.
 
-    Understood are torchrun, `python -m torch.distributed.launch`, SLURM's srun and a plain process.
+    Works with torchrun, `python -m torch.distributed.launch`, SLURM's srun and a single process.
 
     Args:
-        device: `"auto"` (CUDA if there is a GPU), `"cuda"`, `"cuda:N"` or `"cpu"`. Several processes take the
-            GPU of their local rank and talk through NCCL; on the CPU they talk through gloo.
-        dist_url: Where the processes meet.
-        patience: Seconds that a process waits for the others before it gives them up.
+        device: `"auto"` (CUDA if there is a GPU), `"cuda"`, `"cuda:N"` or `"cpu"`. With several processes each one
+            uses the GPU of its local rank. The backend is NCCL on GPUs and gloo on the CPU.
+        dist_url: URL of the rendezvous.
+        patience: Timeout of collectives in seconds.
 
     Raises:
-        UserError: If the device does not exist here.
+        UserError: If the device does not exist or the rendezvous fails.
     """
     _export_slurm_variables()
     rank, world_size = read_variable("RANK", 0), read_variable("WORLD_SIZE", 1)
     chosen = _choose_device(device, read_variable("LOCAL_RANK", 0) if world_size > 1 else None)
-    _set_up_logging(rank)
+    set_up_logging(rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         torch.backends.cudnn.benchmark = True
     if world_size > 1:
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
-            store=_meeting_place(dist_url, rank, world_size),
+            store=_create_store(dist_url, rank, world_size),
             rank=rank,
             world_size=world_size,
             timeout=timedelta(seconds=patience),
@@ -61,20 +65,20 @@ def init_processes(device: str = "auto", dist_url: str = "env://", patience: flo
 
 
 def end_processes() -> None:
-    """Leave the process group, if there is one."""
+    """Destroy the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def all_reduce(tensor: torch.Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> torch.Tensor:
-    """Reduce a tensor over all processes in place and return it; one process leaves it as it is."""
+    """Reduce a tensor over all processes in place and return it. All processes must call it."""
     if dist.is_initialized():
         dist.all_reduce(tensor, op)
     return tensor
 
 
 def gather(value: T) -> list[T]:
-    """Return every process's value, by rank. All processes must call it."""
+    """Return the values of all processes in the order of their ranks. All processes must call it."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
@@ -83,7 +87,7 @@ def gather(value: T) -> list[T]:
 
 
 def gather_on_main(value: T) -> list[T] | None:
-    """Return every process's value, by rank, on the main process, and None on the others. All must call it."""
+    """Return the values of all processes on the main process and None on the others. All processes must call it."""
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size() if get_rank() == 0 else None
@@ -92,11 +96,11 @@ def gather_on_main(value: T) -> list[T] | None:
 
 
 def on_main(function: Callable[[], T]) -> T:
-    """Call a function on the main process alone; return its result on all of them.
+    """Call a function on the main process and return its result on all processes. All processes must call it.
 
     Raises:
-        SharedError: On all processes together, if the function raised an error. The main process raises an internal
-            error as it is, with its traceback, and so does a single process any error.
+        SharedError: On all processes, if the function raised an error. There are two exceptions: the main process
+            raises an internal error itself, with its traceback; a single process raises any error itself.
     """
     if not dist.is_initialized():
         return function()
@@ -116,7 +120,7 @@ def on_main(function: Callable[[], T]) -> T:
 
 
 class SharedError(Exception):
-    """An error that all processes raise together, so that one of them need report it."""
+    """An error that all processes raise together, so that only the main process reports it."""
 
 
 def parallelise(model: nn.Module, processes: Processes) -> nn.Module:
@@ -130,20 +134,22 @@ def parallelise(model: nn.Module, processes: Processes) -> nn.Module:
     return parallel
 
 
-def broadcast_buffers(*models: nn.Module) -> None:
-    """Give the running statistics of the main process to all, which evaluate with them. All must call it."""
-    if dist.is_initialized():
-        for model in models:
+def broadcast_buffers(*models: nn.Module | None) -> None:
+    """Copy the buffers of the main process, such as running statistics, to all processes. All must call it."""
+    if not dist.is_initialized():
+        return
+    for model in models:
+        if model is not None:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
 
 def _exchange_each_gradient(_, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    """Average gradients between processes, each parameter by itself.
+    """Average the gradients over the processes, one parameter at a time.
 
-    The order in which gloo adds three or more numbers depends on their place in the buffer, and
-    DistributedDataParallel lays its buffers out anew after the first step of every start, so that a resumed run
-    would differ in the last bits. Alone, a parameter has one place always.
+    The order in which gloo adds three or more numbers depends on their offset in the buffer. DistributedDataParallel
+    rebuilds its buffers after the first step of each start, so a resumed run would differ in the last bits. With one
+    buffer per parameter the offsets do not change.
     """
     for gradient in bucket.gradients():
         gradient.div_(get_world_size())
@@ -152,7 +158,7 @@ def _exchange_each_gradient(_, bucket: dist.GradBucket) -> torch.futures.Future[
 
 
 def get_rank() -> int:
-    """Return the rank of this process, 0 where there is only one."""
+    """Return the rank of this process; 0 if there is only one process."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -162,16 +168,16 @@ def get_world_size() -> int:
 
 
 def cores_per_process() -> int:
-    """Return this process's share of the cores, at least 1; torchrun tells how many processes share them."""
+    """Return the number of CPU cores divided by the number of processes on this machine, at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // read_variable("LOCAL_WORLD_SIZE", 1))
 
 
 def read_variable(name: str, default: int) -> int:
-    """Return an environment variable that a launcher sets.
+    """Return the integer value of an environment variable that a launcher sets.
 
     Raises:
-        UserError: If it is not a whole number.
+        UserError: If the value is not a whole number.
     """
     text = os.environ.get(name, str(default))
     try:
@@ -180,23 +186,23 @@ def read_variable(name: str, default: int) -> int:
         raise UserError(f"{name}={text}: the environment variable is not a whole number; unset it") from error
 
 
-def _meeting_place(dist_url: str, rank: int, world_size: int) -> dist.Store:
-    """Return the store through which processes find each other, a clean one after each restart by torchrun."""
+def _create_store(dist_url: str, rank: int, world_size: int) -> dist.Store:
+    """Return the store of the rendezvous, without old entries after a restart by torchrun."""
     try:
         store, *_ = next(dist.rendezvous(dist_url, rank, world_size))
     except (ValueError, RuntimeError) as error:  # a bad address or a missing environment variable
         raise UserError(
-            f"--dist_url {dist_url}: the processes cannot meet there ({' '.join(str(error).split())}); start them with "
+            f"--dist_url {dist_url}: the rendezvous failed ({' '.join(str(error).split())}); start the processes with "
             "torchrun, which sets the address"
         ) from error
     if os.environ.get("GROUP_WORLD_SIZE") != "1":
-        return store  # launchers on several machines may not agree on the number of restarts
-    # torchrun keeps its store, and with it the addresses of processes that are dead.
+        return store  # launchers on several machines may have different restart counts
+    # After a restart torchrun reuses its store, which still has the addresses of the dead processes.
     return dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def _export_slurm_variables() -> None:
-    """Set what torchrun would set, from srun's variables. A batch script outside srun stays a plain process."""
+    """Set the variables of torchrun from those of srun. A batch script outside srun remains a single process."""
     env = os.environ
     if "RANK" in env or read_variable("SLURM_STEP_NUM_TASKS", 1) < 2:
         return
@@ -213,7 +219,7 @@ def _export_slurm_variables() -> None:
 
 
 def _choose_device(name: str, local_rank: int | None) -> torch.device:
-    """Resolve `--device`; processes of a distributed run each take the GPU of their local rank."""
+    """Return the device of `--device`; with a local rank, the GPU of that rank."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -226,17 +232,17 @@ def _choose_device(name: str, local_rank: int | None) -> torch.device:
         raise UserError(f"--device {name!r} is not supported; use auto, cuda, cuda:N or cpu")
     index = local_rank if local_rank is not None else device.index or 0
     if "SLURM_LOCALID" in os.environ and torch.cuda.device_count() == 1:
-        index = 0  # srun --gpus-per-task=1 shows each process its own GPU alone
+        index = 0  # with srun --gpus-per-task=1 each process only sees its own GPU
     if index >= torch.cuda.device_count():
         raise UserError(
-            f"--device {name}: GPU {index} is asked for, but {torch.cuda.device_count()} are visible; "
+            f"--device {name}: GPU {index} is requested, but {torch.cuda.device_count()} are visible; "
             "start fewer processes on this machine, or use --device cpu"
         )
     return torch.device("cuda", index)
 
 
 def synchronise_norms(model: nn.Module, processes: Processes) -> nn.Module:
-    """Have BatchNorms see the batches of all processes, where there are several with GPUs."""
+    """Convert BatchNorms to SyncBatchNorms if there are several processes with GPUs."""
     if processes.world_size > 1 and processes.device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model

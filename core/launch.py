@@ -1,4 +1,4 @@
-"""How a script starts and ends: processes, exit codes and one-line errors."""
+"""Start and end of a script: processes, exit codes and one-line errors."""
 
 import argparse
 import re
@@ -15,14 +15,12 @@ from core.signals import Interrupted, kill_children
 from models import TwinsError
 from utils import UserError
 
-# Parts of the messages of errors that torch raises where this code is not at fault, and what to do.
-LOST = "another process of the run has ended or cannot be reached; its message says why. Continue with --auto-resume"
-
-
+LOST = "another process of the run has ended or cannot be reached; see its message. Continue with --auto-resume"
+# Parts of messages of torch that have a cause outside this code, and the message to print.
 KNOWN_FAULTS = {
-    "DataLoader timed out": "{}; raise --loader-timeout if the disk is that slow, or look for what blocks it",
-    "DataLoader worker (pid": "{}; a data-loading process has died, often for want of memory; lower --num_workers",
-    "does not have a deterministic implementation": "{}; leave --deterministic out",
+    "DataLoader timed out": "{}; raise --loader-timeout if the disk is slow, otherwise find out what blocks it",
+    "DataLoader worker (pid": "{}; a data-loading process has died, often for lack of memory; lower --num_workers",
+    "does not have a deterministic implementation": "{}; omit --deterministic",
     "Connection closed by peer": LOST,
     "Connection reset by peer": LOST,
     "NCCL": "{}; " + LOST,
@@ -32,29 +30,29 @@ KNOWN_FAULTS = {
 def run_script(
     name: str, run: Callable[[argparse.Namespace, Processes], None], args: argparse.Namespace, kept: bool = False
 ) -> None:
-    """Run a script among the processes that a launcher started.
+    """Run a script on one or several processes.
 
-    Bad input and known faults end with one line and exit code 1, internal errors with their traceback; a run that a
-    signal stops ends with 128 plus the signal's number.
+    Bad input and known faults end with a one-line message and exit code 1, internal errors with their traceback. A run
+    that a signal stops ends with exit code 128 plus the number of the signal.
 
     Args:
-        name: Of the script, for messages.
-        run: What it does.
-        args: With the options of `add_process_options` and `add_loader_options`.
-        kept: Whether a stopped run can go on another time.
+        name: Name of the script, used in messages.
+        run: Main function of the script.
+        args: Options of the script, among them those of `add_process_options` and `add_loader_options`.
+        kept: True if a stopped run can be resumed.
     """
     try:
-        # A process whose loader hangs tells so itself, before the others give it up.
+        # The loader's timeout comes first, so that its message names the cause.
         patience = 600 + args.loader_timeout if args.loader_timeout else 86400
         processes = init_processes(args.device, args.dist_url, patience)
         if args.deterministic:
             utils.make_deterministic()
         run(args, processes)
     except Interrupted as stop:
-        go_on = "run the same command with --auto-resume to go on" if kept else "nothing was kept"
-        end_run(f"{name}: stopped by {stop.signal.name}; {go_on}", 128 + stop.signal, agreed=True)
+        remedy = "run the same command with --auto-resume to continue" if kept else "no checkpoint was saved"
+        end_run(f"{name}: stopped by {stop.signal.name}; {remedy}", 128 + stop.signal, agreed=True)
     except KeyboardInterrupt:
-        end_run(f"{name}: stopped at once", 128 + signal.SIGINT, agreed=False)
+        end_run(f"{name}: stopped immediately", 128 + signal.SIGINT, agreed=False)
     except Exception as error:
         cause = find_cause(error)
         if cause is None or args.traceback:
@@ -65,31 +63,40 @@ def run_script(
 
 
 def find_cause(error: Exception) -> str | None:
-    """Return in one line what is wrong and what to do; None if the fault may be in this code."""
+    """Return a one-line message of the cause and the remedy; None for an error that may be a bug of this code."""
     message = one_line(error)
     if isinstance(error, (UserError, TwinsError, SharedError)):
         return message
     if isinstance(error, torch.OutOfMemoryError):
-        return f"{message}; lower the batch size of a process, keeping the global batch, or pass --grad-checkpointing"
-    texts = [text for part, text in KNOWN_FAULTS.items() if part in str(error) and isinstance(error, RuntimeError)]
-    return texts[0].format(message) if texts else None
+        return f"{message}; lower the batch size per process at the same global batch, or pass --grad-checkpointing"
+    if isinstance(error, RuntimeError):
+        for part, text in KNOWN_FAULTS.items():
+            if part in str(error):
+                return text.format(message)
+    return None
 
 
 def end_run(message: str, code: int, agreed: bool) -> NoReturn:
-    """Print why the run ends, once where all processes end it together, and exit; nothing that hangs may keep it."""
+    """Print a message, kill the data-loading processes and exit.
+
+    Args:
+        message: Reason for the end.
+        code: Exit code.
+        agreed: True if all processes end together. Then only the main process prints the message.
+    """
     if not agreed or get_rank() == 0:
         print(message, file=sys.stderr, flush=True)
     kill_children()
-    if agreed:  # otherwise leaving the group would wait for processes that wait for this one
+    if agreed:  # otherwise the call could wait for other processes for ever
         end_processes()
     sys.exit(code)
 
 
 def one_line(error: Exception) -> str:
-    """Return the message of an error in one line; of one from a data-loading process, less the traceback before it."""
+    """Return the message of an error in one line, without the traceback that a data-loading process adds to it."""
     message = str(error).strip() or type(error).__name__
     if re.match(r"Caught \w+ in DataLoader worker process \d+\.\nOriginal ", message):
         raised = message.rpartition("Traceback (most recent call last):\n")[2]
-        raised = re.sub(r"\A(?:[ \t].*\n|\n)*", "", raised)  # the lines of code that lead to it
+        raised = re.sub(r"\A(?:[ \t].*\n|\n)*", "", raised)  # drop the lines of the traceback
         message = raised.partition(": ")[2] or raised
     return " ".join(message.split())

@@ -1,4 +1,4 @@
-"""The epoch meter, the step log, and the agreement of processes on non-finite losses."""
+"""Epoch meter, step log, and the check for non-finite losses on all processes."""
 
 import logging
 import math
@@ -26,18 +26,28 @@ logger = logging.getLogger("twins")
 
 @dataclass
 class EpochMeter:
-    """What one process has seen of an epoch: how far it has come, and the sums that its means are made of."""
+    """Progress of one process within an epoch, and the sums of its losses.
 
-    step: int = 0  # steps of the epoch behind it, skipped ones included
-    taken: int = 0  # steps that the sums are of
+    Attributes:
+        step: Completed steps of the epoch, including skipped ones.
+        taken: Steps that changed the weights; the sums are over these.
+        skipped: Skipped steps of the epoch.
+        skipped_in_a_row: Consecutive skipped steps up to now, including those of earlier epochs.
+        lr_sum: Sum of the learning rates.
+        names: Names of the losses.
+        sums: Sums of the losses, float64 on their device; None before the first step.
+    """
+
+    step: int = 0
+    taken: int = 0
     skipped: int = 0
-    skipped_in_a_row: int = 0  # just now, from the epochs before as well
+    skipped_in_a_row: int = 0
     lr_sum: float = 0.0
-    names: tuple[str, ...] = ()  # of the losses
-    sums: torch.Tensor | None = None  # of the losses, float64 on their device
+    names: tuple[str, ...] = ()
+    sums: torch.Tensor | None = None
 
     def add(self, losses: dict[str, torch.Tensor], lr: float) -> None:
-        """Count a step with its losses and learning rate."""
+        """Add a step with its losses and learning rate."""
         values = torch.stack(list(losses.values()))
         self.names = tuple(losses)
         self.sums = values if self.sums is None else self.sums + values
@@ -47,57 +57,63 @@ class EpochMeter:
         self.skipped_in_a_row = 0
 
     def add_skipped(self) -> None:
-        """Count a step that left the weights as they were."""
+        """Add a step that did not change the weights."""
         self.step += 1
         self.skipped += 1
         self.skipped_in_a_row += 1
 
     def means(self) -> dict[str, float]:
-        """Return the means of this process so far; nothing before the first step."""
+        """Return the means of this process; an empty dict before the first step."""
         if not self.taken:
             return {}
         losses = (self.sums / self.taken).tolist()
         return {"lr": self.lr_sum / self.taken, **dict(zip(self.names, losses, strict=True))}
 
     def averages(self) -> dict[str, float]:
-        """Return the means over all processes. All must call it."""
-        means = gather(self.means())
-        return {name: sum(each[name] for each in means) / len(means) for name in means[0]}
+        """Return the means over all processes. All processes must call it."""
+        all_means = gather(self.means())
+        return {name: sum(means[name] for means in all_means) / len(all_means) for name in all_means[0]}
 
     def start_epoch(self) -> None:
-        """Count from the beginning again, but for a row of skipped steps that the last epoch ended with."""
+        """Reset the meter, except for the number of consecutive skipped steps."""
         self.load_state_dict({**EpochMeter().state_dict(), "skipped_in_a_row": self.skipped_in_a_row})
 
     @staticmethod
     def merge(states: list[dict[str, Any]]) -> dict[str, Any]:
-        """Return the state that each of another number of processes goes on from: the mean of the old ones."""
+        """Return the mean of the states of all processes, used if their number has changed."""
         if states[0]["sums"] is None:
             return states[0]
         return {**states[0], "sums": torch.stack([state["sums"] for state in states]).mean(0)}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the fields, in types that load without executing code."""
+        """Return the fields, in types that load with `weights_only=True`."""
         return {**vars(self), "sums": None if self.sums is None else self.sums.cpu()}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
-        """Restore what `state_dict` returned."""
+        """Restore the fields that `state_dict` returned."""
         vars(self).update(state)
         if self.sums is not None:
             self.sums = self.sums.to(device)
 
 
 class NonFiniteError(SharedError, FloatingPointError):
-    """The loss or the gradient is infinite or not a number; all processes raise it together."""
+    """The loss or the gradient is infinite or NaN. All processes raise this error together."""
 
 
 Losses = dict[str, Tensor]
 
 
 class StepGuard:
-    """Has all processes agree, at each step, on what concerns them all: is it finite, was any asked to stop?
+    """Checks each step on all processes: are loss and gradient finite, has any process received a signal to stop?
 
-    On a GPU the verdict is read four values late, when it has long been computed, so that the guard never waits
-    for the step under way; unless steps are to be skipped, which needs the verdict before the update.
+    On a GPU each result is read four values later, when it has been computed, so that the check does not wait for
+    the current step. If non-finite steps are skipped there is no delay: the result is needed before the update.
+
+    Args:
+        model: Model that is trained.
+        epoch: Number of the epoch, used in messages.
+        meter: Meter of the epoch.
+        settings: Settings of the training, among them the maximum number of skipped steps.
     """
 
     def __init__(self, model: nn.Module, epoch: int, meter: EpochMeter, settings: TrainSettings):
@@ -107,35 +123,40 @@ class StepGuard:
         self.max_skipped = settings.max_skipped
         self.lag = 4 if settings.device.type == "cuda" and not settings.max_skipped else 0
         self.pending = deque()
-        self.finite = True  # whether the step under way is, as far as is known
-        self.signal = 0  # number of the signal that asked any process to stop
+        self.finite = True  # False once a value of the current step is known to be non-finite
+        self.signal = 0  # number of the signal that any process has received
         self.buffers: list[Tensor] = []
 
     def start_step(self) -> None:
-        """Begin a step; where steps may be skipped, remember the buffers of the model."""
+        """Start a step. If steps may be skipped, copy the buffers of the model."""
         self.finite = True
         self.buffers = [buffer.clone() for buffer in self.model.buffers()] if self.max_skipped else []
 
     def restore_buffers(self) -> None:
-        """Undo what a skipped step did to running statistics."""
+        """Restore the buffers, such as running statistics, after a skipped step."""
         for buffer, before in zip(self.model.buffers(), self.buffers, strict=True):
             buffer.copy_(before)
 
     def check(self, value: Tensor, what: str) -> bool:
-        """Note a value of the step under way; return whether those read now, `lag` values late, are finite."""
+        """Add a value of the current step. Return False if any value read in this step is not finite."""
         culprit = torch.where(torch.isfinite(value.detach()), 0, get_rank() + 1)
         verdict = all_reduce(torch.stack([culprit, torch.full_like(culprit, stop_requested())]), dist.ReduceOp.MAX)
         self.pending.append((self.meter.step, what, *_to_host(verdict)))
-        self.finite &= all([self._read() for _ in range(len(self.pending) - self.lag)])
+        while len(self.pending) > self.lag:
+            self.finite &= self._read()
         return self.finite
 
     def finish(self) -> None:
-        """Read the verdicts that are left."""
+        """Read the remaining results."""
         while self.pending:
             self._read()
 
     def _read(self) -> bool:
-        """Read the oldest verdict: tell whether the value was finite, and raise where it may not be skipped."""
+        """Read the oldest result. Return True if the value was finite.
+
+        Raises:
+            NonFiniteError: If the value was not finite and its step may not be skipped.
+        """
         step, what, verdict, arrived = self.pending.popleft()
         if arrived is not None:
             arrived.synchronize()
@@ -144,20 +165,21 @@ class StepGuard:
         if not culprit:
             return True
         found = f"the {what} is not finite in epoch {self.epoch}, step {step}"
-        if what == "loss":  # the gradient is that of all processes
+        if what == "loss":  # the gradient is the mean over all processes
             found += f", on process {culprit - 1}"
         if self.meter.skipped_in_a_row < self.max_skipped:
             logger.info("skipped: %s", found)
             return False
-        row = f", after {self.meter.skipped_in_a_row} skipped steps in a row" if self.max_skipped else ""
+        if self.max_skipped:
+            found += f", after {self.meter.skipped_in_a_row} consecutive skipped steps"
         raise NonFiniteError(
-            f"{found}{row}; training has stopped. A lower learning rate, a longer warm-up, clipping or --amp bf16 "
-            "usually help"
+            f"{found}; training has stopped. Try a lower learning rate, a longer warm-up, gradient clipping or "
+            "--amp bf16"
         )
 
 
 class StepLog:
-    """The log lines of an epoch, and the time between them."""
+    """Log lines of an epoch, with throughput and remaining time."""
 
     def __init__(self, epoch: int, meter: EpochMeter, settings: TrainSettings, steps: int, run: Any):
         self.epoch = epoch
@@ -171,7 +193,7 @@ class StepLog:
         self.window_images = 0
 
     def timed(self, data_loader: Iterable) -> Iterator:
-        """Iterate over the loader and count the time spent waiting for it."""
+        """Iterate over the loader and measure the time spent waiting for it."""
         batches = iter(data_loader)
         while True:
             start = time.perf_counter()
@@ -183,17 +205,17 @@ class StepLog:
             yield batch
 
     def end_step(self, batch: Any, lr: float) -> None:
-        """Count the images of a step, and log a line after the first, every `print_freq`-th from it and the last."""
+        """Count the images of a step; log a line after the first, every `print_freq`-th from it, and the last."""
         self.window_images += _count_images(batch) * self.settings.accumulation * get_world_size()
         done = self.meter.step
         if (done - 1) % self.settings.print_freq and done != self.steps:
             return
-        loss = self.meter.means().get("loss", math.nan)  # waits for the GPU, so the times below are true
+        loss = self.meter.means().get("loss", math.nan)  # waits for the GPU, so that the times are right
         now = time.perf_counter()
         elapsed = max(now - self.window_start, 1e-9)
         eta = timedelta(seconds=int((now - self.start) / (done - self.first_step) * (self.steps - done)))
         logger.info(
-            f"epoch {self.epoch} [{done:>{len(str(self.steps))}}/{self.steps}]  loss {loss:.4f}  lr {lr:.6f}  "
+            f"epoch {self.epoch} [{done:>{len(str(self.steps))}}/{self.steps}]  loss {loss:.4f}  lr {lr:.4g}  "
             f"{self.window_images / elapsed:.0f} images/s  waiting for data {self.window_waiting / elapsed:.0%}  "
             f"eta {eta}, run {self.run.remaining_time(self.steps)}  "
             f"peak memory {peak_memory(self.settings.device) / 2**20:.0f} MiB"
@@ -202,29 +224,29 @@ class StepLog:
 
 
 def show_progress(batches: Iterable, what: str, seconds: float = 20.0) -> Iterator:
-    """Iterate over the batches and log every so many seconds how many are done."""
+    """Iterate over the batches and log the progress every `seconds` seconds."""
     start = logged = time.perf_counter()
     for done, batch in enumerate(batches, 1):
         yield batch
         now = time.perf_counter()
         if now - logged > seconds:
-            left = timedelta(seconds=int((now - start) / done * (len(batches) - done)))
-            logger.info("%s [%d/%d]  eta %s", what, done, len(batches), left)
+            eta = timedelta(seconds=int((now - start) / done * (len(batches) - done)))
+            logger.info("%s [%d/%d]  eta %s", what, done, len(batches), eta)
             logged = now
 
 
 def add_losses(sums: Losses, loss: Tensor, parts: Losses, batches: int) -> Losses:
-    """Add the share that one of several batches has in the mean losses of a step: their sum, `loss`, and its parts."""
-    assert "loss" not in parts or len(parts) == 1, "'loss' is the name of the sum of several losses"
+    """Add the losses of one of several batches to the means of a step: the total as `loss`, and its parts."""
+    assert "loss" not in parts or len(parts) == 1, "the name 'loss' is reserved for the sum of several losses"
     values = {"loss": loss} | (parts if len(parts) > 1 else {})
     return {name: sums.get(name, 0.0) + value.detach().double() / batches for name, value in values.items()}
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most memory taken so far in bytes: tensors on a GPU, the whole process on a CPU."""
+    """Return the peak memory so far in bytes: of tensors on a GPU, of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:  # unlike getrusage's, this figure does not start at that of the process that started this one
+    try:  # unlike ru_maxrss, VmHWM does not include the peak of the parent process
         peak = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:
         peak = None
@@ -235,13 +257,13 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _count_images(batch: Any) -> int:
-    """Return the length of the first tensor or list in a batch."""
+    """Return the number of images of a batch: the length of its first entry."""
     first = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
     return len(first)
 
 
 def _to_host(flag: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """Start copying a flag to the host; return the copy and the event of its arrival, None if it is there."""
+    """Start copying a flag to the host. Return the copy and the event of its completion, None on a CPU."""
     if flag.device.type != "cuda":
         return flag, None
     copy = torch.empty(flag.shape, dtype=flag.dtype, pin_memory=True)

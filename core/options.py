@@ -1,4 +1,4 @@
-"""What the scripts of all three tasks share on the command line: the parser, common options, and how a script ends."""
+"""Command line of all three tasks: the parser, argument types, and common options."""
 
 import argparse
 import difflib
@@ -23,14 +23,15 @@ logger = logging.getLogger("twins")
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and whose options may be written with hyphens or underscores."""
+    """Parser with one-line errors, whose options may be written with hyphens or underscores."""
 
     def __init__(self, **kwargs):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
         spellings = {option.replace("_", "-"): option for option in self._option_string_actions}
-        args = [self._spell(arg, spellings) for arg in (sys.argv[1:] if args is None else args)]
+        args = [self._spell(arg, spellings) for arg in args]
         return super().parse_known_args(args, namespace)
 
     def parse_args(self, args=None, namespace=None):
@@ -45,12 +46,15 @@ class ArgumentParser(argparse.ArgumentParser):
 
     @staticmethod
     def _spell(arg: str, spellings: dict[str, str]) -> str:
+        """Return an argument with the parser's spelling of the option."""
+        if not arg.startswith("--"):
+            return arg
         name, equals, value = arg.partition("=")
-        return spellings.get(name.replace("_", "-"), name) + equals + value if arg.startswith("--") else arg
+        return spellings.get(name.replace("_", "-"), name) + equals + value
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Shows the default of each option that has one."""
+    """Formatter that shows the default of each option that has one."""
 
     def _get_help_string(self, action):
         if action.default is None or action.default is False or action.default is argparse.SUPPRESS:
@@ -58,11 +62,18 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (default: %(default)s)"
 
 
-LARGEST = 2**63  # more is taken for a mistake, and infinity for no number
+LARGEST = 2**63  # larger numbers, among them infinity, are rejected
 
 
 def number(kind: type, low: float, high: float = float("inf"), above: bool = False) -> Callable[[str], float]:
-    """Return an argument type: a number from `low` (or above it) to `high`."""
+    """Return an argument type for numbers.
+
+    Args:
+        kind: `int` or `float`.
+        low: Smallest number.
+        high: Largest number.
+        above: True to exclude `low` itself.
+    """
 
     def convert(text: str):
         try:
@@ -72,8 +83,10 @@ def number(kind: type, low: float, high: float = float("inf"), above: bool = Fal
         too_low = value is None or not (low < value if above else low <= value)
         if too_low or value > high or value >= LARGEST:
             what = "whole number" if kind is int else "number"
-            limits = f"{'above' if above else 'of at least'} {low:g}" + (f" and at most {high:g}" if high < 1e9 else "")
-            raise argparse.ArgumentTypeError(f"{text!r} is no {what} {limits}")
+            limits = f"above {low:g}" if above else f"of at least {low:g}"
+            if high < 1e9:
+                limits += f" and at most {high:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {what} {limits}")
         return value
 
     return convert
@@ -84,7 +97,7 @@ POSITIVE, NON_NEGATIVE, SHARE = number(float, 0, above=True), number(float, 0), 
 
 
 def nearest(name: str, known, cutoff: float = 0.6) -> str:
-    """Return `; did you mean ...?` with the known names that are most like one that is unknown, or nothing."""
+    """Return `; did you mean ...?` with the known names most similar to an unknown one, or an empty string."""
     near = difflib.get_close_matches(name, known, n=3, cutoff=cutoff)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
@@ -93,19 +106,22 @@ def nearest(name: str, known, cutoff: float = 0.6) -> str:
 
 
 def add_process_options(parser: ArgumentParser) -> None:
-    """Add the options that every script has: the device, the other processes, what is shown of an error."""
+    """Add the options of every script: device, rendezvous, determinism and tracebacks."""
     group = parser.add_argument_group("processes")
-    group.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
+    group.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu; auto: a GPU if there is one")
     group.add_argument(
-        "--dist_url", default="env://", metavar="URL", help="where the processes of a distributed run meet"
+        "--dist_url",
+        default="env://",
+        metavar="URL",
+        help="URL of the rendezvous of a distributed run, as in torch.distributed",
     )
     group.add_argument("--local-rank", type=COUNT, help=argparse.SUPPRESS)  # set by torch.distributed.launch, unused
     group.add_argument(
         "--deterministic",
         action="store_true",
-        help="the same results on the same GPU, too, which costs time there; on a CPU they are the same anyway",
+        help="make GPU runs reproducible, slower; CPU runs already are",
     )
-    group.add_argument("--traceback", action="store_true", help="show the whole traceback of an error in the input")
+    group.add_argument("--traceback", action="store_true", help="show the traceback of input errors, too")
 
 
 def add_loader_options(group, num_workers: int = 10) -> None:
@@ -115,25 +131,25 @@ def add_loader_options(group, num_workers: int = 10) -> None:
         default=num_workers,
         type=COUNT,
         metavar="N",
-        help="data-loading processes of each process, at most one for each core it has; 0: load in the process itself",
+        help="data-loading workers per process, at most one per CPU core; 0: load in the process itself",
     )
     group.add_argument(
         "--loader-timeout",
         default=600,
         type=COUNT,
         metavar="SECONDS",
-        help="longest wait for a batch from a data-loading process; 0: for ever",
+        help="timeout of a batch from a data-loading worker in seconds; 0: no timeout",
     )
     group.add_argument(
         "--pin-mem",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="page-locked memory for faster transfers to the GPU",
+        help="use page-locked memory, for faster transfers to the GPU",
     )
 
 
 def add_compute_options(group, amp: str = "auto") -> None:
-    """Add the options of how a network is computed."""
+    """Add the options of computation: compilation and mixed precision."""
     group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
     group.add_argument(
         "--amp",
@@ -141,67 +157,74 @@ def add_compute_options(group, amp: str = "auto") -> None:
         const="auto",
         default=amp,
         choices=("auto", "off", "bf16", "fp16"),
-        help="mixed precision; auto: bf16 where the GPU has it, fp16 on older ones, off on a CPU",
+        help="mixed precision; auto: bf16 on GPUs that support it, fp16 on other GPUs, off on a CPU",
     )
 
 
-def add_training_options(parser: ArgumentParser, kept: str = "nothing is kept without it"):
-    """Add the options of a training run and its folder; return their group. `train_settings` reads some of them.
+def add_training_options(parser: ArgumentParser, kept: str = "without it nothing is saved"):
+    """Add the options of a training run and its folder. `train_settings` and `Run` read them.
 
     Args:
-        parser: Where to.
-        kept: What is done where no folder is named.
+        parser: Parser to add them to.
+        kept: Description of the default of `--output_dir`.
+
+    Returns:
+        The group of the options.
     """
     group = parser.add_argument_group("run")
     group.add_argument(
         "--output_dir",
         "--work-dir",
         metavar="FOLDER",
-        help=f"where args.json, log.txt and checkpoints go; {kept}",
+        help=f"folder of args.json, log.txt and checkpoints; {kept}",
     )
-    group.add_argument("--resume", metavar="FILE", help="checkpoint to continue from")
+    group.add_argument("--resume", metavar="FILE", help="checkpoint to resume from")
     group.add_argument(
         "--auto-resume",
         action="store_true",
-        help="continue from the newest checkpoint in the output folder; options that name the first weights count "
-        "only for the first start, when there is none",
+        help="resume from the newest checkpoint in the output folder, if there is one; otherwise start a new run from "
+        "the initial weights of the other options",
     )
     group.add_argument(
         "--save-every",
         type=POSITIVE_INT,
         metavar="STEPS",
-        help="write a checkpoint after each so many steps of an epoch, besides the one at its end",
+        help="also save a checkpoint every STEPS steps within an epoch",
     )
     group.add_argument(
         "--keep",
         default=2,
         type=POSITIVE_INT,
         metavar="N",
-        help="checkpoints to keep, besides those of the best epochs",
+        help="number of newest checkpoints to keep, besides the best ones",
     )
     group.add_argument(
         "--on-nonfinite",
         default="stop",
         choices=("stop", "skip"),
-        help="stop at a loss or gradient that is not finite, or skip that step on all processes; on a GPU skip waits "
-        "for each step",
+        help="for a non-finite loss or gradient: stop the run, or skip the step on all processes; skip is slower on a "
+        "GPU",
     )
     group.add_argument(
-        "--max-skipped", default=10, type=POSITIVE_INT, metavar="N", help="skipped steps in a row before a stop"
+        "--max-skipped",
+        default=10,
+        type=POSITIVE_INT,
+        metavar="N",
+        help="consecutive skipped steps after which the run stops",
     )
     group.add_argument(
         "--seed",
         default=0,
         type=number(int, 0, 2**32 - 1),
         metavar="N",
-        help="seed of initialisation, order and augmentation",
+        help="seed of initialisation, sample order and augmentation, 0 to 2^32 - 1",
     )
     group.add_argument("--print-freq", default=10, type=POSITIVE_INT, metavar="STEPS", help="steps between log lines")
     return group
 
 
 def loader_options(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Return the arguments of a DataLoader that come from the options of `add_loader_options`."""
+    """Return the arguments of a DataLoader for the options of `add_loader_options`."""
     workers = min(args.num_workers, cores_per_process())
     return {
         "num_workers": workers,
@@ -209,23 +232,23 @@ def loader_options(args: argparse.Namespace, device: torch.device) -> dict[str, 
         "timeout": args.loader_timeout if workers else 0,
         "pin_memory": args.pin_mem and device.type == "cuda",
         "persistent_workers": workers > 0,
-        "generator": torch.Generator(),  # the loader draws from it, not from the generator that the model uses
+        "generator": torch.Generator(),  # otherwise the loader would draw from the generator of the model
     }
 
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What `engine.train_one_epoch` is told and does not change.
+    """Settings of `engine.train_one_epoch`, constant during a run.
 
     Attributes:
         device: Device of the model.
-        amp_dtype: Type of autocast; None for full precision.
-        accumulation: Batches whose mean gradient makes one step.
-        max_norm: Norm that gradients are clipped to; infinite for no clipping.
-        print_freq: Steps between log lines. Each line waits for a GPU; so does each step in fp16, for its scaler, and
-            each step where non-finite ones are skipped, but nothing else.
-        max_skipped: Non-finite steps in a row that are skipped before training stops.
-        save_every: Steps of an epoch between checkpoints; None for none within an epoch.
+        amp_dtype: Data type of autocast; None to disable mixed precision.
+        accumulation: Number of batches per step (gradient accumulation).
+        max_norm: Maximum gradient norm; infinity to disable clipping.
+        print_freq: Steps between log lines. Each line synchronises with the GPU. So do steps in fp16 and steps that
+            may be skipped, but no others.
+        max_skipped: Consecutive non-finite steps that are skipped before training stops; 0 to stop at the first.
+        save_every: Steps between checkpoints within an epoch; None to save at its end only.
     """
 
     device: torch.device
@@ -237,16 +260,16 @@ class TrainSettings:
     save_every: int | None = None
 
     def autocast(self) -> torch.autocast:
-        """Return the context of a forward pass."""
+        """Return the autocast context of the forward pass."""
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
 
     def saves_at(self, step: int) -> bool:
-        """Return True if a checkpoint is due after so many steps of an epoch."""
+        """Return True if a checkpoint is due after `step` steps of an epoch."""
         return self.save_every is not None and step % self.save_every == 0
 
 
 def train_settings(args: argparse.Namespace, device: torch.device, accumulation: int) -> TrainSettings:
-    """Return the settings that the options of a training ask for."""
+    """Return the settings for the options of a training run."""
     return TrainSettings(
         device=device,
         amp_dtype=choose_amp(args.amp, device),
@@ -259,14 +282,14 @@ def train_settings(args: argparse.Namespace, device: torch.device, accumulation:
 
 
 def compile_if_asked(model: nn.Module, asked: bool) -> None:
-    """Compile a model in place, so that the names of its parameters stay."""
+    """Compile a model in place, which keeps the names of its parameters."""
     if asked:
-        logger.info("the model is compiled in its first steps, which can take minutes")
+        logger.info("the model is compiled in the first steps, which can take minutes")
         model.compile()
 
 
 def choose_amp(name: str, device: torch.device) -> torch.dtype | None:
-    """Return the autocast type that `--amp` means on a device, None for full precision."""
+    """Return the data type of autocast for `--amp` on a device; None to disable mixed precision."""
     if name == "fp16" and device.type == "cpu":
         raise UserError("--amp fp16 needs a GPU; use --amp bf16 or off on a CPU")
     if name == "auto" and device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Recipes of main.py: sets of options under a name."""
+"""Recipes of main.py: named sets of option values."""
 
 import argparse
 from typing import Any
@@ -7,8 +7,8 @@ from timm.models import get_arch_name
 
 from utils import UserError
 
-# What made each released model, where it differs from the defaults of the options; most of them were not made by the
-# original's one published command. The peak learning rate is --lr x global batch / 512.
+# Recipe of each released model, where it differs from the defaults. The single published command of the original does
+# not reproduce most of them. The peak learning rate is --lr x global batch / 512.
 PUBLISHED = {
     "pcpvt_small": {"global_batch": 1280, "drop_path": 0.2},
     "pcpvt_base": {"global_batch": 1024, "drop_path": 0.3},
@@ -17,47 +17,67 @@ PUBLISHED = {
     "alt_gvt_base": {"global_batch": 1024, "drop_path": 0.3},
     "alt_gvt_large": {"global_batch": 1024, "drop_path": 0.5, "warmup_epochs": 20},
 }
-# The tiny model on the embedded shapes, in two to three minutes on two CPU cores.
+# The tiny model on the embedded shapes; it takes two to three minutes on two CPU cores.
 SHAPES = {
-    **{"model": "alt_gvt_tiny", "data_set": "SHAPES", "input_size": 64, "epochs": 5, "batch_size": 32},
-    **{"lr": 8e-4, "unscale_lr": True, "warmup_epochs": 0, "drop_path": 0.0, "mixup": 0.0, "cutmix": 0.0},
-    **{"smoothing": 0.0, "aa": "none", "color_jitter": 0.0, "reprob": 0.0, "scale": [1.0, 1.0], "print_freq": 50},
+    "model": "alt_gvt_tiny",
+    "data_set": "SHAPES",
+    "input_size": 64,
+    "epochs": 5,
+    "batch_size": 32,
+    "lr": 8e-4,
+    "unscale_lr": True,
+    "warmup_epochs": 0,
+    "drop_path": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "smoothing": 0.0,
+    "aa": "none",
+    "color_jitter": 0.0,
+    "reprob": 0.0,
+    "scale": [1.0, 1.0],
+    "print_freq": 50,
 }
 RECIPES = ("published", "shapes")
-# Options that do not change what is trained, or that a recipe has under another name.
-NOT_OF_A_RECIPE = {
-    *("recipe", "model", "batch_size", "grad_checkpointing", "compile", "amp", "data_path", "inat_category"),
-    *("nb_classes", "bad_image", "eval_crop_ratio", "num_workers", "loader_timeout", "pin_mem", "output_dir", "resume"),
-    *("auto_resume", "save_every", "keep", "on_nonfinite", "max_skipped", "seed", "print_freq", "eval", "dist_eval"),
-    *("device", "dist_url", "local_rank", "deterministic", "traceback"),
+# Options that are not compared with the published recipe: they do not change what is trained, or the recipe contains
+# them in another form, as `batch_size` in `global_batch`.
+# fmt: off
+NOT_IN_RECIPES = {
+    "recipe", "model", "batch_size", "grad_checkpointing", "compile", "amp", "data_path", "inat_category",
+    "nb_classes", "bad_image", "eval_crop_ratio", "num_workers", "loader_timeout", "pin_mem", "output_dir", "resume",
+    "auto_resume", "save_every", "keep", "on_nonfinite", "max_skipped", "seed", "print_freq", "eval", "dist_eval",
+    "device", "dist_url", "local_rank", "deterministic", "traceback",
 }
+# fmt: on
 
 
 def get_recipe(name: str, model: str) -> dict[str, Any]:
-    """Return the options of a recipe, by the names of their attributes.
+    """Return the options of a recipe.
 
     Args:
         name: One of `RECIPES`.
-        model: Model that `published` is asked for.
+        model: Name of the model, used by the recipe `published`.
+
+    Returns:
+        Values by the name of the attribute in the parsed arguments.
 
     Raises:
-        UserError: If there is no published model of that name.
+        UserError: If the recipe is `published` and there are no released weights of the model.
     """
     if name == "shapes":
         return SHAPES
     recipe = PUBLISHED.get(published_name(model))
     if recipe is None:
-        raise UserError(f"--recipe published: --model {model} is not one of {', '.join(PUBLISHED)}; choose one of them")
+        raise UserError(f"--recipe published: --model {model} is not one of {', '.join(PUBLISHED)}; choose one")
     return recipe
 
 
 def published_name(model: str) -> str:
-    """Return the name of a model without its tag and the suffix of the original's old names."""
+    """Return the name of a model without its tag and without the suffix `_v0` of the original's names."""
     return get_arch_name(model).removesuffix("_v0")
 
 
 def differences(args: argparse.Namespace, recipe: dict[str, Any]) -> list[str]:
-    """Return in words how options differ from those of a recipe."""
+    """Return a description of each option that differs from a recipe."""
     return [
         f"{name.replace('_', '-')} {getattr(args, name)} (recipe: {value})"
         for name, value in recipe.items()

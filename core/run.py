@@ -1,4 +1,4 @@
-"""A training run of any task: where it starts or resumes, its epochs, and what is saved of it."""
+"""A training run of any task: start, resuming, epochs and checkpoints."""
 
 import logging
 import time
@@ -17,33 +17,35 @@ from utils import UserError
 
 logger = logging.getLogger("twins")
 
-# Options that may change from one start of a run to the next without a word.
-NOT_OF_THE_RUN = {
-    *("resume", "auto_resume", "finetune", "pretrained", "output_dir", "save_every", "keep"),
-    *("num_workers", "loader_timeout", "pin_mem", "print_freq", "dist_url", "local_rank", "traceback"),
-    *("config", "cfg_options", "data_root", "recipe"),
+# Options that may differ between the starts of a run without a log line.
+# fmt: off
+FREE_OPTIONS = {
+    "resume", "auto_resume", "finetune", "pretrained", "output_dir", "save_every", "keep",
+    "num_workers", "loader_timeout", "pin_mem", "print_freq", "dist_url", "local_rank", "traceback",
+    "config", "cfg_options", "data_root", "recipe",
 }
+# fmt: on
 
 
 class Run:
-    """A training run: its folder, its checkpoints, its epochs, and requests to stop it.
+    """A training run: its folder, its checkpoints, its epochs, and its graceful shutdown.
 
         with Run(options) as run:
-            state = ...  # new weights only if `run.is_new`
+            state = ...  # initial weights are only needed if `run.is_new`
             run.resume(state)
             for epoch in run.epochs(300, {"test_acc1": "checkpoint_best.pth"}):
                 train_stats = train_one_epoch(..., state, settings, run)
                 run.finish_epoch(train_stats, test_stats)
 
-    Inside the block, signals that ask the process to stop are only noted; `train_one_epoch` saves a checkpoint and
-    raises `Interrupted`. All processes must use a run alike.
+    Inside the block a signal to stop does not end the process: `train_one_epoch` finishes its step, saves a checkpoint
+    and raises `Interrupted`. All processes must make the same calls.
 
     Args:
-        options: All options of this start, which checkpoints keep. Of these are used here: `output_dir` (None to save
-            nothing), `keep`, `resume`, `auto_resume`, `seed` and `on_nonfinite`.
+        options: All options of this start, which are saved in checkpoints. The run itself reads `output_dir` (None to
+            save nothing), `keep`, `resume`, `auto_resume`, `seed` and `on_nonfinite`.
 
     Raises:
-        UserError: On entering, if the folder cannot be used or holds another run.
+        UserError: On entering the block, if the folder cannot be used or holds another run.
     """
 
     def __init__(self, options: dict[str, Any]):
@@ -55,7 +57,7 @@ class Run:
         self.total_epochs = 0
         self.first_epoch = 0
         self.first_step = 0
-        self.start = 0.0  # of this session, in seconds
+        self.start = 0.0  # start of this session, time.perf_counter() in seconds
 
     def __enter__(self) -> "Run":
         with ExitStack() as stack:
@@ -71,11 +73,11 @@ class Run:
 
     @property
     def is_new(self) -> bool:
-        """Whether the run starts from new weights."""
+        """True if there is no checkpoint to resume from."""
         return self.checkpoint is None
 
     def _find_checkpoint(self) -> Path | None:
-        """Return the checkpoint to resume from, None for a new run.
+        """Return the checkpoint to resume from; None for a new run.
 
         Raises:
             UserError: If the folder holds another run, which this one would overwrite.
@@ -90,14 +92,14 @@ class Run:
         return resumed
 
     def resume(self, state: TrainState, same: Sequence[str]) -> None:
-        """Restore the state from the checkpoint, if there is one, and log what differs from an exact resume.
+        """Restore the state from the checkpoint, if there is one. Log what differs from an exact resume.
 
         Args:
             state: The state of the run, newly built.
-            same: Names of options that must be as they were.
+            same: Names of options that must not change.
 
         Raises:
-            UserError: If the file holds no run, or one that does not fit.
+            UserError: If the file is not a checkpoint of a run, or does not fit.
         """
         self.state = state
         if self.checkpoint is None:
@@ -113,46 +115,45 @@ class Run:
             raise UserError(f"{path}: {error}") from error
         place = f" and {state.position} images of the next" if state.position else ""
         logger.info("resumed %s: %d epochs%s are done", path, state.epoch, place)
-        for what in inexact:
-            logger.info("not an exact resume: %s", what)
+        for difference in inexact:
+            logger.info("not an exact resume: %s", difference)
         before = content["args"]
         changed = {name for name, value in self.options.items() if before.get(name, value) != value}
-        for name in sorted(changed - NOT_OF_THE_RUN):
+        for name in sorted(changed - FREE_OPTIONS):
             logger.info("option changed: %s from %s to %s", name, before[name], self.options[name])
 
     def _check(self, content: dict[str, Any], same: Sequence[str]) -> None:
-        """Refuse a checkpoint that is not one of this run."""
+        """Reject a checkpoint that does not belong to this run."""
         path = self.checkpoint
         if content.get("format", 1) not in range(FORMAT + 1):
             raise UserError(
-                f"{path}: has format {content['format']}, and this code reads formats up to {FORMAT}; continue the run "
-                "with the code that wrote it, or with a newer version of this one"
+                f"{path}: has format {content['format']}, but this code reads formats up to {FORMAT}; continue the run "
+                "with the code that wrote it, or with a newer version of this code"
             )
         if not set(content) >= REQUIRED_KEYS:
             raise UserError(
-                f"{path}: holds weights but no training state to resume; evaluate them, or start a run from them with "
+                f"{path}: contains weights but no training state to resume; evaluate them, or start a run with "
                 "--finetune"
             )
-        averaged = content["model_ema"] is not None
-        if averaged != (self.state.model_ema is not None):
-            raise UserError(
-                f"{path}: its run was {'with' if averaged else 'without'} a moving average (EMA); "
-                f"{'add --model-ema' if averaged else 'leave --model-ema out'}"
-            )
+        has_ema = content["model_ema"] is not None
+        if has_ema and self.state.model_ema is None:
+            raise UserError(f"{path}: its run had a moving average (EMA); add --model-ema")
+        if not has_ema and self.state.model_ema is not None:
+            raise UserError(f"{path}: its run had no moving average (EMA); omit --model-ema")
         for name in same:
             if name not in content["args"]:
-                raise UserError(f"{path}: is a checkpoint of another task, without the option {name}")
+                raise UserError(f"{path}: is a checkpoint of another task, which has no option {name}")
             if content["args"][name] != self.options[name]:
                 raise UserError(
-                    f"{path}: its run used {name} {content['args'][name]}; repeat that, not {self.options[name]}"
+                    f"{path}: its run used {name} {content['args'][name]}; use the same, not {self.options[name]}"
                 )
 
     def epochs(self, total: int, best_files: Mapping[str, str]) -> Iterator[int]:
-        """Iterate over the epochs that are left; `finish_epoch` ends each.
+        """Iterate over the remaining epochs. `finish_epoch` ends each of them.
 
         Args:
-            total: Epochs of the whole run.
-            best_files: Figures of an epoch to the file that keeps the state in which each was highest.
+            total: Number of epochs of the whole run.
+            best_files: Names of metrics, and for each one the file of the checkpoint with its highest value.
         """
         state = self.state
         self.total_epochs, self.best_files = total, best_files
@@ -164,11 +165,11 @@ class Run:
         self._log_summary()
 
     def finish_epoch(self, train_stats: dict[str, float], test_stats: dict[str, float]) -> None:
-        """Add an epoch to the log and save the checkpoint, and the best ones if this epoch is best.
+        """Add an epoch to the log, save the checkpoint and, if the epoch is the best, the best checkpoints.
 
         Args:
-            train_stats: From `train_one_epoch`; the log names them `train_*`.
-            test_stats: Figures of the evaluation, under the names that the log gives them.
+            train_stats: Result of `train_one_epoch`, logged under the names `train_*`.
+            test_stats: Metrics of the evaluation by the names used in the log.
         """
         state = self.state
         line = {f"train_{name}": value for name, value in train_stats.items()} | test_stats
@@ -185,23 +186,27 @@ class Run:
             on_main(lambda: self.folder.write_log(state.history))
 
     def save(self, best: Sequence[str] = ()) -> None:
-        """Save the checkpoint and, before it, the files of the best epochs if this is one."""
+        """Save the checkpoint. All processes must call it.
+
+        Args:
+            best: Names of best checkpoints to save, too.
+        """
         if self.folder is None:
             return
         content = self.state.to_checkpoint(self.options)
 
         def write() -> None:
-            for name in best:  # the best first: a kill in between repeats the evaluation and loses nothing
+            for name in best:  # the best first: after a kill in between, the evaluation is repeated and nothing is lost
                 self.folder.save_best(content, name)
             self.folder.save(content)
 
         on_main(write)
 
     def remaining_time(self, steps: int) -> timedelta:
-        """Return the time left of the run, at the pace of this session so far, evaluations included.
+        """Return the remaining time of the run, from the mean time per step of this session, including evaluations.
 
         Args:
-            steps: Steps of an epoch.
+            steps: Number of steps per epoch.
         """
         state = self.state
         done = (state.epoch - self.first_epoch) * steps + state.meter.step - self.first_step
@@ -209,7 +214,7 @@ class Run:
         return timedelta(seconds=int((time.perf_counter() - self.start) / max(done, 1) * left))
 
     def _write_start(self) -> None:
-        """Write args.json, and log.txt as the checkpoint has it, whenever the last session was killed."""
+        """Write args.json, and log.txt from the checkpoint: the last session may have been killed before it."""
         self.folder.write_args(self.options)
         self.folder.write_log(self.state.history)
 
@@ -217,17 +222,17 @@ class Run:
         """Log the final summary."""
         epochs = self.state.epoch - self.first_epoch
         if not epochs:
-            logger.info("this run is complete; raise the number of epochs to train on")
+            logger.info("this run is complete; raise the number of epochs to continue")
         best = ", ".join(f"{name} {value:.3f}" for name, value in self.state.best.items())
         took = timedelta(seconds=int(time.perf_counter() - self.start))
         logger.info("finished: %d epochs, %d in this session, %s; best %s", self.state.epoch, epochs, took, best)
 
 
 def choose_accumulation(batch_size: int, global_batch: int, world_size: int) -> int:
-    """Return the number of batches of each process that make one step.
+    """Return the number of batches per process and step (gradient accumulation).
 
     Raises:
-        UserError: If the global batch is not a multiple of the images that all processes take in one batch.
+        UserError: If the global batch is not a multiple of batch size times number of processes.
     """
     per_batch = batch_size * world_size
     if global_batch % per_batch:
@@ -240,7 +245,14 @@ def choose_accumulation(batch_size: int, global_batch: int, world_size: int) -> 
 
 
 def describe_batch(batch_size: int, accumulation: int, lr: str, steps: int) -> str:
-    """Return the arithmetic of a batch in words; `steps` are those of an epoch."""
+    """Return a log line with the batch sizes.
+
+    Args:
+        batch_size: Images per process per batch.
+        accumulation: Batches per step.
+        lr: Description of the peak learning rate.
+        steps: Number of steps per epoch.
+    """
     processes = get_world_size()
     return (
         f"batch: {batch_size} images x {processes} processes x {accumulation} accumulated = global batch "

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder - checkpoints, log and lock - and how it goes on from there."""
+"""The output folder of a run: checkpoints, log and lock."""
 
 import contextlib
 import errno
@@ -22,18 +22,18 @@ CHECKPOINT, BEST_CHECKPOINT, BEST_EMA_CHECKPOINT = "checkpoint.pth", "checkpoint
 
 
 class RunFolder:
-    """The output folder of a run. The main process holds it while it runs, so that no other run writes there.
+    """The output folder of a run. The main process locks it, so that no other run writes to it.
 
-    It holds `checkpoint.pth`, the state to go on from; `checkpoint.1.pth`, `checkpoint.2.pth` and so on, the ones
-    before it; the best checkpoints; log.txt, which is derived from the newest checkpoint; args.json; and `.lock`,
-    which names the process that holds the folder. A kill at any instant leaves each of them whole.
+    Its files are `checkpoint.pth`, the newest checkpoint; `checkpoint.1.pth`, `checkpoint.2.pth` and so on, the earlier
+    ones; the best checkpoints; log.txt, which is derived from the newest checkpoint; args.json; and `.lock`, which
+    names the process that holds the lock. If the process is killed at any time, each of these files is intact.
 
     Args:
-        path: The folder; made if need be, and removed again if nothing is written to it.
-        keep: States to go on from that are kept, the newest included.
+        path: Folder; created if it does not exist, and removed at the end if it is still empty.
+        keep: Number of checkpoints to keep, including the newest.
 
     Raises:
-        UserError: On entering, if the folder cannot be made or another run holds it.
+        UserError: On entering the block, if the folder cannot be created or another run holds the lock.
     """
 
     def __init__(self, path: str | Path, keep: int = 2):
@@ -47,27 +47,28 @@ class RunFolder:
     def __exit__(self, *_) -> None:
         if get_rank() == 0:
             if self.is_new and [file.name for file in self.path.iterdir()] == [".lock"]:
-                with contextlib.suppress(OSError):  # another start may just have come in
+                with contextlib.suppress(OSError):  # another run may have started in the meantime
                     (self.path / ".lock").unlink()
                     self.path.rmdir()
             self.lock.close()
 
     def _claim(self) -> None:
+        """Create and lock the folder."""
         try:
             self.is_new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = open(self.path / ".lock", "a+")  # noqa: SIM115  open for as long as the folder is held
+            self.lock = open(self.path / ".lock", "a+")  # noqa: SIM115  closed when the folder is released
             self._take_lock()
             self.lock.truncate(0)
             self.lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             self.lock.flush()
         except OSError as error:
             raise UserError(
-                f"--output_dir {self.path}: cannot be written to ({error.strerror}); choose one that you may write to"
+                f"--output_dir {self.path}: cannot be written to ({error.strerror}); choose a writable folder"
             ) from error
 
     def _take_lock(self) -> None:
-        """Lock the folder for this process; not for the open file, or children that outlive it would keep it."""
+        """Lock the folder for this process. (flock would lock it for the open file, which child processes inherit.)"""
         try:
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
@@ -75,17 +76,17 @@ class RunFolder:
             holder = self.lock.read().strip() or "another process"
             self.lock.close()
             raise UserError(
-                f"--output_dir {self.path} is in use by {holder}; wait for its end, or choose another --output_dir"
+                f"--output_dir {self.path} is in use by {holder}; wait until it ends, or choose another --output_dir"
             ) from error
         except OSError as error:
-            logger.warning("%s cannot be locked (%s); let no other run write there", self.path, error.strerror)
+            logger.warning("%s cannot be locked (%s); do not start another run in it", self.path, error.strerror)
 
     def generation(self, age: int) -> Path:
-        """Return the path of the newest checkpoint (age 0) or of an older one."""
+        """Return the path of the checkpoint of an age; the newest has age 0."""
         return self.path / (f"checkpoint.{age}.pth" if age else CHECKPOINT)
 
     def generations(self) -> dict[int, Path]:
-        """Return the states to go on from by age, newest first."""
+        """Return the existing checkpoints by age, newest first."""
         try:
             names = os.listdir(self.path)
         except OSError as error:
@@ -96,84 +97,87 @@ class RunFolder:
         return {age: self.generation(age) for age in sorted(int(match[1] or 0) for match in ages if match)}
 
     def find_checkpoint(self) -> Path | None:
-        """Return the newest checkpoint that is whole, None if there is none; set newer, damaged ones aside.
+        """Return the newest intact checkpoint, None for a new run. Newer, damaged checkpoints are renamed.
 
         Raises:
-            UserError: If all checkpoints are damaged, or there is none but a run has left other results.
+            UserError: If all checkpoints are damaged, or there is none but there are other results of a run.
         """
         damaged = []
         for path in self.generations().values():
-            if not _is_whole(path):
+            if not _is_intact(path):
                 damaged.append(path)
                 continue
             for bad in damaged:
-                aside = bad.with_name(f"{bad.name}.damaged")
-                bad.rename(aside)
-                logger.warning("%s is damaged; set aside as %s, going on from %s", bad, aside.name, path.name)
+                renamed = bad.with_name(f"{bad.name}.damaged")
+                bad.rename(renamed)
+                logger.warning("%s is damaged; renamed to %s, resuming from %s", bad, renamed.name, path.name)
             return path
         results = self.results()
         if not results:
             return None
+        remedy = f"remove {self.path} to start again"
         best = self.path / BEST_CHECKPOINT
-        raise UserError(
-            f"{', '.join(map(str, damaged)) or results[0]}: there is no whole checkpoint to go on from; remove "
-            f"{self.path} to start anew" + f", or pass --resume {best} instead of --auto-resume" * (best in results)
-        )
+        if best in results:
+            remedy += f", or pass --resume {best} instead of --auto-resume"
+        found = ", ".join(map(str, damaged)) or results[0]
+        raise UserError(f"{found}: there is no intact checkpoint to resume from; {remedy}")
 
     def refuse_results(self) -> None:
-        """Raise a UserError if another run has left something here that this one would write over."""
+        """Raise a UserError if the folder has results of another run, which this one would overwrite."""
         if self.results():
             raise UserError(
-                f"{self.results()[0]} exists, and this run would write over it; continue it with --auto-resume, "
-                "choose another --output_dir or remove it"
+                f"{self.results()[0]} exists, and this run would overwrite it; continue that run with --auto-resume, "
+                "choose another --output_dir, or remove the file"
             )
 
     def results(self) -> list[Path]:
-        """Return what a run has left here that a new one would write over: checkpoints and a log with lines in it."""
+        """Return the results that a new run would overwrite: checkpoints, and log.txt unless it is empty."""
         best = [self.path / name for name in (BEST_CHECKPOINT, BEST_EMA_CHECKPOINT, "log.txt")]
         return [*self.generations().values(), *(file for file in best if file.exists() and file.stat().st_size)]
 
     def save(self, checkpoint: dict[str, Any]) -> None:
-        """Write the state to go on from, keeping older ones."""
+        """Write the newest checkpoint and keep the older ones."""
         save_checkpoint(checkpoint, self.generation(0), self._age_generations)
 
     def _age_generations(self) -> None:
-        """Make each generation one older and drop those beyond `keep`; the newest stays until it is replaced."""
+        """Rename each checkpoint to the next age; delete those beyond `keep`. The newest is linked, not renamed."""
         generations = self.generations()
         if 0 not in generations:
             return
         for age, path in reversed(generations.items()):
             if age >= self.keep:
                 path.unlink()
+            elif age + 1 < self.keep and age == 0:
+                _link_or_move(path, self.generation(1))
             elif age + 1 < self.keep:
-                (os.replace if age else _link_or_move)(path, self.generation(age + 1))
+                os.replace(path, self.generation(age + 1))
 
     def save_best(self, checkpoint: dict[str, Any], name: str) -> None:
-        """Write one of the best checkpoints."""
+        """Write a best checkpoint."""
         save_checkpoint(checkpoint, self.path / name)
 
     def write_log(self, history: list[dict[str, Any]]) -> None:
-        """Write log.txt: one JSON line for each epoch."""
+        """Write log.txt, one line of JSON per epoch."""
         write_text(self.path / "log.txt", "".join(to_json(line) + "\n" for line in history))
 
     def write_args(self, args: dict[str, Any]) -> None:
-        """Write args.json: what the run was started with, and on which versions."""
+        """Write args.json, the options of the run and the versions of the libraries."""
         write_text(self.path / "args.json", json.dumps({"args": args, "versions": utils.versions()}, indent=2) + "\n")
 
 
-def _is_whole(path: Path) -> bool:
-    """Tell whether a file of torch.save, a zip archive, is as it was written; torch.load sees no flipped bits."""
+def _is_intact(path: Path) -> bool:
+    """Return True if a file of torch.save passes the checksums of its zip archive, which torch.load does not check."""
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except Exception as error:  # zipfile raises many kinds of errors on garbage
+    except Exception as error:  # zipfile raises many kinds of errors for invalid data
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise UserError(f"{path}: cannot be read ({error.strerror}); check the disk and the permissions") from error
         return False
 
 
 def _link_or_move(path: Path, other: Path) -> None:
-    """Give a file another name too, or instead where the file system has no links."""
+    """Add a second name to a file; rename it if the file system does not support links."""
     temporary = other.with_name(f".{other.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -182,4 +186,4 @@ def _link_or_move(path: Path, other: Path) -> None:
         os.replace(path, other)
     else:
         os.replace(temporary, other)
-        temporary.unlink(missing_ok=True)  # still there if both were names of one file already
+        temporary.unlink(missing_ok=True)  # os.replace does nothing if both names are links to the same file

@@ -1,25 +1,36 @@
 #!/usr/bin/env bash
-# Run a script of segmentation/ or detection/ on several processes, one for each GPU.
+# Run a script of segmentation/ or detection/ in several processes, one per GPU.
 #
 #     bash launch.sh SCRIPT PROCESSES [arguments of the script]
 #
-# Environment: PYTHON, the interpreter (python). For several machines NNODES, NODE_RANK (0 on the first), MASTER_ADDR,
-# the address of the first, and PORT (29500). MAX_RESTARTS (0): how often dead processes are started again.
+# PROCESSES is the number of processes on this machine. Environment variables:
+#
+#     PYTHON        Python interpreter (default: python)
+#     MAX_RESTARTS  number of restarts if a process dies (default: 0)
+#     PORT          port for the communication of the processes (default: a free one; 29500 on several machines)
+#     NNODES        number of machines (default: 1)
+#     NODE_RANK     number of this machine, from 0; required on several machines
+#     MASTER_ADDR   address of machine 0; required on several machines
 set -euo pipefail
+case ${1:-} in
+    -h | --help) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit ;;
+esac
+[ $# -ge 2 ] || { echo "usage: bash launch.sh SCRIPT PROCESSES [arguments of the script]" >&2; exit 2; }
 script=$1 processes=$2
 shift 2
-[[ $processes =~ ^[1-9][0-9]*$ ]] || { echo "launch.sh: $processes is no number of processes" >&2; exit 2; }
+[[ $processes =~ ^[1-9][0-9]*$ ]] || { echo "launch.sh: $processes is not a number of processes" >&2; exit 2; }
 python=${PYTHON:-python}
 "$python" -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("torch") is None)' ||
-    { echo "launch.sh: $python has no torch; activate the environment first: source .venv/bin/activate" >&2; exit 1; }
+    { echo "launch.sh: torch is not installed for $python; activate the environment first: source .venv/bin/activate" >&2; exit 1; }
 if [ "${NNODES:-1}" -gt 1 ]; then
-    meeting=(--nnodes="$NNODES" --node_rank="${NODE_RANK:?is the number of this machine, from 0}" \
-        --master_addr="${MASTER_ADDR:?is the address of the first machine}" --master_port="${PORT:-29500}")
+    rendezvous=(--nnodes="$NNODES" --node_rank="${NODE_RANK:?must be set to the number of this machine, from 0}" \
+        --master_addr="${MASTER_ADDR:?must be set to the address of machine 0}" --master_port="${PORT:-29500}")
 elif [ "$processes" -eq 1 ]; then
     exec "$python" "$script" "$@"
+elif [ -n "${PORT:-}" ]; then
+    rendezvous=(--master_port="$PORT")
 else
-    meeting=(${PORT:+--master_port="$PORT"})
-    [ ${#meeting[@]} -gt 0 ] || meeting=(--standalone)
+    rendezvous=(--standalone)
 fi
-exec "$python" -m torch.distributed.run "${meeting[@]}" --nproc_per_node="$processes" \
+exec "$python" -m torch.distributed.run "${rendezvous[@]}" --nproc_per_node="$processes" \
     --max-restarts="${MAX_RESTARTS:-0}" --signals-to-handle=SIGTERM,SIGINT,SIGUSR1 "$script" "$@"

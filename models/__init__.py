@@ -1,4 +1,4 @@
-"""Twins models: importing this package registers them with timm's `create_model`."""
+"""Twins models. Importing this package registers them with timm's `create_model`."""
 
 import timm
 
@@ -19,5 +19,5 @@ __all__ = [
 
 
 def list_models() -> list[str]:
-    """Return the names of our models, which timm's `create_model` builds."""
+    """Return the names of the models of this package, for timm's `create_model`."""
     return [name for name in timm.list_models(module="twins") if not name.startswith("twins_")]

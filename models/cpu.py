@@ -1,12 +1,12 @@
-"""Linear layers and MLPs that are fast on CPUs: the same results and gradients as torch's, in less time and memory.
+"""Linear layers and MLPs that are faster than torch's on a CPU, with the same results and gradients and less memory.
 
-In float32 on a CPU, torch multiplies matrices by MKL, which on AMD's processors came to less than half of what AVX-512
-can do, and makes a pass of its own over memory for each GELU. Here oneDNN multiplies, by the operator that
-torch.compile uses for it, and an MLP goes through its wide hidden layer in parts that stay in the cache. Training keeps
-the hidden layer before its GELU alone and computes the GELU again in the backward pass. README.md has the figures.
+In float32 on a CPU, torch multiplies matrices with MKL, which reached less than half of the throughput of AVX-512 on
+AMD processors, and each GELU is a separate pass over memory. The layers of this file use oneDNN, through the operator
+that torch.compile uses. An MLP computes its wide hidden layer in parts that fit into the cache. For the backward pass
+it only saves the hidden layer before the GELU and recomputes the GELU. README.md has the measurements.
 
-Everywhere else (GPUs, other types, autocast, small layers, export, torch.func) the layers are torch's;
-`set_enabled(False)` makes them so here, for tools that look for torch's layers and operations.
+In all other cases (GPUs, other data types, autocast, small layers, export, torch.func) the layers call torch's.
+`set_enabled(False)` does this always, for tools that look for torch's layers and operations.
 """
 
 import torch
@@ -15,25 +15,26 @@ from timm.layers import Mlp as TimmMlp
 from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
-PART_BYTES = 4 << 20  # of the hidden layer of an MLP; 2 to 8 MiB measured alike
-LEAST_PRODUCTS = 1 << 21  # multiply-accumulates; in smaller layers the way to oneDNN takes longer than it saves
+PART_BYTES = 4 << 20  # size of a part of the hidden layer of an MLP; 2 to 8 MiB are equally fast
+LEAST_PRODUCTS = 1 << 21  # multiply-accumulates; in smaller layers the overhead of the call exceeds the gain
 
 
 def _has_hooks(module: nn.Module) -> bool:
+    """Return True if a module has forward or backward hooks."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return any(hooks)
 
 
 def _is_available() -> bool:
-    """Return True if torch has oneDNN and all its private functions that this file calls."""
+    """Return True if torch has oneDNN and all private functions that this file calls."""
     x = torch.ones(1, 1)
-    try:  # each of them, as below
+    try:  # call each of them as the code below does
         torch._C._functorch.peek_interpreter_stack()
         int(torch.autograd.forward_ad._current_level)
         _has_hooks(nn.Identity())
         torch.ops.mkldnn._linear_pointwise(x, x, x[0], "gelu", [], "none")
         return torch.backends.mkldnn.is_available()
-    except Exception:  # whatever another torch raises instead
+    except Exception:  # other versions of torch may raise any error
         return False
 
 
@@ -42,26 +43,26 @@ _enabled = AVAILABLE
 
 
 def set_enabled(enabled: bool) -> None:
-    """Choose whether the layers of this file may differ from torch's in how they compute, where they can."""
+    """Enable or disable the computation of this file; when disabled, all layers call torch's."""
     global _enabled
     _enabled = enabled and AVAILABLE
 
 
 def _is_fast(x: Tensor, weight: Tensor) -> bool:
-    """Tell whether a layer `(..., in) -> (..., out)` with a weight `(out, in)` is one to compute here."""
+    """Return True if this file computes the layer `(..., in) -> (..., out)` with a weight `(out, in)`."""
     return (
         _enabled
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
-        and x.shape[-1] == weight.shape[1]  # torch has the better message
+        and x.shape[-1] == weight.shape[1]  # otherwise torch raises its error
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()
-        and (torch.compiler.is_compiling() or _is_worth_it(x, weight))  # one compiled graph serves all sizes
+        and (torch.compiler.is_compiling() or _is_worth_it(x, weight))  # a compiled graph must not depend on the size
     )
 
 
 def _is_worth_it(x: Tensor, weight: Tensor) -> bool:
-    """Tell whether a layer is large enough, and nobody looks at its operations one by one."""
+    """Return True if a layer is large enough, and neither traced nor transformed."""
     return (
         not torch.jit.is_tracing()
         and x.numel() * weight.shape[0] >= LEAST_PRODUCTS
@@ -71,7 +72,7 @@ def _is_worth_it(x: Tensor, weight: Tensor) -> bool:
 
 
 class Linear(nn.Linear):
-    """torch's linear layer, `(..., in_features)` -> `(..., out_features)`."""
+    """Linear layer, `(..., in_features)` -> `(..., out_features)`."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bias is None or not _is_fast(x, self.weight):
@@ -80,14 +81,14 @@ class Linear(nn.Linear):
 
 
 class Mlp(TimmMlp):
-    """timm's MLP with one hidden layer and an exact GELU, `(..., C)` -> the same shape."""
+    """MLP with one hidden layer and an exact GELU, `(..., C)` -> the same shape."""
 
     def __init__(self, dim: int, hidden: int, drop: float = 0.0):
         super().__init__(dim, hidden, drop=drop)
         self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        # The device first, which is quick to see; the parts before the weight, which others may not have.
+        # The device is the fastest check. is_plain() comes before fc1.weight, which a replaced layer may not have.
         if not (_enabled and x.is_cpu and self.is_plain() and _is_fast(x, self.fc1.weight)):
             return super().forward(x)
         arguments = x.reshape(-1, x.shape[-1]), self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
@@ -95,7 +96,7 @@ class Mlp(TimmMlp):
         return output.view(x.shape)
 
     def is_plain(self) -> bool:
-        """Tell whether the parts are as they were built: not replaced, hooked or dropping anything."""
+        """Return True if no layer is replaced or has hooks, and no dropout is active."""
         parts = {self.fc1: Linear, self.act: nn.GELU, self.norm: nn.Identity, self.fc2: Linear}
         return (
             all(type(part) is kind and not _has_hooks(part) for part, kind in parts.items())
@@ -104,13 +105,13 @@ class Mlp(TimmMlp):
         )
 
 
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, then: str = "none") -> Tensor:
-    """Return `then(x @ weight.T + bias)` by oneDNN, `then` being `"none"` or `"gelu"`."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "none")
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str = "none") -> Tensor:
+    """Return `activation(x @ weight.T + bias)`, computed by oneDNN; `activation` is `"none"` or `"gelu"`."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
 
 
 def _multiply_tokens(left: Tensor, right: Tensor) -> Tensor:
-    """Return `left.T @ right`, `(tokens, M), (tokens, N) -> (M, N)`; the narrower one is transposed in memory."""
+    """Return `left.T @ right`, `(tokens, M), (tokens, N) -> (M, N)`; the narrower matrix is transposed in memory."""
     if left.shape[1] <= right.shape[1]:
         return _multiply(left.t(), right.t())
     return _multiply(right.t(), left.t()).t().contiguous()
@@ -133,7 +134,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 @torch.library.custom_op("twins::linear_backward", mutates_args=(), device_types="cpu")
 def linear_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of the input, the weight and the bias of `linear`."""
-    grad = grad.contiguous()  # once, for all three
+    grad = grad.contiguous()  # one copy for all three results
     return _multiply(grad, weight.t()), _multiply_tokens(grad, x), grad.sum(0)
 
 
@@ -148,7 +149,7 @@ def _save_for_linear(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 def _differentiate_linear(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x, weight = ctx.saved_tensors
-    if torch.is_grad_enabled():  # the gradients are to be differentiated, too
+    if torch.is_grad_enabled():  # for gradients of gradients, in differentiable operations
         return grad @ weight, grad.t() @ x, grad.sum(0)
     return linear_backward(grad, x, weight)
 
@@ -161,7 +162,7 @@ linear.register_autograd(_differentiate_linear, setup_context=_save_for_linear)
 
 @torch.library.custom_op("twins::mlp", mutates_args=(), device_types="cpu")
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-    """Return `gelu(x @ weight1.T + bias1) @ weight2.T + bias2`, `(tokens, C) -> (tokens, C)`, without a gradient."""
+    """Return `gelu(x @ weight1.T + bias1) @ weight2.T + bias2`, `(tokens, C) -> (tokens, C)`; not differentiable."""
     parts = _split(x, hidden=len(weight1))
     return _cat([_multiply(_multiply(part, weight1, bias1, "gelu"), weight2, bias2) for part in parts])
 
@@ -173,7 +174,7 @@ def _(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor)
 
 @torch.library.custom_op("twins::mlp_training", mutates_args=(), device_types="cpu")
 def mlp_training(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what `mlp` returns, and the hidden layer before its GELU, `(tokens, hidden)`."""
+    """Return the output of `mlp` and the hidden layer before the GELU, `(tokens, hidden)`."""
     hidden = _multiply(x, weight1, bias1)
     return _cat([_multiply(F.gelu(part), weight2, bias2) for part in _split(hidden, hidden=len(weight1))]), hidden
 
@@ -188,16 +189,21 @@ def mlp_backward(
     grad: Tensor, x: Tensor, hidden: Tensor, weight1: Tensor, weight2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of the input, the weights and the biases of `mlp_training`."""
-    of_x, sums = [], None
-    parts = (_split(each, hidden=len(weight1)) for each in (grad.contiguous(), x, hidden))
-    for grad_part, x_part, hidden_part in zip(*parts, strict=True):
-        of_hidden = torch.ops.aten.gelu_backward(_multiply(grad_part, weight2.t()), hidden_part)
-        of_x.append(_multiply(of_hidden, weight1.t()))
-        of_first = _multiply_tokens(of_hidden, x_part), of_hidden.sum(0)
-        of_second = _multiply_tokens(grad_part, F.gelu(hidden_part)), grad_part.sum(0)
-        new = [*of_first, *of_second]
-        sums = new if sums is None else [total.add_(part) for total, part in zip(sums, new, strict=True)]
-    return _cat(of_x), *sums
+    grad_x, grad_parameters = [], None
+    width = len(weight1)
+    parts = zip(_split(grad.contiguous(), width), _split(x, width), _split(hidden, width), strict=True)
+    for grad_part, x_part, hidden_part in parts:
+        grad_hidden = torch.ops.aten.gelu_backward(_multiply(grad_part, weight2.t()), hidden_part)
+        grad_x.append(_multiply(grad_hidden, weight1.t()))
+        grad_first = _multiply_tokens(grad_hidden, x_part), grad_hidden.sum(0)
+        grad_second = _multiply_tokens(grad_part, F.gelu(hidden_part)), grad_part.sum(0)
+        new = [*grad_first, *grad_second]
+        if grad_parameters is None:
+            grad_parameters = new
+        else:
+            for total, part in zip(grad_parameters, new, strict=True):
+                total.add_(part)
+    return _cat(grad_x), *grad_parameters
 
 
 @mlp_backward.register_fake
@@ -207,7 +213,7 @@ def _(grad: Tensor, x: Tensor, hidden: Tensor, weight1: Tensor, weight2: Tensor)
 
 
 def _save_for_mlp(ctx, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.set_materialize_grads(False)  # nothing depends on the hidden layer, which is wide
+    ctx.set_materialize_grads(False)  # the hidden layer has no gradient; do not allocate zeros for it
     ctx.save_for_backward(*inputs[:4], output[1])
 
 
@@ -215,11 +221,12 @@ def _differentiate_mlp(ctx, grad: Tensor | None, _) -> tuple[Tensor | None, ...]
     x, weight1, bias1, weight2, hidden = ctx.saved_tensors
     if grad is None:
         return (None,) * 5
-    if torch.is_grad_enabled():  # the gradients are to be differentiated, too
+    if torch.is_grad_enabled():  # for gradients of gradients, in differentiable operations
         hidden = F.linear(x, weight1, bias1)
-        of_hidden = torch.ops.aten.gelu_backward(grad @ weight2, hidden)
-        of_second = grad.t() @ F.gelu(hidden), grad.sum(0)
-        return of_hidden @ weight1, of_hidden.t() @ x, of_hidden.sum(0), *of_second
+        grad_hidden = torch.ops.aten.gelu_backward(grad @ weight2, hidden)
+        grad_first = grad_hidden.t() @ x, grad_hidden.sum(0)
+        grad_second = grad.t() @ F.gelu(hidden), grad.sum(0)
+        return grad_hidden @ weight1, *grad_first, *grad_second
     return mlp_backward(grad, x, hidden, weight1, weight2)
 
 
@@ -227,12 +234,12 @@ mlp_training.register_autograd(_differentiate_mlp, setup_context=_save_for_mlp)
 
 
 def _split(x: Tensor, hidden: int) -> tuple[Tensor, ...]:
-    """Split tokens `(tokens, C)` into parts whose hidden layer stays in the cache."""
+    """Split tokens `(tokens, C)` into parts whose hidden layer of `hidden` channels fits into the cache."""
     return x.split(max(1, PART_BYTES // (hidden * x.element_size())))
 
 
 def _cat(parts: list[Tensor]) -> Tensor:
-    """Join parts of tokens; a single part is returned as it is, without a copy."""
+    """Concatenate parts of tokens; a single part is returned without a copy."""
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 

@@ -1,11 +1,11 @@
-"""Twins-PCPVT and Twins-SVT: the layers, the one `Twins` backbone and its entry points.
+"""Twins-PCPVT and Twins-SVT: layers, the backbone `Twins`, and entry points.
 
 Papers: Twins (Chu et al., NeurIPS 2021, https://arxiv.org/abs/2104.13840) and, for the positional
 encoding generator, CPVT (Chu et al., ICLR 2023, https://arxiv.org/abs/2102.10882).
 
-A network has four stages of strides 4, 8, 16 and 32. Tokens stay channels-last, `(B, H, W, C)`, from the
-first patch embedding to the head, so convolutions, norms and linear layers see the same memory. Parameter
-names are those of the released weights; `models/weights.py` reads every other format.
+A network has four stages of strides 4, 8, 16 and 32. Tokens are channels-last, `(B, H, W, C)`, from the
+first patch embedding to the head, so that convolutions, norms and linear layers use the same memory layout.
+Parameter names are those of the released weights; `models/weights.py` reads the other formats.
 
     from timm import create_model
     import models
@@ -27,12 +27,12 @@ from torch.utils.checkpoint import checkpoint
 
 from models.cpu import Linear, Mlp
 
-MIN_INPUT_SIZE = 32  # pixels a side: the stride of the last stage
+MIN_INPUT_SIZE = 32  # side length in pixels: the stride of the last stage
 WINDOW_PADDINGS = ("mask", "zero")
 
 
 class TwinsError(ValueError):
-    """Weights, images or arguments that do not fit the models of this package; the message says what to do."""
+    """Weights, images or arguments that do not fit the models of this package. The message has the remedy."""
 
 
 def conv_channels_last(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
@@ -41,21 +41,21 @@ def conv_channels_last(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 
 
 def _cat(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
-    """Concatenate; a single part is returned as it is, without a copy."""
+    """Concatenate tensors; a single one is returned without a copy."""
     return torch.cat(parts, dim=dim) if len(parts) > 1 else parts[0]
 
 
 def _is_known_multiple(side: int, window: int) -> bool:
-    """Tell whether a side is a multiple of the window; False, too, in a graph that is captured for many sizes."""
+    """Return True if a side is a multiple of the window. In a graph compiled for many sizes this is unknown: False."""
     if not torch.compiler.is_compiling():
         return side % window == 0
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # here, for it takes long to import
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
 
     return statically_known_true(side % window == 0)
 
 
 class PatchEmbed(nn.Module):
-    """Cut the map into patches and embed each one: `(B, H, W, C_in)` -> `(B, H // p, W // p, C)`."""
+    """Patch embedding with patches of side p, `(B, H, W, C_in)` -> `(B, H // p, W // p, C)`."""
 
     def __init__(self, in_chans: int, embed_dim: int, patch_size: int):
         super().__init__()
@@ -67,7 +67,7 @@ class PatchEmbed(nn.Module):
 
 
 class PositionalEncodingGenerator(nn.Module):
-    """PEG of CPVT: a depthwise 3x3 convolution with a residual, `(B, H, W, C)` -> the same shape."""
+    """PEG of CPVT: depthwise 3x3 convolution with a residual, `(B, H, W, C)` -> the same shape."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -80,9 +80,9 @@ class PositionalEncodingGenerator(nn.Module):
 class LocallyGroupedAttention(nn.Module):
     """LSA of Twins-SVT: attention inside windows of `window_size` x `window_size` tokens.
 
-    On maps that are no multiple of the window, the last windows reach over the right and the lower border. With
-    `window_padding="mask"` what lies outside takes no part: those windows are simply smaller, so nothing is
-    padded or masked. With `"zero"` it takes part as zero vectors. Elsewhere both are the same computation.
+    If a side of the map is not a multiple of the window, the last windows extend beyond the right or lower border.
+    With `window_padding="mask"` the padding takes no part in attention: these windows are just smaller. With `"zero"`
+    it takes part as zero vectors. Without padding both are the same.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class LocallyGroupedAttention(nn.Module):
         elif self.window_padding == "zero":
             x = self.attend(F.pad(x, (0, 0, 0, -W % size, 0, -H % size)))[:, :H, :W]
         else:
-            # Differs from the original: there the mask was wrong where only one side reached over the border.
+            # Differs from the original: its mask is wrong where only one side is padded.
             bands = [
                 _cat([self.attend(part) for part in self.split(band, dim=2)], dim=2) for band in self.split(x, dim=1)
             ]
@@ -122,27 +122,27 @@ class LocallyGroupedAttention(nn.Module):
         return self.proj_drop(x)
 
     def split(self, x: torch.Tensor, dim: int) -> list[torch.Tensor]:
-        """Split a map into its whole windows and what remains, leaving out empty parts."""
+        """Split a map into the whole windows and the rest, without empty parts."""
         remainder = x.shape[dim] % self.window_size
         parts = x.split([x.shape[dim] - remainder, remainder], dim=dim)
         return [part for part in parts if part.shape[dim] > 0]
 
     def attend(self, x: torch.Tensor) -> torch.Tensor:
-        """Attend inside the windows of a part `(B, H, W, C)`, whose sides are multiples of the window or less."""
+        """Attend inside windows of a map `(B, H, W, C)`, whose sides are multiples of the window or smaller than it."""
         B, H, W, C = x.shape
         height, width = min(H, self.window_size), min(W, self.window_size)
         rows, cols = H // height, W // width
-        # Windows are cut out before they are widened to q, k and v: that moves a third of the memory.
+        # Rearranging into windows before the projection to q, k and v moves a third of the memory.
         x = x.reshape(B, rows, height, cols, width, C).transpose(2, 3).reshape(-1, height * width, C)
         x = self.attend_windows(x).reshape(B, rows, cols, height, width, C)
         return x.transpose(2, 3).reshape(B, H, W, C)
 
     def attend_by_index(self, x: torch.Tensor) -> torch.Tensor:
-        """Attend inside the windows of a map `(B, H, W, C)` of any size, so that one captured graph serves all."""
+        """Attend inside windows of a map `(B, H, W, C)`, in a single compiled graph for all sizes."""
         B, H, W, C = x.shape
         size, device = self.window_size, x.device
         rows, cols = (H + size - 1) // size, (W + size - 1) // size
-        place = torch.arange(rows * cols * size**2, device=device)  # of tokens, window by window
+        place = torch.arange(rows * cols * size**2, device=device)  # index of a token, in the order of windows
         window, token = place // size**2, place % size**2
         band = window // cols
         row, col = band * size + token // size, (window - band * cols) * size + token % size
@@ -153,14 +153,19 @@ class LocallyGroupedAttention(nn.Module):
         else:
             real = inside.repeat(B).view(-1, 1, 1, size**2)
         x = self.attend_windows(x.view(-1, size**2, C), real).view(B, -1, C)
-        place = torch.arange(H * W, device=device)  # of tokens, row by row
+        place = torch.arange(H * W, device=device)  # index of a token, in the order of rows
         row = place // W
         col = place - row * W
         place = (row // size * cols + col // size) * size**2 + row % size * size + col % size
         return x.index_select(1, place).view(B, H, W, C)
 
     def attend_windows(self, x: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
-        """Attend inside windows, `(windows, tokens, C)`, to tokens that are `real`, bool `(windows, 1, 1, tokens)`."""
+        """Attend inside windows.
+
+        Args:
+            x: Tokens `(windows, tokens, C)`.
+            real: Mask `(windows, 1, 1, tokens)`, False for padding; None if all tokens take part.
+        """
         _, tokens, C = x.shape
         qkv = self.qkv(x).view(-1, tokens, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (windows, heads, tokens, C / heads) each
@@ -170,9 +175,9 @@ class LocallyGroupedAttention(nn.Module):
 
 
 class GlobalSubsampledAttention(nn.Module):
-    """GSA of Twins, also PVT's spatial-reduction attention: keys and values come from a subsampled map.
+    """GSA of Twins, the spatial-reduction attention of PVT: keys and values come from a subsampled map.
 
-    A convolution with kernel and stride `sr_ratio` subsamples; with `sr_ratio` 1 this is plain attention.
+    The map is subsampled by a convolution with kernel and stride `sr_ratio`. With `sr_ratio=1` this is plain attention.
     """
 
     def __init__(self, dim: int, num_heads: int, sr_ratio: int = 1, attn_drop: float = 0.0, proj_drop: float = 0.0):
@@ -204,7 +209,7 @@ class GlobalSubsampledAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, `(B, H, W, C)` -> the same shape; `attn` is either attention of this file."""
+    """Pre-norm transformer block, `(B, H, W, C)` -> the same shape. `attn` is LSA or GSA."""
 
     def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, proj_drop: float = 0.0, drop_path: float = 0.0):
         super().__init__()
@@ -222,34 +227,34 @@ class Block(nn.Module):
 class Twins(nn.Module):
     """The Twins backbone with an optional classification head.
 
-    Input: ImageNet-normalised RGB `(B, in_chans, H, W)` with H and W of at least 32 pixels, rectangular or
-    odd. Output: logits `(B, num_classes)`; tokens `(B, H / 32, W / 32, C)` where pooling and head are off.
+    Input: ImageNet-normalised RGB images `(B, in_chans, H, W)`, with any H and W of at least 32 pixels.
+    Output: logits `(B, num_classes)`, or tokens `(B, H // 32, W // 32, C)` without pooling and head.
 
     Args:
-        in_chans: Channels of the input images.
-        num_classes: Classes of the head; 0 for no head.
-        global_pool: `"avg"`, or `""` to keep the map of tokens.
-        embed_dims: Channels of each stage.
-        num_heads: Attention heads of each stage.
-        mlp_ratios: Hidden width of the MLP over the channels, for each stage.
-        depths: Blocks of each stage.
-        sr_ratios: Subsampling of the keys of GSA in each stage, tokens a side.
-        window_size: Tokens a side of the LSA windows. Blocks then alternate LSA and GSA (Twins-SVT); `None`
-            makes every block GSA (Twins-PCPVT).
+        in_chans: Number of channels of the input images.
+        num_classes: Number of classes; 0 to omit the head.
+        global_pool: `"avg"` for average pooling, or `""` to disable pooling.
+        embed_dims: Number of channels of each stage.
+        num_heads: Number of attention heads of each stage.
+        mlp_ratios: Ratio of the hidden width of the MLP to the number of channels, for each stage.
+        depths: Number of blocks of each stage.
+        sr_ratios: Stride of the subsampling in GSA, for each stage.
+        window_size: Side length of the LSA windows in tokens; blocks alternate LSA and GSA (Twins-SVT). None to use
+            GSA in all blocks (Twins-PCPVT).
         window_padding: `"mask"` or `"zero"`, see `LocallyGroupedAttention`.
-        stage_norm: Normalise each stage's map, in the trunk (`norm_list` of the dense SVT models).
-        drop_rate: Dropout before the head.
-        proj_drop_rate: Dropout behind the projections of attention and MLP.
-        attn_drop_rate: Dropout of the attention weights.
-        drop_path_rate: Stochastic depth of the last block; grows linearly over all blocks from 0.
-        img_size: Accepted for timm's interface. It is only checked: the network takes any size.
+        stage_norm: True to normalise the output of each stage (`norm_list` of the dense SVT models).
+        drop_rate: Dropout rate before the head.
+        proj_drop_rate: Dropout rate after the projections of attention and MLP.
+        attn_drop_rate: Dropout rate of the attention weights.
+        drop_path_rate: Stochastic depth rate of the last block; the rate grows linearly from 0 over all blocks.
+        img_size: Side length of the images, or height and width. It is only checked; the network takes any size.
 
     Raises:
-        TwinsError: On an unknown `window_padding` or `global_pool`, a head count that does not divide its
-            width, or an image under 32 pixels a side.
+        TwinsError: If `window_padding` or `global_pool` is unknown, if the number of channels is not a multiple of the
+            number of heads, or if a side of `img_size` is less than 32 pixels.
     """
 
-    output_fmt = "NHWC"  # timm's name for the layout of `forward_features`
+    output_fmt = "NHWC"  # layout of `forward_features`, read by timm
 
     def __init__(
         self,
@@ -272,7 +277,7 @@ class Twins(nn.Module):
     ):
         super().__init__()
         if window_padding not in WINDOW_PADDINGS:
-            raise TwinsError(f"window_padding {window_padding!r} is unknown; it is one of {WINDOW_PADDINGS}")
+            raise TwinsError(f"window_padding {window_padding!r} is unknown; use one of {WINDOW_PADDINGS}")
         for dim, heads in zip(embed_dims, num_heads, strict=True):
             if dim % heads:
                 raise TwinsError(f"{heads} attention heads do not divide an embedding of {dim} channels")
@@ -285,7 +290,7 @@ class Twins(nn.Module):
         self.grad_checkpointing = False
 
         def make_attention(stage: int, index: int) -> nn.Module:
-            """LSA at even indices where there are windows, else GSA."""
+            """Return LSA at even indices if there are windows, GSA otherwise."""
             dim, heads, drops = embed_dims[stage], num_heads[stage], (attn_drop_rate, proj_drop_rate)
             if window_size is not None and index % 2 == 0:
                 return LocallyGroupedAttention(dim, heads, window_size, window_padding, *drops)
@@ -319,14 +324,14 @@ class Twins(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """Map images `(B, in_chans, H, W)` to normalised tokens `(B, H / 32, W / 32, C)`."""
+        """Map images `(B, in_chans, H, W)` to normalised tokens `(B, H // 32, W // 32, C)`."""
         x = self._to_channels_last(x)
         for stage in range(len(self.blocks)):
             x = self._forward_stage(x, stage)
         return self.norm(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """Map tokens `(B, H, W, C)` to logits, or to pooled features `(B, C)` if `pre_logits`."""
+        """Map tokens `(B, H, W, C)` to logits `(B, num_classes)`, or to pooled features `(B, C)` if `pre_logits`."""
         if self.global_pool == "avg":
             x = x.mean(dim=(1, 2))
         x = self.head_drop(x)
@@ -341,19 +346,22 @@ class Twins(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return the maps of chosen stages, as timm's models do.
+        """Return the outputs of chosen stages, as timm's models do.
 
         Args:
             x: Images `(B, in_chans, H, W)`.
-            indices: The last n stages if an int, those named if a sequence, all if None.
-            norm: Apply the final norm to the last stage's map.
-            stop_early: Do not compute stages behind the last one asked for.
-            output_fmt: `"NCHW"` or `"NHWC"`.
-            intermediates_only: Return the list of maps alone, else `(tokens, maps)`, where the tokens are
-                those of `forward_features` if the last stage was computed.
+            indices: Number of last stages, or a sequence of stages; None for all stages.
+            norm: True to apply the final norm to the output of the last stage.
+            stop_early: True to skip the stages after the last chosen one.
+            output_fmt: Layout of the maps, `"NCHW"` or `"NHWC"`.
+            intermediates_only: True to return only the list of maps.
+
+        Returns:
+            `(tokens, maps)`, or only the maps. If the last stage was computed, the tokens are those of
+            `forward_features`.
         """
         if output_fmt not in ("NCHW", "NHWC"):
-            raise TwinsError(f"output_fmt {output_fmt!r} is unknown; it is 'NCHW' or 'NHWC'")
+            raise TwinsError(f"output_fmt {output_fmt!r} is unknown; use 'NCHW' or 'NHWC'")
         wanted, last_wanted = feature_take_indices(len(self.blocks), indices)
         last = len(self.blocks) - 1
         intermediates = []
@@ -370,33 +378,45 @@ class Twins(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages, and the final norm and head, that the features `indices` do not need."""
+        """Remove the stages, final norm and head that the outputs `indices` do not need, as timm's models do.
+
+        Args:
+            indices: Number of last stages, or a sequence of stages.
+            prune_norm: True to always remove the final norm.
+            prune_head: True to always remove the head.
+
+        Returns:
+            The indices of the chosen stages.
+        """
         wanted, last_wanted = feature_take_indices(len(self.blocks), indices)
         keep = last_wanted + 1
-        stages_go = keep < len(self.blocks)
-        for name in ("patch_embeds", "pos_block", "blocks", *(["norm_list"] if self.stage_norm else [])):
+        prune_stages = keep < len(self.blocks)
+        names = ["patch_embeds", "pos_block", "blocks"]
+        if self.stage_norm:
+            names.append("norm_list")
+        for name in names:
             setattr(self, name, getattr(self, name)[:keep])
-        if prune_norm or stages_go:
+        if prune_norm or prune_stages:
             self.norm = nn.Identity()
-        if stages_go:
+        if prune_stages:
             self.num_features = self.head_hidden_size = self.embed_dims[last_wanted]
-        if prune_head or stages_go:
+        if prune_head or prune_stages:
             self.reset_classifier(0, "")
         return wanted
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass: less memory, about a third more time."""
+        """Enable or disable recomputation of each block in the backward pass: less memory, about a third more time."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        """Return the parameters that are never decayed, beside biases and norms: those of the PEGs."""
+        """Return the names of parameters without weight decay, besides biases and norms: those of the PEGs."""
         return {f"pos_block.{name}" for name, _ in self.pos_block.named_parameters()}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Return timm's grouping of parameters into layers, for layer-wise learning rates."""
+        """Return the grouping of parameters into layers, for timm's layer-wise learning-rate decay."""
         if coarse:
             blocks = [(r"^(?:patch_embeds|blocks|pos_block|norm_list)\.(\d+)", None), (r"^norm\.", (99999,))]
         else:
@@ -410,10 +430,11 @@ class Twins(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
+        """Return the head."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a new one, initialised at random; 0 classes for none."""
+        """Replace the head by a new one with random weights; 0 classes to remove it."""
         if global_pool is not None:
             self.global_pool = _check_pool(global_pool)
         self.num_classes = num_classes
@@ -428,7 +449,7 @@ class Twins(nn.Module):
         return x.permute(0, 2, 3, 1)
 
     def _forward_stage(self, x: torch.Tensor, stage: int) -> torch.Tensor:
-        """Map tokens `(B, H, W, C_in)` of the stage before to `(B, H', W', C)` of this one."""
+        """Map tokens `(B, H, W, C_in)` of the previous stage to tokens `(B, H', W', C)` of this one."""
         x = self.patch_embeds[stage](x)
         for index, block in enumerate(self.blocks[stage]):
             if self.grad_checkpointing and self.training:
@@ -450,12 +471,12 @@ def _check_image_size(height: int, width: int) -> None:
 
 def _check_pool(global_pool: str) -> str:
     if global_pool not in ("", "avg"):
-        raise TwinsError(f"global_pool {global_pool!r} is unknown; it is 'avg', or '' for none")
+        raise TwinsError(f"global_pool {global_pool!r} is unknown; use 'avg', or '' to disable pooling")
     return global_pool
 
 
 def _init_weights(module: nn.Module) -> None:
-    """Initialise one layer as the original does; LayerNorms keep torch's ones and zeros."""
+    """Initialise a layer as in the original. LayerNorms keep the initialisation of torch."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)
@@ -471,7 +492,7 @@ def _cfg(**kwargs) -> dict:
         "input_size": (3, 224, 224),
         "min_input_size": (3, MIN_INPUT_SIZE, MIN_INPUT_SIZE),
         "pool_size": None,
-        "crop_pct": 0.875,  # of the published evaluation; timm's own entries say 0.9
+        "crop_pct": 0.875,  # as in the published evaluation; the entries of timm have 0.9
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,
         "std": IMAGENET_DEFAULT_STD,
@@ -503,17 +524,18 @@ def _create(variant: str, pretrained: bool, **kwargs) -> nn.Module:
 
 
 def _pcpvt(variant: str, pretrained: bool, kwargs: dict, **config) -> nn.Module:
-    shared = {"embed_dims": (64, 128, 320, 512), "num_heads": (1, 2, 5, 8), "mlp_ratios": (8, 8, 4, 4)}
-    return _create(variant, pretrained, **{**shared, **config, **kwargs})
+    defaults = {"embed_dims": (64, 128, 320, 512), "num_heads": (1, 2, 5, 8), "mlp_ratios": (8, 8, 4, 4)}
+    return _create(variant, pretrained, **(defaults | config | kwargs))
 
 
 def _alt_gvt(variant: str, pretrained: bool, kwargs: dict, **config) -> nn.Module:
-    return _create(variant, pretrained, **{"window_size": 7, **config, **kwargs})
+    defaults = {"window_size": 7}
+    return _create(variant, pretrained, **(defaults | config | kwargs))
 
 
 @register_model
 def pcpvt_tiny(pretrained: bool = False, **kwargs) -> nn.Module:
-    """Twins-PCPVT of 1.3 M parameters, for tests and first steps."""
+    """Twins-PCPVT with 1.3 M parameters, for tests and first runs."""
     config = {"embed_dims": (32, 64, 96, 128), "num_heads": (1, 2, 3, 4), "depths": (1, 2, 2, 2)}
     return _pcpvt("pcpvt_tiny", pretrained, kwargs, **config)
 
@@ -538,7 +560,7 @@ def pcpvt_large(pretrained: bool = False, **kwargs) -> nn.Module:
 
 @register_model
 def alt_gvt_tiny(pretrained: bool = False, **kwargs) -> nn.Module:
-    """Twins-SVT of 1.0 M parameters, for tests and first steps."""
+    """Twins-SVT with 1.0 M parameters, for tests and first runs."""
     config = {"embed_dims": (32, 64, 96, 128), "num_heads": (1, 2, 3, 4), "mlp_ratios": (2, 2, 4, 4)}
     return _alt_gvt("alt_gvt_tiny", pretrained, kwargs, depths=(1, 1, 4, 1), **config)
 
@@ -563,5 +585,5 @@ def alt_gvt_large(pretrained: bool = False, **kwargs) -> nn.Module:
     return _alt_gvt("alt_gvt_large", pretrained, kwargs, **config)
 
 
-# The original's spellings.
+# Names of the original.
 register_model_deprecations(__name__, {f"pcpvt_{size}_v0": f"pcpvt_{size}" for size in ("small", "base", "large")})

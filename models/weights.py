@@ -1,8 +1,8 @@
-"""Every format of released weights -> our parameter names, strictly, with a report.
+"""Strict loading of weights in all released formats, with a report.
 
-Read are `.pth` and `.safetensors` files that hold a bare state dict, the original's and our checkpoints
-(`model`, `model_ema`) and timm's (`state_dict`, `state_dict_ema`), with or without the prefixes that
-DistributedDataParallel and torch.compile add. Nothing in a file is ever executed.
+The files are `.pth` and `.safetensors`. They hold a bare state dict, or a checkpoint of the original or of this code
+(`model`, `model_ema`) or of timm (`state_dict`, `state_dict_ema`). Parameter names may have the prefixes of
+DistributedDataParallel and torch.compile. Code in a file is never executed.
 """
 
 import argparse
@@ -22,12 +22,20 @@ from models.twins import TwinsError
 
 MODEL_KEYS = ("model", "state_dict")
 EMA_KEYS = ("model_ema", "state_dict_ema")
-CLASSIFIER = ("norm.", "head.")  # what a dense task has no use for
+CLASSIFIER = ("norm.", "head.")  # layers of a classifier that a dense task does not use
 
 
 @dataclass
 class LoadReport:
-    """What a load did: the source, the tensors taken as they are, those adapted, skipped, and not in the source."""
+    """Report of a load.
+
+    Attributes:
+        source: Name of the weights.
+        loaded: Number of tensors loaded without a change.
+        adapted: Names of tensors loaded with a change.
+        skipped: Names of tensors of the source that were not loaded.
+        new: Names of tensors of the model that are not in the source.
+    """
 
     source: str
     loaded: int = 0
@@ -44,19 +52,19 @@ class LoadReport:
 
 
 def load_weights(model: nn.Module, path: str | Path, *, ema: bool = False, finetune: bool = False) -> LoadReport:
-    """Load the weights of a file into a model; see `read_weights` and `load_state_dict`."""
+    """Load weights from a file into a model; see `read_weights` and `load_state_dict`."""
     return load_state_dict(model, read_weights(path, ema=ema), source=str(path), finetune=finetune)
 
 
 def read_weights(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]:
-    """Read a state dict from any of the formats above, in the names of our models.
+    """Read a state dict in any of the formats above, with the parameter names of our models.
 
     Args:
-        path: The file.
-        ema: Take the moving average of the weights instead of the weights themselves.
+        path: File to read.
+        ema: True to read the moving average of the weights.
 
     Raises:
-        TwinsError: If the file is missing or damaged, would execute code, or holds no such weights.
+        TwinsError: If the file is missing or damaged, would execute code, or does not contain these weights.
     """
     content = read_file(path)
     keys = EMA_KEYS if ema else MODEL_KEYS
@@ -64,20 +72,20 @@ def read_weights(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]:
     if holder is not None:
         content = content[holder]
     elif ema:
-        raise TwinsError(f"{path}: holds no moving average (EMA) of the weights; load the weights themselves")
+        raise TwinsError(f"{path}: contains no moving average (EMA) of the weights; load the weights themselves")
     if not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise TwinsError(
-            f"{path}: holds no weights; a state dict is expected, bare or under one of {', '.join(keys)}, "
+            f"{path}: contains no weights; a state dict is expected, bare or under one of {', '.join(keys)}, "
             f"but the file has {_shorten(content)}"
         )
     return {_plain_name(name): tensor for name, tensor in content.items()}
 
 
 def read_file(path: str | Path) -> dict:
-    """Read a checkpoint onto the CPU without executing anything in it.
+    """Read a checkpoint to the CPU without executing code.
 
     Raises:
-        TwinsError: If the file is missing, damaged, would execute code or holds no dict.
+        TwinsError: If the file is missing or damaged, would execute code, or does not contain a dict.
     """
     path = Path(path)
     if not os.path.isfile(path):
@@ -86,42 +94,40 @@ def read_file(path: str | Path) -> dict:
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
-        # The original saved its arguments as a Namespace, a plain record of values.
+        # Checkpoints of the original contain their arguments as a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except TwinsError:
         raise
     except OSError as error:
         raise TwinsError(f"{path}: cannot be read ({error})") from error
-    except Exception as error:  # the readers raise anything from KeyError to RuntimeError on a bad file
+    except Exception as error:  # torch and safetensors raise many kinds of errors for a bad file
         raise TwinsError(f"{path}: {_why_unreadable(path, error)}") from error
     if not isinstance(content, dict):
-        raise TwinsError(f"{path}: holds a {type(content).__name__}, not a checkpoint; a dict is expected")
+        raise TwinsError(f"{path}: contains a {type(content).__name__}, not a checkpoint; a dict is expected")
     return content
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
-        from safetensors.torch import load_file  # here, for an installation without it reads .pth files
+        from safetensors.torch import load_file  # safetensors is optional
     except ImportError as error:
         raise TwinsError(f"{path}: install safetensors to read it (pip install safetensors)") from error
     return load_file(path)
 
 
 def load_state_dict(model: nn.Module, state: dict[str, Tensor], *, source: str, finetune: bool = False) -> LoadReport:
-    """Load a state dict into a model strictly, and say what was done.
-
-    With `finetune`, and only then, the stem is adapted to another number of input channels (timm's rule: RGB
-    weights are summed or repeated) and a head for another class count is left as it was initialised.
+    """Load a state dict strictly into a model and return a report.
 
     Args:
-        model: A model of this package or of timm.
-        state: Names to tensors.
-        source: What to call the weights in messages.
-        finetune: Adapt stem and head instead of refusing them.
+        model: Model of this package or of timm.
+        state: Tensors by parameter name.
+        source: Name of the weights, used in messages.
+        finetune: True to adapt stem and head: for another number of input channels the weights of the stem are summed
+            or repeated, as timm does; for another number of classes the head keeps its initialisation.
 
     Raises:
-        TwinsError: If keys are missing, unexpected or of another shape; all are listed. The model is unchanged.
+        TwinsError: If keys are missing, unexpected or of another shape; the message lists them. The model is unchanged.
     """
     own = model.state_dict()
     state = dict(state)
@@ -146,16 +152,16 @@ def load_state_dict(model: nn.Module, state: dict[str, Tensor], *, source: str, 
 
 
 def load_backbone(backbone: nn.Module, state: dict[str, Tensor], *, source: str) -> LoadReport:
-    """Load the weights of a classifier into a backbone of a dense task, strictly; see `load_state_dict`.
+    """Load the weights of a classifier strictly into the backbone of a dense task; see `load_state_dict`.
 
-    The head and the final norm of the classifier are skipped. The norms between stages that it does not have stay
-    as they were initialised.
+    The head and the final norm of the classifier are skipped. Norms between stages, which a classifier does not have,
+    keep their initialisation.
 
     Raises:
-        TwinsError: If the weights do not fit, or are those of a whole network.
+        TwinsError: If the weights do not fit, or are the weights of a whole segmentation or detection network.
     """
     if any(name.startswith("backbone.") for name in state):
-        raise TwinsError(f"{source}: holds a whole network, not a classifier; start from it with --finetune")
+        raise TwinsError(f"{source}: contains a whole network, not a classifier; start from it with --finetune")
     used = {name: tensor for name, tensor in state.items() if not name.startswith(CLASSIFIER)}
     own = backbone.state_dict()
     new = {name: own[name] for name in own if name.startswith("norm_list.") and name not in used}
@@ -167,19 +173,19 @@ def load_backbone(backbone: nn.Module, state: dict[str, Tensor], *, source: str)
 
 
 def _adapt_stem(model: nn.Module, own: dict[str, Tensor], state: dict[str, Tensor], report: LoadReport) -> None:
-    """Sum or repeat the first convolution's weights to the model's number of input channels."""
+    """Sum or repeat the weights of the first convolution to fit the number of input channels."""
     for module in _layer_names(model, "first_conv"):
         name = f"{module}.weight"
         if name not in state or name not in own:
             continue
         channels = own[name].shape[1]
-        if channels != 3 == state[name].shape[1]:  # the rule is for RGB weights; others are refused as mismatched
+        if channels != 3 == state[name].shape[1]:  # other than RGB weights are reported as mismatched
             state[name] = adapt_input_conv(channels, state[name])
             report.adapted.append(f"{name} (3 -> {channels} input channels)")
 
 
 def _drop_head(model: nn.Module, own: dict[str, Tensor], state: dict[str, Tensor], report: LoadReport) -> None:
-    """Skip heads whose class count is another one."""
+    """Skip heads for another number of classes."""
     for module in _layer_names(model, "classifier"):
         names = [f"{module}.weight", f"{module}.bias"]
         if any(name in own and name in state and own[name].shape != state[name].shape for name in names):
@@ -189,45 +195,46 @@ def _drop_head(model: nn.Module, own: dict[str, Tensor], state: dict[str, Tensor
 
 
 def _layer_names(model: nn.Module, role: str) -> tuple[str, ...]:
-    """Return the layers that timm's configuration of a model names for a role (one, several or none)."""
+    """Return the names of the layers with a role in the timm configuration of a model."""
     names = getattr(model, "pretrained_cfg", {}).get(role) or ()
     return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _plain_name(name: str) -> str:
-    """Strip what DistributedDataParallel and torch.compile add to parameter names."""
+    """Remove the prefixes of DistributedDataParallel and torch.compile from a parameter name."""
     return re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", ""))
 
 
 def _remedy(model: nn.Module, lists: dict[str, list[str]]) -> str:
-    """Say what to do about weights that do not fit."""
+    """Return the remedy for weights that do not fit."""
     heads = tuple(f"{name}." for name in (*_layer_names(model, "classifier"), *_layer_names(model, "first_conv")))
     if heads and not lists["missing"] + lists["unexpected"] and all(m.startswith(heads) for m in lists["mismatched"]):
         return (
-            "They were made for other classes or channels: give the data and options of their training, or adapt them "
-            "by fine-tuning (--finetune)"
+            "They are for another number of classes or channels: use the data and options of their training, or adapt "
+            "them by fine-tuning (--finetune)"
         )
-    return "Choose the model that the weights were made for"
+    return "Choose the model that was trained with these weights"
 
 
 def _shorten(names: Iterable[str], limit: int = 6) -> str:
+    """Return the first `limit` names and the number of the others."""
     names = [str(name) for name in names]
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return (", ".join(names[:limit]) or "nothing") + rest
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
-    """Say in a few words why torch or safetensors refused a file."""
+    """Return the reason why torch or safetensors cannot read a file."""
     foreign = re.search(r"GLOBAL (\S+)", str(error))
     if foreign or (isinstance(error, pickle.UnpicklingError) and _is_pickle(path)):
         what = foreign[1] if foreign else "it is a plain pickle"
-        return f"refused, because loading it could execute code ({what}); a file of tensors is expected"
-    return "cannot be read as weights; the file is damaged, cut short or of another kind. Fetch or copy it again"
+        return f"rejected, because loading it could execute code ({what}); a file of tensors is expected"
+    return "cannot be read as weights; the file is damaged, truncated or of another format. Download or copy it again"
 
 
 def _is_pickle(path: Path) -> bool:
-    """Tell a whole pickle from garbage, without executing it."""
+    """Return True if a file is a valid pickle, without executing it."""
     try:
         return len(list(pickletools.genops(path.read_bytes()))) > 1
-    except Exception:  # genops raises many kinds of errors on garbage
+    except Exception:  # genops raises many kinds of errors for invalid data
         return False

@@ -1,4 +1,4 @@
-"""Small data on disk in the real formats, and ways to run main.py."""
+"""Shared by the tests: small data sets on disk, functions that run scripts, and comparisons of runs."""
 
 import json
 import os
@@ -18,13 +18,17 @@ from main import main
 from tests.small_data import write_ade20k, write_coco
 
 ROOT = Path(__file__).parents[1]
-if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # test processes share the cores
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # the test processes share the CPU cores
     torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 TINY = ["--model", "alt_gvt_tiny", "--input-size", "32", "--batch-size", "4", "--num_workers", "0", "--device", "cpu"]
-# In the names of the dense tasks' experiments.
+# Backbones by their names in the experiments of the dense tasks.
 BACKBONES = {
-    **{"pcpvt_s": "pcpvt_small", "pcpvt_b": "pcpvt_base", "pcpvt_l": "pcpvt_large"},
-    **{"alt_gvt_s": "alt_gvt_small", "alt_gvt_b": "alt_gvt_base", "alt_gvt_l": "alt_gvt_large"},
+    "pcpvt_s": "pcpvt_small",
+    "pcpvt_b": "pcpvt_base",
+    "pcpvt_l": "pcpvt_large",
+    "alt_gvt_s": "alt_gvt_small",
+    "alt_gvt_b": "alt_gvt_base",
+    "alt_gvt_l": "alt_gvt_large",
 }
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run"],
@@ -35,7 +39,7 @@ LAUNCHERS = {
 
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory) -> Path:
-    """An ImageNet-like tree of JPEG files: three classes, 8 training and 7 validation images each, of many sizes."""
+    """Folder of JPEG files like ImageNet: three classes of 8 training and 7 validation images, of several sizes."""
     root = tmp_path_factory.mktemp("imagenet")
     for side, (split, count) in enumerate({"train": 8, "val": 7}.items()):
         for label, name in enumerate(("n01440764", "n01443537", "n01484850")):
@@ -49,7 +53,7 @@ def image_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def ade20k_folder(tmp_path_factory) -> Path:
-    """ADEChallengeData2016 on a small scale."""
+    """Small data set in the layout of ADEChallengeData2016."""
     root = tmp_path_factory.mktemp("ADEChallengeData2016")
     write_ade20k(root)
     return root
@@ -57,7 +61,7 @@ def ade20k_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def coco_folder(tmp_path_factory) -> Path:
-    """COCO 2017 on a small scale."""
+    """Small data set in the layout of COCO 2017."""
     root = tmp_path_factory.mktemp("coco")
     write_coco(root)
     return root
@@ -65,9 +69,9 @@ def coco_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def run_in_process(capsys):
-    """Run main.py in this process, on one core; return what it printed and its error, None if it ended well."""
+    """Function that runs main.py in this process, on one thread, and returns the output and the error (or None)."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums depend on the number of threads, and runs are compared bit for bit
+    torch.set_num_threads(1)  # sums depend on the number of threads, and the tests compare runs bit for bit
 
     def run(*args) -> tuple[str, str | None]:
         try:
@@ -83,23 +87,23 @@ def run_in_process(capsys):
 
 
 def run_command(command: list, timeout: int = 240, **environment: str) -> subprocess.CompletedProcess:
-    """Run a command in the root of the project, on one core a process, and capture what it prints."""
+    """Run Python with arguments in the root folder, on one thread per process, and capture the output."""
     env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, *map(str, command)]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 def run_bash_in(folder: Path, *command) -> subprocess.CompletedProcess:
-    """Run a script of segmentation/ or detection/ in that folder, as the README has it."""
+    """Run a bash script in a folder, as in the README, and capture the output."""
     env = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     command = ["bash", *map(str, command)]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=240, check=False)
 
 
 def fails(capsys, script, *argv) -> str:
-    """Run a script in this process and return its one line of error."""
+    """Run a script in this process and return its one-line error message."""
     with pytest.raises(SystemExit) as stop:
-        script.main([str(each) for each in argv])
+        script.main([str(arg) for arg in argv])
     assert stop.value.code in (1, 2)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{script.__name__.split('.')[-1]}.py: error: ")
@@ -107,7 +111,7 @@ def fails(capsys, script, *argv) -> str:
 
 
 def damage_jpeg(path: Path) -> None:
-    """Cut a JPEG file short."""
+    """Truncate a JPEG file."""
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
 
@@ -118,7 +122,7 @@ def read_size(path: Path) -> tuple[int, int]:
 
 
 def launch(launcher: str, processes: int, *argv, script="main.py") -> subprocess.CompletedProcess:
-    """Run a script on several processes."""
+    """Run a script with a launcher on several processes."""
     options = [f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
     return run_command([*LAUNCHERS[launcher], *options, script, *argv])
 
@@ -134,7 +138,7 @@ def read_log(folder) -> list[dict]:
 
 
 class Run:
-    """A script in the background, on one process or under torchrun, with what it prints in a file."""
+    """A script in the background, in one process or under torchrun, with its output in a file."""
 
     def __init__(self, processes: int, options: list, output_dir: Path, launcher_options=(), script="main.py"):
         torchrun = [
@@ -157,7 +161,7 @@ class Run:
         return self.log.read_text()
 
     def wait_for(self, condition, what: str, timeout: float = 120) -> None:
-        """Wait until `condition(self)` holds while the run lives."""
+        """Wait until `condition(self)` is true; fail if the run ends before."""
         end = time.monotonic() + timeout
         while not condition(self):
             assert self.process.poll() is None, f"ended before {what}:\n{self.output}"
@@ -165,7 +169,7 @@ class Run:
             time.sleep(0.001)
 
     def processes(self) -> dict[int, int]:
-        """Return the ids of the processes of the run by rank."""
+        """Return the process ids of the run by rank."""
         if self.process.args[1] == self.script:
             return {0: self.process.pid}
         ranks = {}
@@ -175,7 +179,7 @@ class Run:
         return ranks
 
     def kill(self) -> None:
-        """Kill everything that still runs at once, as a power cut would."""
+        """Kill all processes of the run at the same time, like a power failure."""
         if self.process.poll() is not None:
             return
         for pid in {self.process.pid, *self.processes().values()}:
@@ -188,7 +192,7 @@ class Run:
 
 @pytest.fixture
 def start(tmp_path):
-    """Start runs in one folder; whatever a failed test leaves of them is killed."""
+    """Function that starts runs in one folder. Processes that a failed test leaves running are killed."""
     runs = []
 
     def start(processes: int, options: list, **kwargs) -> Run:
@@ -204,7 +208,7 @@ CHECKPOINTS = ("checkpoint.pth", "checkpoint_best.pth", "checkpoint_best_ema.pth
 
 
 def assert_same_run(folder: Path, other: Path, checkpoints=CHECKPOINTS) -> None:
-    """Compare what two runs have left, bit for bit."""
+    """Compare the checkpoints and logs of two runs bit for bit."""
     for name in checkpoints:
         states = [torch.load(path / name, weights_only=True) for path in (folder, other)]
         assert_equal(*({key: state[key] for key in set(state) - {"args", "versions"}} for state in states), name)

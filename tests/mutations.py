@@ -1,11 +1,11 @@
-"""Change the code in small ways, and check that the tests notice each.
+"""Apply small changes to the code, and check that tests fail for each of them.
 
-    python -m tests.mutations              # all of them, in a temporary copy of the tree
-    python -m tests.mutations clip flip    # those whose name has one of these words
+    python -m tests.mutations              # all mutations, in a temporary copy of the tree
+    python -m tests.mutations clip flip    # mutations whose name contains one of these words
 
-Each mutation disconnects something: an option, a step of an augmentation, a check. It is applied alone, and each of
-the tests named with it must then fail. A mutation whose text is not found exactly once is an error, too: the code has
-moved on, and the mutation with it.
+Each mutation disables an option, a step of an augmentation or a check. Mutations are applied one at a time. All tests
+listed with a mutation must fail. It is an error if the text of a mutation does not occur exactly once: then the code
+has changed and the mutation must be adapted.
 """
 
 import shutil
@@ -19,21 +19,21 @@ from queue import SimpleQueue
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
-WORKERS = 2  # copies of the tree that are tested at a time
+WORKERS = 2  # copies of the tree that are tested in parallel
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", "output", "work_dirs", ".*_cache", "pictures")
-SECONDS = 1800  # limit of one run of pytest
-TESTS_FAILED = 1  # exit code of pytest; the others are errors of the mutation itself
+SECONDS = 1800  # timeout of a pytest run
+TESTS_FAILED = 1  # exit code of pytest for failed tests; other codes mean that the mutation is wrong
 
 
 class Mutation(NamedTuple):
-    """A change of the code that tests must notice.
+    """A change of the code for which tests must fail.
 
     Attributes:
-        name: What is disconnected.
-        file: The file, relative to the root.
-        text: A text that occurs there exactly once.
-        replacement: The text in its place.
-        tests: Tests, each of which must fail, as pytest names them after `tests/`.
+        name: Name of the disabled feature.
+        file: Path of the file, relative to the root.
+        text: Text that occurs exactly once in the file.
+        replacement: Text that replaces it.
+        tests: Pytest ids, without `tests/`, of the tests that must fail.
     """
 
     name: str
@@ -59,19 +59,19 @@ def field(task: str, name: str, others: str = "") -> str:
 MUTATIONS = [
     # Options of main.py.
     Mutation("--clip-grad", "core/options.py", "max_norm=getattr(args, \"clip_grad\", 0) or math.inf", "max_norm=math.inf",
-             ("test_options.py::test_gradients_are_clipped_to_the_norm_given", options("clip_grad"))),
+             ("test_options.py::test_gradients_are_clipped_to_the_given_norm", options("clip_grad"))),
     Mutation("--drop-path", "main.py", '"drop_path_rate": args.drop_path', '"drop_path_rate": 0.0',
-             ("test_options.py::test_rates_of_drop_path_and_dropout_are_those_given", options("drop_path"))),
+             ("test_options.py::test_rates_of_drop_path_and_dropout_follow_their_options", options("drop_path"))),
     Mutation("--drop", "main.py", '"drop_rate": args.drop,', '"drop_rate": 0.0,',
-             ("test_options.py::test_rates_of_drop_path_and_dropout_are_those_given", options("drop"))),
+             ("test_options.py::test_rates_of_drop_path_and_dropout_follow_their_options", options("drop"))),
     Mutation("--repeated-aug", "main.py", "repeats=3 if args.repeated_aug else 1", "repeats=1",
-             ("test_options.py::test_repeated_augmentation_shows_each_image_three_times", options("repeated_aug"))),
+             ("test_options.py::test_repeated_augmentation_uses_each_image_three_times", options("repeated_aug"))),
     Mutation("--model-ema-decay", "main.py", "decay=args.model_ema_decay", "decay=0.9",
              ("test_options.py::test_decay_of_the_moving_average",)),
     Mutation("--grad-checkpointing", "main.py", "    if args.grad_checkpointing:\n        model.set_grad_checkpointing()\n", "",
-             ("test_options.py::test_checkpointing_and_compiling_are_switched_on",)),
+             ("test_options.py::test_checkpointing_and_compiling_are_enabled",)),
     Mutation("--compile", "core/options.py", "        model.compile()\n", "",
-             ("test_options.py::test_checkpointing_and_compiling_are_switched_on",)),
+             ("test_options.py::test_checkpointing_and_compiling_are_enabled",)),
     Mutation("--opt", "main.py", "create_optimizer_v2(model, opt=args.opt,", 'create_optimizer_v2(model, opt="adamw",', (options("opt"),)),
     Mutation("--opt-eps", "main.py", 'options["eps"] = args.opt_eps', "pass", (options("opt_eps"),)),
     Mutation("--opt-betas", "main.py", 'options["betas"] = tuple(args.opt_betas)', "pass", (options("opt_betas"),)),
@@ -102,11 +102,11 @@ MUTATIONS = [
     Mutation("--distillation-tau", "main.py", "args.distillation_alpha, args.distillation_tau", "args.distillation_alpha, 1.0",
              ("test_options.py::test_distillation_uses_its_options",)),
     Mutation("--dist-eval", "main.py", "if args.dist_eval else {}", "if False else {}",
-             ("test_options.py::test_a_shared_evaluation_takes_a_part_of_the_images",)),
+             ("test_options.py::test_a_distributed_evaluation_takes_a_part_of_the_images",)),
     Mutation("--save-every", "core/options.py", "save_every=args.save_every", "save_every=None",
              ("test_options.py::test_checkpoints_are_written_within_an_epoch",)),
     Mutation("--keep", "core/run.py", 'RunFolder(options["output_dir"], options["keep"])', 'RunFolder(options["output_dir"])',
-             ("test_options.py::test_as_many_checkpoints_are_kept_as_asked_for", "test_options.py::test_options_of_a_dense_training")),
+             ("test_options.py::test_the_number_of_kept_checkpoints_follows_its_option", "test_options.py::test_options_of_a_dense_training")),
     Mutation("--print-freq", "core/options.py", "print_freq=args.print_freq", "print_freq=10",
              ("test_options.py::test_log_lines_follow_their_option",)),
     Mutation("--num_workers", "core/options.py", "workers = min(args.num_workers, cores_per_process())", "workers = 0",
@@ -218,13 +218,13 @@ MUTATIONS = [
     Mutation("every OSError is the user's", "core/launch.py", "isinstance(error, (UserError, TwinsError, SharedError))", "isinstance(error, (UserError, TwinsError, OSError, SharedError))",
              ("test_launch.py::test_internal_errors_keep_their_traceback",)),
     Mutation("the last line of a message", "core/launch.py", 'return " ".join(message.split())', "return message.splitlines()[-1]",
-             ("test_launch.py::test_messages_of_several_lines_are_shown_whole",)),
+             ("test_launch.py::test_messages_of_several_lines_become_one_line",)),
     Mutation("infinite numbers", "core/options.py", "if too_low or value > high or value >= LARGEST:", "if too_low or value > high:",
              ("test_launch.py::test_numbers_are_finite",)),
     Mutation("NaN in log.txt", "core/run_folder.py", 'to_json(line) + "\\n"', 'json.dumps(line) + "\\n"',
              ("test_run_folder.py::test_the_log_is_valid_json_whatever_the_figures",)),
     Mutation("named tuples", "engine.py", 'type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)', "type(batch)(values)",
-             ("test_engine.py::test_named_tuples_move",)),
+             ("test_engine.py::test_named_tuples_are_moved",)),
     Mutation("formats of the future", "core/run.py", 'if content.get("format", 1) not in range(FORMAT + 1):', "if False:",
              ("test_formats.py::test_newer_checkpoints_are_refused[classification]",)),
     Mutation("second-order optimizers", "main.py", 'if getattr(optimizer, "is_second_order", False):', "if False:",
@@ -232,13 +232,13 @@ MUTATIONS = [
     Mutation("the number of betas", "main.py", "if betas and len(betas) != len(default):", "if False:",
              ("test_main.py::test_bad_arguments_end_with_one_line",)),
     Mutation("private functions of torch", "models/cpu.py", "AVAILABLE = _is_available()", "AVAILABLE = True",
-             ("test_cpu.py::test_a_torch_without_its_private_functions_is_enough",)),
+             ("test_cpu.py::test_models_work_without_private_functions_of_torch",)),
     Mutation("--seed of segmentation", "segmentation/train.py", "        seed=args.seed,\n", "        seed=0,\n", ("test_options.py::test_options_of_a_dense_training[segmentation]",)),
     Mutation("--seed of segmentation's augmentation", "segmentation/train.py", "SeededSet(views, args.seed)", "SeededSet(views, 0)", ("test_options.py::test_options_of_a_dense_training[segmentation]",)),
     Mutation("--seed of detection", "detection/train.py", "        seed=args.seed,\n", "        seed=0,\n", ("test_options.py::test_options_of_a_dense_training[detection]",)),
     Mutation("--show-score-thr", "detection/test.py", 'found["scores"] >= least_score', 'found["scores"] >= 0', ("test_detection_runs.py::test_only_objects_above_the_threshold_are_shown",)),
     Mutation("internal errors of a write", "utils.py", "isinstance(error, Exception) and isinstance(cause, OSError)", "isinstance(error, Exception)",
-             ("test_run_folder.py::test_an_internal_error_of_a_write_is_no_fault_of_the_disk",)),
+             ("test_run_folder.py::test_internal_errors_of_a_write_keep_their_type",)),
     Mutation("a failing disk", "core/images.py", "            raise UserError(f\"{path}: cannot be read ({error.strerror}); check the disk and the permissions\") from error\n", "            raise\n",
              ("test_datasets.py::test_a_disk_that_fails_is_not_skipped",)),
     Mutation("scripts inside their folder", "segmentation/train.py", "    sys.path[0] = str(Path(__file__).resolve().parents[1])\n", "    pass\n",
@@ -248,7 +248,7 @@ MUTATIONS = [
 
 
 def mutate(mutation: Mutation, tree: Path) -> str:
-    """Apply a mutation to a copy of the tree and return the text of the file as it was."""
+    """Apply a mutation to a copy of the tree and return the original text of the file."""
     path = tree / mutation.file
     before = path.read_text()
     count = before.count(mutation.text)
@@ -274,7 +274,7 @@ def run_tests(tests: Sequence[str], tree: Path) -> int:
 
 
 def check(mutation: Mutation, trees: SimpleQueue) -> list[str]:
-    """Return the tests of a mutation that did not fail, each with what happened instead."""
+    """Return the tests of a mutation that did not fail, with their exit codes."""
     tree = trees.get()
     try:
         before = mutate(mutation, tree)
@@ -289,19 +289,19 @@ def check(mutation: Mutation, trees: SimpleQueue) -> list[str]:
 
 def main() -> None:
     words = sys.argv[1:]
-    chosen = [each for each in MUTATIONS if not words or any(word in each.name for word in words)]
+    chosen = [mutation for mutation in MUTATIONS if not words or any(word in mutation.name for word in words)]
     if not chosen:
-        sys.exit(f"no mutation has one of these words in its name: {' '.join(words)}")
+        sys.exit(f"no name of a mutation contains one of these words: {' '.join(words)}")
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(WORKERS) as pool:
         trees = SimpleQueue()
         for i in range(WORKERS):
             trees.put(Path(shutil.copytree(ROOT, Path(folder) / str(i), ignore=LEFT_OUT)))
         tree = trees.get()
         if run_tests(sorted({test for mutation in chosen for test in mutation.tests}), tree):
-            sys.exit("the tests do not pass on the code as it is")
+            sys.exit("the tests fail without a mutation")
         trees.put(tree)
-        survivors = [each for each in pool.map(lambda mutation: check(mutation, trees), chosen) if each]
-    print(f"{len(chosen) - len(survivors)} of {len(chosen)} mutations turn their tests red")
+        survivors = [tests for tests in pool.map(lambda mutation: check(mutation, trees), chosen) if tests]
+    print(f"the tests fail for {len(chosen) - len(survivors)} of {len(chosen)} mutations")
     sys.exit(bool(survivors))
 
 

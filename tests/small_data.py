@@ -1,4 +1,4 @@
-"""Small data sets on disk in the real layouts of ADE20K and COCO."""
+"""Small data sets on disk in the layouts of ADE20K and COCO."""
 
 import json
 from pathlib import Path
@@ -20,14 +20,14 @@ def write_noise(path: Path, size: tuple[int, int], seed) -> None:
 
 
 def make_labels(size: tuple[int, int], seed: int, high: int = 151) -> np.ndarray:
-    """Return blocks of labels as they are in ADE20K's files, 0 and the last among them."""
+    """Return a map of rectangular blocks of labels below `high`, as in the files of ADE20K. 0 and `high - 1` occur."""
     blocks = np.random.default_rng(seed).integers(high, size=(3, 4), dtype=np.uint8)
     blocks[0, :2] = 0, high - 1
     return np.asarray(Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST))
 
 
 def write_ade20k(root: Path, high: int = 151, count: int = 5) -> None:
-    """Write JPEGs of several sizes and PNG labels below `high` in ADE20K's layout."""
+    """Write JPEG images of several sizes and PNG labels below `high` in the layout of ADE20K."""
     for part, split in enumerate(("training", "validation")):
         for i in range(count):
             size, name = ADE20K_SIZES[i % len(ADE20K_SIZES)], f"ADE_{split[:5]}_{i + 1:08}"
@@ -37,26 +37,31 @@ def write_ade20k(root: Path, high: int = 151, count: int = 5) -> None:
 
 
 def circle(width: int, height: int) -> np.ndarray:
-    """Return the mask of the objects whose masks are run lengths."""
+    """Return the mask of the objects that are annotated with run lengths."""
     y, x = np.mgrid[:height, :width]
     return ((x - 30) ** 2 + (y - 25) ** 2 < 200).astype(np.uint8)
 
 
 def encode(mask: np.ndarray) -> dict:
-    """Return a mask as a run-length code."""
+    """Return the run-length encoding of a mask."""
     code = mask_coding.encode(np.asfortranarray(mask))
     return {"size": code["size"], "counts": code["counts"].decode()}
 
 
 def make_annotations() -> dict:
-    """Return annotations: polygons, run lengths, a crowd, boxes without a size, images without boxes."""
+    """Return annotations of all kinds: polygons, run lengths, a crowd, empty boxes, and an image without boxes."""
     annotations = []
 
     def add(image, category, box, segmentation, crowd=0, area=None):
         annotations.append(
             {
-                **{"id": 100 + len(annotations), "image_id": image, "category_id": category, "bbox": box},
-                **{"iscrowd": crowd, "area": box[2] * box[3] if area is None else area, "segmentation": segmentation},
+                "id": 100 + len(annotations),
+                "image_id": image,
+                "category_id": category,
+                "bbox": box,
+                "iscrowd": crowd,
+                "area": box[2] * box[3] if area is None else area,
+                "segmentation": segmentation,
             }
         )
 
@@ -68,13 +73,13 @@ def make_annotations() -> dict:
     add(12, 18, [0, 0, 64, 90], {"size": [90, 64], "counts": [10, 500, 5250]}, crowd=1)
     add(7, 18, [20, 20, 0, 10], [[20, 20, 20, 30, 20, 25]])  # no width
     add(7, 18, [20, 20, 10, 10], [[20, 20, 30, 20, 30, 30]], area=0)
-    add(42, 18, [85, 60, 10, 10], [[85, 60, 95, 60, 95, 70, 85, 70]])  # reaches over the border
+    add(42, 18, [85, 60, 10, 10], [[85, 60, 95, 60, 95, 70, 85, 70]])  # extends beyond the border
     images = [{"id": i, "width": w, "height": h, "file_name": f"{i:012}.jpg"} for i, (w, h) in COCO_SIZES.items()]
     return {"images": images, "annotations": annotations, "categories": COCO_CATEGORIES}
 
 
 def write_coco(root: Path) -> None:
-    """Write both parts of a data set in COCO's layout."""
+    """Write the training and the validation set in the layout of COCO."""
     for split in ("train2017", "val2017"):
         for i, size in COCO_SIZES.items():
             write_noise(root / split / f"{i:012}.jpg", size, i)

@@ -170,7 +170,7 @@ def test_what_timms_models_do_not_support_is_named(capsys):
             ["alt_gvt_tiny", "--json", "/nowhere/report.json"],
             "--json /nowhere/report.json: name a file in a folder that exists",
         ),
-        (["alt_gvt_tiny", "--threads", "-1"], "'-1' is no whole number of at least 0"),
+        (["alt_gvt_tiny", "--threads", "-1"], "'-1' is not a whole number of at least 0"),
     ],
 )
 def test_bad_input(options, message, capsys):

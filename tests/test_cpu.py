@@ -1,4 +1,4 @@
-"""The layers for CPUs against torch's own."""
+"""Tests of the fast CPU layers against those of torch and timm."""
 
 import copy
 import subprocess
@@ -23,7 +23,7 @@ def small_layers_too(monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Return a list that grows with each layer that is computed here, not by torch."""
+    """List of the calls of oneDNN by the fast layers."""
     made = []
 
     def count(x, *others):
@@ -36,7 +36,7 @@ def calls(monkeypatch):
 
 
 def run_plain(function):
-    """Run something with torch's layers."""
+    """Return the result of a function with the fast layers disabled."""
     before = cpu._enabled
     cpu.set_enabled(False)
     try:
@@ -46,15 +46,18 @@ def run_plain(function):
 
 
 def build(kind: str) -> tuple[nn.Module, nn.Module]:
-    """Return a layer of ours and torch's or timm's with the same parameters."""
+    """Return a fast layer, and the layer of torch or timm with the same parameters."""
     torch.manual_seed(0)
-    ours, peer = (Linear(24, 40), nn.Linear(24, 40)) if kind == "linear" else (Mlp(24, 96), TimmMlp(24, 96))
+    if kind == "linear":
+        ours, peer = Linear(24, 40), nn.Linear(24, 40)
+    else:
+        ours, peer = Mlp(24, 96), TimmMlp(24, 96)
     peer.load_state_dict(ours.state_dict())
     return ours, peer
 
 
 def run_backward(layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    """Return output and gradients of the input and the parameters."""
+    """Return the output and the gradients of the input and the parameters."""
     x = x.detach().requires_grad_()
     output = layer(x)
     generator = torch.Generator().manual_seed(1)
@@ -65,7 +68,7 @@ def run_backward(layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize("part_bytes", [4 << 20, 96 * 4 * 10])  # all tokens at once, and 10 at a time
 @pytest.mark.parametrize("shape", [(24,), (7, 24), (3, 5, 7, 24), (0, 24)])
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_layers_equal_torchs(kind, shape, part_bytes, monkeypatch):
+def test_layers_equal_those_of_torch(kind, shape, part_bytes, monkeypatch):
     monkeypatch.setattr(cpu, "PART_BYTES", part_bytes)
     ours, peer = build(kind)
     x = torch.randn(shape)
@@ -77,7 +80,7 @@ def test_layers_equal_torchs(kind, shape, part_bytes, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_memory_that_is_not_contiguous(kind):
+def test_non_contiguous_tensors(kind):
     ours, peer = build(kind)
     x = torch.randn(24, 6, 5).permute(2, 1, 0)
     for a, b in zip(run_backward(ours, x), run_backward(peer, x), strict=True):
@@ -86,12 +89,12 @@ def test_memory_that_is_not_contiguous(kind):
     for layer in (ours, peer):
         layer.zero_grad()
         x = torch.randn(5, 6, 24, generator=torch.Generator().manual_seed(2)).requires_grad_()
-        layer(x).transpose(0, 1).square().sum().backward()  # so the gradient that arrives is transposed
+        layer(x).transpose(0, 1).square().sum().backward()  # so that the gradient of the output is transposed
         results.append(x.grad)
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
 
 
-def test_the_mlp_keeps_its_hidden_layer_once():
+def test_the_mlp_saves_its_hidden_layer_once():
     ours, peer = build("mlp")
     sizes = []
     for layer in (ours, peer):
@@ -106,7 +109,7 @@ def test_the_mlp_keeps_its_hidden_layer_once():
     assert sizes[1] >= 1000 * (24 + 2 * 96)
 
 
-def test_what_is_frozen_gets_no_gradient():
+def test_frozen_layers_get_no_gradient():
     ours, _ = build("mlp")
     ours.fc1.requires_grad_(False)
     ours(torch.randn(3, 24)).sum().backward()
@@ -115,7 +118,7 @@ def test_what_is_frozen_gets_no_gradient():
 
 
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
-def test_other_types_are_left_to_torch(kind):
+def test_other_data_types_are_computed_by_torch(kind):
     ours, peer = build(kind)
     x = torch.randn(5, 24)
     with torch.autocast("cpu", torch.bfloat16):
@@ -124,7 +127,7 @@ def test_other_types_are_left_to_torch(kind):
     assert torch.equal(copy.deepcopy(ours).double()(x.double()), copy.deepcopy(peer).double()(x.double()))
 
 
-def test_dropout_is_left_to_torch():
+def test_dropout_is_computed_by_torch():
     layer = Mlp(24, 96, drop=0.5).train()
     x = torch.randn(5, 24)
     assert not torch.equal(layer(x), layer(x))
@@ -136,10 +139,10 @@ def test_dropout_is_left_to_torch():
     ("part", "other"),
     [("fc1", nn.Linear(24, 96)), ("act", nn.ReLU()), ("norm", nn.LayerNorm(96)), ("fc2", nn.Linear(96, 24))],
 )
-def test_replaced_parts_of_an_mlp_take_part(part, other):
+def test_replaced_layers_of_an_mlp_are_called(part, other):
     layer, peer = build("mlp")
-    for each in (layer, peer):
-        setattr(each, part, other)
+    for mlp in (layer, peer):
+        setattr(mlp, part, other)
     x = torch.randn(5, 24)
     torch.testing.assert_close(layer(x), peer(x))
 
@@ -175,13 +178,13 @@ def test_functional_transforms(kind):
         torch.testing.assert_close(a, b)
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(x, v)
-        a, b = (torch.autograd.forward_ad.unpack_dual(each(dual)).tangent for each in (ours, peer))
+        a, b = (torch.autograd.forward_ad.unpack_dual(layer(dual)).tangent for layer in (ours, peer))
         torch.testing.assert_close(a, b)
     for transform in (torch.vmap, lambda f: torch.func.jacrev(lambda x: f(x).sum(0))):
         torch.testing.assert_close(transform(ours)(x), transform(peer)(x))
 
 
-def test_which_layers_are_computed_here(calls, monkeypatch):
+def test_small_layers_and_errors_are_left_to_torch(calls, monkeypatch):
     ours, _ = build("linear")
     ours(torch.randn(5, 24))
     assert len(calls) == 1
@@ -213,7 +216,7 @@ PRIVATE = [
     "torch.ops.mkldnn._linear_pointwise",
 ]
 WITHOUT = """
-import timm, torch  # which may call what is removed as it is imported
+import timm, torch  # before the removal, because they may call the function when imported
 {removal}
 import models
 from models import cpu
@@ -227,9 +230,9 @@ print(cpu.AVAILABLE, cpu._enabled)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [None, *PRIVATE])
-def test_a_torch_without_its_private_functions_is_enough(name):
+def test_models_work_without_private_functions_of_torch(name):
     removal = f"del {name}" if name else ""
-    if name and "ops" in name:  # operators are looked up anew
+    if name and "ops" in name:  # a deleted operator would be looked up again
         removal = f"{name} = None"
     code = WITHOUT.format(removal=removal)
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -239,7 +242,7 @@ def test_a_torch_without_its_private_functions_is_enough(name):
 
 
 @pytest.mark.parametrize("name", ["pcpvt_tiny", "alt_gvt_tiny"])
-def test_models_are_the_same_without_them(name):
+def test_models_equal_those_with_layers_of_torch(name):
     model = timm.create_model(name, num_classes=5)
     images = torch.randn(2, 3, 96, 70)
 

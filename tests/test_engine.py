@@ -1,4 +1,4 @@
-"""The loop against updates computed by hand, and evaluation against counts by hand."""
+"""Tests of the training loop against updates computed by hand, and of the evaluation against counts by hand."""
 
 import copy
 import math
@@ -42,7 +42,7 @@ def make_batches(count: int, size: int, seed: int = 0) -> list[tuple[torch.Tenso
 
 
 class Schedule:
-    """Leaves the learning rate as it is, and keeps what it is told."""
+    """Schedule of a constant learning rate that records its arguments."""
 
     def __init__(self):
         self.seen = ()
@@ -52,7 +52,7 @@ class Schedule:
 
 
 class Saves:
-    """Stands for a run: calls a function instead of saving."""
+    """Replacement of a `Run` that calls a function instead of saving."""
 
     def __init__(self, save=None):
         self.save = save or (lambda: None)
@@ -62,7 +62,7 @@ class Saves:
 
 
 def train(model, batches, compute_losses=cross_entropy, lr=0.1, save=None, state=None, **settings):
-    """Train an epoch by SGD; `state` has fields of the TrainState."""
+    """Train an epoch by SGD; `state` replaces fields of the TrainState."""
     fields = {
         "optimizer": torch.optim.SGD(model.parameters(), lr=lr),
         "lr_scheduler": Schedule(),
@@ -94,7 +94,7 @@ def test_accumulated_batches_equal_one_batch(model):
     assert stats["loss"] == pytest.approx(half_stats["loss"], abs=1e-6)
 
 
-def test_steps_equal_those_written_out(model):
+def test_steps_equal_a_plain_loop(model):
     batches = make_batches(2, 4)
     expected = copy.deepcopy(model)
     ema = ModelEmaV3(model, decay=0.9)
@@ -119,7 +119,7 @@ def test_steps_equal_those_written_out(model):
 
 
 def test_scaled_losses_take_the_same_steps(model):
-    """As in fp16: clipping sees the true gradients."""
+    """As in fp16, gradients are unscaled before clipping."""
     batches = make_batches(3, 4)
     other = copy.deepcopy(model)
     train(model, batches, max_norm=0.5)
@@ -137,13 +137,13 @@ def test_parts_of_the_loss_are_summed_and_reported(model):
     assert stats["loss"] == pytest.approx(1.4 * stats["decode"])
 
 
-def test_updates_are_told_to_the_schedule(model):
+def test_the_schedule_gets_the_number_of_updates(model):
     schedule = Schedule()
     train(model, make_batches(6, 2), state={"lr_scheduler": schedule}, accumulation=2)
     assert schedule.seen == (0, 1, 2)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_weights_change(model):
+def test_a_non_finite_loss_stops_before_the_weights_change(model):
     batches = make_batches(3, 4)
     batches[1][0][0, 0, 0, 0] = float("nan")
     reference = copy.deepcopy(model)
@@ -161,7 +161,7 @@ def in_process_group(rank: int, world_size: int, function, folder, results) -> N
 
 
 def on_processes(world_size: int, function, folder) -> list:
-    """Call `function(rank)` in processes that form a group; return what they returned."""
+    """Call `function(rank)` in the processes of a group and return the results by rank."""
     context = torch.multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         results = manager.dict()
@@ -178,18 +178,18 @@ def train_into_nan(rank: int) -> str:
         train(model, batches)
     except FloatingPointError as error:
         return str(error)
-    return "trained on"
+    return "no error"
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_stops_all_processes_together(tmp_path):
+def test_a_non_finite_loss_stops_all_processes_together(tmp_path):
     messages = on_processes(2, train_into_nan, tmp_path)
     assert messages[0] == messages[1]
     assert "the loss is not finite in epoch 0, step 2, on process 1" in messages[0]
 
 
 def train_with_a_restart(rank: int) -> bool:
-    """Train four steps at a stretch, and two and two with DistributedDataParallel made anew; tell if they agree."""
+    """Return True if four uninterrupted steps equal two and two steps with a new DistributedDataParallel in between."""
     batches = make_batches(4, 2, seed=rank)
     torch.manual_seed(0)
     straight = timm.create_model("alt_gvt_tiny", num_classes=5)
@@ -203,8 +203,8 @@ def train_with_a_restart(rank: int) -> bool:
 
 
 @pytest.mark.slow
-def test_gradients_are_added_in_one_order_whenever_a_run_was_restarted(tmp_path):
-    """It takes three numbers for their order to matter."""
+def test_gradients_are_added_in_the_same_order_after_a_restart(tmp_path):
+    """Three processes are needed: the sum of two numbers does not depend on their order."""
     assert on_processes(3, train_with_a_restart, tmp_path) == [True, True, True]
 
 
@@ -212,7 +212,11 @@ SKIPPING = {"accumulation": 2, "max_skipped": 1, "max_norm": 1.0}
 
 
 def skip_on_one(rank: int) -> list:
-    """Train with one micro-batch that is not finite on process 1, skipping its step; return weights and meter."""
+    """Train with a non-finite micro-batch on process 1, whose step is skipped.
+
+    Returns:
+        True if the weights equal those of a run without the step, True if the metrics are equal, and the meter.
+    """
     batches = make_batches(6, 2, seed=rank)
     if rank == 1:
         batches[2][0][0, 0, 0, 0] = float("nan")
@@ -228,13 +232,13 @@ def skip_on_one(rank: int) -> list:
 
 
 @pytest.mark.slow
-def test_a_skipped_step_leaves_no_trace_on_any_process(tmp_path):
+def test_a_skipped_step_changes_nothing_on_any_process(tmp_path):
     assert on_processes(2, skip_on_one, tmp_path) == [[True, True, 3, 2, 1]] * 2
 
 
 @pytest.mark.parametrize("max_norm", [math.inf, 1.0])
 @pytest.mark.parametrize("max_skipped", [0, 1])
-def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(model, max_skipped, max_norm):
+def test_a_non_finite_gradient_does_not_reach_the_weights(model, max_skipped, max_norm):
     batches = make_batches(3, 4)
     reference = copy.deepcopy(model)
     seen = []
@@ -242,7 +246,7 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(model, max_ski
     def overflow(model, batch):
         seen.append(batch)
         loss = cross_entropy(model, batch)["loss"]
-        return {"loss": loss + (torch.sqrt((loss - loss.detach()) * 0) if len(seen) == 2 else 0)}  # finite itself
+        return {"loss": loss + (torch.sqrt((loss - loss.detach()) * 0) if len(seen) == 2 else 0)}  # the loss is finite
 
     if max_skipped:
         train(model, batches, overflow, max_norm=max_norm, max_skipped=1)
@@ -254,7 +258,7 @@ def test_a_gradient_that_is_not_finite_does_not_reach_the_weights(model, max_ski
     assert_close_weights(model, reference, atol=0, rtol=0)
 
 
-def test_running_statistics_do_not_see_a_skipped_step():
+def test_a_skipped_step_does_not_change_running_statistics():
     torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=5)
     batches = make_batches(3, 4)
@@ -266,7 +270,7 @@ def test_running_statistics_do_not_see_a_skipped_step():
 
 
 def running_statistics(rank: int) -> list[float]:
-    """Train a network with BatchNorm on one of two processes; return its statistics and those of its average."""
+    """Train a network with BatchNorm on one of two processes; return the buffers of the model and its EMA."""
     torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=5)
     ema = ModelEmaV3(model, decay=0.5)
@@ -281,12 +285,12 @@ def test_processes_evaluate_with_the_same_statistics(tmp_path):
     assert any(value not in (0.0, 1.0) for value in statistics[0])
 
 
-def test_too_many_skipped_steps_in_a_row(model):
+def test_too_many_consecutive_skipped_steps(model):
     batches = make_batches(6, 4)
     for i in (0, 2, 3, 4):
         batches[i][0][0, 0, 0, 0] = float("nan")
     meter = EpochMeter()
-    with pytest.raises(FloatingPointError, match="step 4, on process 0, after 2 skipped steps in a row"):
+    with pytest.raises(FloatingPointError, match="step 4, on process 0, after 2 consecutive skipped steps"):
         train(model, batches, max_skipped=2, state={"meter": meter})
     assert (meter.step, meter.skipped, meter.skipped_in_a_row) == (4, 3, 2)
     meter.start_epoch()
@@ -300,17 +304,17 @@ def test_an_epoch_of_skipped_steps_has_no_loss(model):
     assert train(model, batches, max_skipped=2) == {}
 
 
-def test_checkpoints_are_asked_for_between_steps_and_at_the_end(model):
+def test_checkpoints_are_saved_between_steps_and_at_the_end(model):
     meter = EpochMeter()
     saved = []
     save, state = (lambda: saved.append(meter.step)), {"meter": meter}
     train(model, make_batches(10, 2), accumulation=2, state=state, save=save, save_every=2)
     assert saved == [2, 4, 5]
-    train(model, [], state=state, save=save)  # resumed at its end
+    train(model, [], state=state, save=save)  # resumed at the end of the epoch
     assert saved == [2, 4, 5]
 
 
-def test_an_epoch_goes_on_with_its_meter(model):
+def test_an_epoch_continues_with_its_meter(model):
     batches = make_batches(4, 4)
     other = copy.deepcopy(model)
     expected = train(model, batches)
@@ -322,7 +326,7 @@ def test_an_epoch_goes_on_with_its_meter(model):
 
 
 def stop_one(rank: int) -> tuple:
-    """Train, with process 1 asked to stop in its second step; return where both stopped."""
+    """Train, with a signal to process 1 in its second step; return the saved steps and the signal of the stop."""
     meter, saved = EpochMeter(), []
 
     def compute_losses(model, batch):
@@ -346,7 +350,7 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path):
 
 
 def count_exchanges(rank: int) -> list[int]:
-    """Return how often gradients are exchanged in 6 batches, for steps of one, two and three batches."""
+    """Return the number of gradient exchanges in 6 batches, for steps of one, two and three batches."""
     counts = []
     for accumulation in (1, 2, 3):
         exchanges = []
@@ -390,7 +394,7 @@ def test_log_line(model, caplog):
 
 
 class Fixed(nn.Module):
-    """Returns the logits that the images hold."""
+    """Model that returns its input as logits."""
 
     def forward(self, images):
         return images
@@ -401,7 +405,7 @@ def test_evaluation_equals_counts_by_hand(classes):
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(21, classes, generator=generator)
     targets = torch.randint(classes, (21,), generator=generator)
-    targets[4] = -1  # not to be counted
+    targets[4] = -1  # does not count
     batches = list(zip(logits.split(8), targets.split(8), strict=True))
     kept = [i for i in range(21) if i != 4]
     ranks = [int((logits[i] > logits[i, targets[i]]).sum()) for i in kept]
@@ -417,7 +421,7 @@ def test_nothing_to_evaluate():
         evaluate(Fixed(), [], CPU)
 
 
-def test_nested_batches_move():
+def test_nested_batches_are_moved():
     batch = {"images": [torch.ones(1), torch.ones(2)], "sizes": (3, "name")}
     moved = to_device(batch, torch.device("meta"))
     assert moved["images"][1].device.type == "meta"
@@ -429,7 +433,7 @@ class Batch(NamedTuple):
     sizes: list[int]
 
 
-def test_named_tuples_move():
+def test_named_tuples_are_moved():
     moved = to_device(Batch(torch.ones(1), [3]), torch.device("meta"))
     assert type(moved) is Batch
     assert moved.images.device.type == "meta"

@@ -1,7 +1,7 @@
-"""Checkpoints of format 1, written by earlier code, resume and evaluate as they did there.
+"""Checkpoints of format 1, written by earlier code, resume and evaluate with the same results.
 
 `tests/data/format_1_*.pth.xz` were written in the middle of an epoch. Their weights are replaced by a repeated pattern,
-so that they compress; `format_1.json` has the options of the runs and the log that the earlier code ended with.
+so that the files are small. `format_1.json` has the options of the runs and the log of the earlier code after resuming.
 """
 
 import json
@@ -41,7 +41,7 @@ def small_sets(monkeypatch):
 
 @pytest.fixture
 def checkpoint(request, tmp_path):
-    """Unpack the checkpoint of a task; return the task, the file and its options."""
+    """Return the name of a task, the unpacked file of its checkpoint, and the options of its run."""
     path = tmp_path / "old.pth"
     path.write_bytes(lzma.decompress((DATA / f"format_1_{request.param}.pth.xz").read_bytes()))
     options = RUNS[request.param]["options"]
@@ -49,7 +49,7 @@ def checkpoint(request, tmp_path):
 
 
 def insert(options: list[str], *others) -> list[str]:
-    """Return options with others before --cfg-options, which takes all that follow."""
+    """Return options with others inserted before --cfg-options, which takes all arguments after it."""
     place = options.index("--cfg-options") if "--cfg-options" in options else len(options)
     return [*options[:place], *map(str, others), *options[place:]]
 
@@ -96,11 +96,11 @@ def test_old_checkpoints_resume(checkpoint, tolerance, tmp_path):
 def test_newer_checkpoints_are_refused(checkpoint, tmp_path, capsys):
     task, path, options = checkpoint
     content = torch.load(path, weights_only=True)
-    del content["meters"]  # as a newer format may
+    del content["meters"]  # a newer format may have other keys
     for version in (FORMAT + 1, "new"):
         torch.save({**content, "format": version}, path)
         line = fails(capsys, SCRIPTS[task], *insert(options, "--resume", path, "--output_dir", tmp_path / "run"))
-        assert f"old.pth: has format {version}, and this code reads formats up to {FORMAT}; continue the run" in line
+        assert f"old.pth: has format {version}, but this code reads formats up to {FORMAT}; continue the run" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -114,7 +114,7 @@ def test_checkpoints_of_another_task_are_refused(checkpoint, tmp_path, capsys):
         if task == "classification":
             torch.save({**torch.load(path, weights_only=True), "model_ema": None}, path)
         line = fails(capsys, SCRIPTS[other], *insert(options, "--resume", path, "--output_dir", tmp_path / "run"))
-        assert "old.pth: is a checkpoint of another task, without the option" in line
+        assert "old.pth: is a checkpoint of another task, which has no option" in line
 
 
 @pytest.mark.parametrize("checkpoint", SCRIPTS, indirect=True)

@@ -1,4 +1,4 @@
-"""How scripts end: one line for bad input, a traceback for an internal error, and the argument types."""
+"""Tests of how scripts end: one line for bad input, a traceback for internal errors. Tests of argument types."""
 
 import argparse
 import subprocess
@@ -18,7 +18,7 @@ ARGS = argparse.Namespace(device="cpu", dist_url="env://", loader_timeout=0, det
 
 
 def end(capsys, error: Exception) -> str:
-    """Return what a script prints that ends with an error."""
+    """Return the output of a script that ends with an error."""
 
     def fail(*_):
         raise error
@@ -45,7 +45,7 @@ def test_internal_errors_keep_their_traceback(error):
 
 
 class Broken(torch.utils.data.Dataset):
-    """Raises an error for each sample."""
+    """Data set that raises an error for each sample."""
 
     def __init__(self, error: Exception):
         self.error = error
@@ -64,7 +64,7 @@ def test_errors_of_data_loading_processes(error):
     assert find_cause(raised.value) == (str(error) if isinstance(error, UserError) else None)
 
 
-def test_messages_of_several_lines_are_shown_whole():
+def test_messages_of_several_lines_become_one_line():
     assert one_line(ValueError("first line\n  second line")) == "first line second line"
     assert one_line(ValueError()) == "ValueError"
     with pytest.raises(UserError) as raised:
@@ -83,7 +83,7 @@ def test_the_cause_of_an_error_in_a_data_loading_process_is_not_its_message():
 @pytest.mark.parametrize("kind", [POSITIVE, NON_NEGATIVE])
 @pytest.mark.parametrize("text", ["inf", "nan", "-1", "1e999"])
 def test_numbers_are_finite(kind, text):
-    with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is no number"):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is not a number"):
         kind(text)
 
 

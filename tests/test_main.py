@@ -1,4 +1,4 @@
-"""main.py as its users run it: launchers, training, resuming, evaluating, schedules and bad input."""
+"""Tests of main.py: launchers, training, resuming, evaluation, schedules, recipes and bad input."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from timm.optim import create_optimizer_v2
 
 import main
 from core.options import choose_amp
-from core.recipes import NOT_OF_A_RECIPE, PUBLISHED, SHAPES
+from core.recipes import NOT_IN_RECIPES, PUBLISHED, SHAPES
 from core.run import choose_accumulation
 from main import (
     build_optimizer,
@@ -57,7 +57,7 @@ def final_lines(output: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def trained(image_folder, tmp_path_factory):
-    """Two epochs on a real tree of JPEG files, by a process of its own with everything switched on."""
+    """Run of two epochs on JPEG files in a separate process, with most options on; its folder, output and options."""
     folder = tmp_path_factory.mktemp("trained")
     options = ["--data-path", image_folder, "--epochs", 2, "--output_dir", folder, "--model-ema", "--repeated-aug"]
     options += ["--num_workers", "2", "--global-batch", "8", "--layer-decay", "0.8"]
@@ -66,7 +66,7 @@ def trained(image_folder, tmp_path_factory):
     return folder, result.stdout, options
 
 
-def test_training_writes_what_it_should(trained):
+def test_training_writes_its_files(trained):
     folder, output, _ = trained
     assert "batch: 4 images x 1 processes x 2 accumulated = global batch 8; lr 7.8125e-06" in output
     assert "(0.0005 x 8 / 512); 3 steps per epoch" in output
@@ -95,21 +95,21 @@ def test_training_writes_what_it_should(trained):
     assert checkpoint["best"]["test_acc1"] == max(line["test_acc1"] for line in lines)
 
 
-def test_evaluation_of_a_checkpoint_repeats_the_figures(trained, image_folder, run_in_process):
+def test_evaluation_of_a_checkpoint_repeats_the_metrics(trained, image_folder, run_in_process):
     folder, _, _ = trained
     command = ["--eval", "--resume", folder / "checkpoint.pth", *TINY, "--data-path", image_folder]
-    for ema in (False, True):
-        output, message = run_in_process(*command, *["--model-ema"] * ema)
+    for flags, prefix in (([], "test"), (["--model-ema"], "test_ema")):
+        output, message = run_in_process(*command, *flags)
         assert message is None
         line = read_log(folder)[-1]
-        figures = [line[f"test_{'ema_' * ema}{name}"] for name in ("acc1", "acc5", "loss")]
-        expected = ["* Acc@1 {:.3f} Acc@5 {:.3f} loss {:.3f}".format(*figures)]
-        expected += [f"Accuracy of the network on the 21 test images: {figures[0]:.1f}%"]
+        acc1, acc5, loss = (line[f"{prefix}_{name}"] for name in ("acc1", "acc5", "loss"))
+        expected = [f"* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}"]
+        expected += [f"Accuracy of the network on the 21 test images: {acc1:.1f}%"]
         assert final_lines(output) == output.splitlines()[-2:] == expected
 
 
 def test_resuming_equals_an_uninterrupted_run(trained, image_folder, tmp_path, run_in_process):
-    """An epoch more on the finished run, which changes its --epochs, against three epochs at a stretch."""
+    """Resume the finished run for a third epoch and compare it with an uninterrupted run of three epochs."""
     folder, _, options = trained
     shutil.copytree(folder, tmp_path / "resumed")
     straight = [str(tmp_path / "straight") if option == folder else option for option in options]
@@ -137,7 +137,7 @@ def test_a_longer_resumed_run_follows_its_new_options(image_folder, tmp_path, ru
     assert {group["weight_decay"] for group in groups} == {0.0, 0.2}
 
 
-def test_what_an_optimizer_keeps_beside_its_options_is_resumed(image_folder, tmp_path, run_in_process):
+def test_the_state_in_parameter_groups_is_resumed(image_folder, tmp_path, run_in_process):
     command = [*TINY, "--data-path", image_folder, "--opt", "lookahead_adamw", "--output_dir", tmp_path, "--epochs"]
     run_in_process(*command, "1")
     steps = [torch.load(tmp_path / "checkpoint.pth", weights_only=True)["optimizer"]["param_groups"][0]]
@@ -183,7 +183,7 @@ def test_training_on_two_processes(launcher, image_folder, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_take_the_same_steps_as_one(image_folder, tmp_path):
-    """Without what is random on each process, one process with twice the batch is the same run."""
+    """Without randomness that depends on the process, a run equals one of a single process with twice the batch."""
     plain = ["--data-path", image_folder, "--epochs", "1", "--warmup-epochs", "0", "--drop-path", "0", "--mixup", "0"]
     plain += ["--cutmix", "0", "--opt", "sgd", "--lr", "0.1", "--unscale-lr", "--model-ema", "--model-ema-decay", "0.5"]
     two = launch("torchrun", 2, *TINY, *plain, "--dist-eval", "--output_dir", tmp_path / "two")
@@ -204,7 +204,7 @@ def test_evaluation_is_exact_for_any_number_of_processes(trained, image_folder):
     outputs = [run_command(["main.py", *command]).stdout]
     for processes in (2, 3):
         outputs.append(launch("torchrun", processes, *command, "--dist-eval").stdout)
-    outputs.append(launch("torchrun", 2, *command).stdout)  # each process evaluates everything
+    outputs.append(launch("torchrun", 2, *command).stdout)  # each process evaluates all images
     lines = [final_lines(output) for output in outputs]
     assert lines[0][1].startswith("Accuracy of the network on the 21 test images: ")
     assert lines == [lines[0]] * 4
@@ -239,11 +239,11 @@ def test_distillation_and_cutmix_alone(trained, image_folder, tmp_path, run_in_p
 
 
 def test_other_models_and_options_train(image_folder, run_in_process):
-    """A peer of timm, and the options of the loop that the other tests leave out."""
+    """Train a timm model, and use options of the loop that the other tests do not cover."""
     command = ["--data-path", image_folder, "--epochs", "1", "--device", "cpu", "--num_workers", "0"]
     command += ["--batch-size", "4", "--input-size", "64"]
-    peer = ["--model", "resnet18", "--opt", "sgd", "--mixup", "0", "--cutmix", "0"]
-    output, message = run_in_process(*command, *peer)
+    resnet = ["--model", "resnet18", "--opt", "sgd", "--mixup", "0", "--cutmix", "0"]
+    output, message = run_in_process(*command, *resnet)
     assert message is None, output
     loop = ["--grad-checkpointing", "--amp", "bf16", "--sched", "step", "--clip-grad", "0", "--aa", "none"]
     output, message = run_in_process(*command, "--model", "pcpvt_tiny", *loop)
@@ -271,7 +271,7 @@ def test_schedule_equals_the_published_logs(name):
     assert sum(parameter.numel() for parameter in model.parameters()) == published["n_parameters"]
 
 
-def test_weight_decay_is_off_where_it_should_be():
+def test_biases_norms_and_positional_encodings_are_not_decayed():
     model = timm.create_model("alt_gvt_tiny")
     optimizer = build_optimizer(parse(), model, 512)
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -298,7 +298,7 @@ def test_accumulation_follows_the_global_batch():
         choose_accumulation(batch_size=4, global_batch=20, world_size=2)
 
 
-def test_a_run_says_how_it_differs_from_the_published_recipe():
+def test_differences_from_the_published_recipe():
     args = parse("--model", "alt_gvt_small", "--drop-path", 0.2, "--data-path", "x", "--batch-size", 256)
     assert differences_from_published(args, 2048) == []
     assert differences_from_published(args, 1024) == ["global-batch 1024 (recipe: 2048)"]
@@ -309,7 +309,7 @@ def test_a_run_says_how_it_differs_from_the_published_recipe():
     assert differences_from_published(parse("--model", "alt_gvt_tiny", "--lr", 1), 64) == []
 
 
-def test_the_published_command_needs_no_note_but_for_its_defaults():
+def test_the_published_command_equals_the_published_recipe():
     command = "--model alt_gvt_base --batch-size 128 --data-path path_to_imagenet --dist-eval --drop-path 0.3"
     assert differences_from_published(parse(*command.split()), 8 * 128) == []
 
@@ -329,14 +329,14 @@ def test_recipes_are_defaults_that_options_override(monkeypatch, tmp_path, run_i
     assert "recipe shapes, changed: input-size 32 (recipe: 64), epochs 1 (recipe: 5), batch-size 4" in output
 
 
-def test_every_option_is_in_a_recipe_or_not():
-    assert set(NOT_OF_A_RECIPE) | set(SHAPES) | set(PUBLISHED["alt_gvt_large"]) <= set(vars(parse()))
-    fixed = set(vars(parse())) - NOT_OF_A_RECIPE
+def test_every_option_is_in_recipes_or_excluded():
+    assert NOT_IN_RECIPES | set(SHAPES) | set(PUBLISHED["alt_gvt_large"]) <= set(vars(parse()))
+    fixed = set(vars(parse())) - NOT_IN_RECIPES
     assert {"lr", "aa", "drop_path", "finetune", "data_set", "opt_betas", "recount", "mixup_mode"} <= fixed
     assert not fixed & {"output_dir", "seed", "device"}
 
 
-def test_amp_choice(monkeypatch):
+def test_choice_of_mixed_precision(monkeypatch):
     gpu = torch.device("cuda", 0)
     assert choose_amp("auto", CPU) is None
     assert choose_amp("bf16", CPU) is torch.bfloat16
@@ -358,15 +358,10 @@ def test_only_fp16_scales_its_losses(monkeypatch, dtype, scales):
 # ------------------------------------------------------------------------------------------------- arguments
 
 
-def test_options_answer_to_hyphens_and_underscores():
+def test_options_accept_hyphens_and_underscores():
     args = parse("--data_path", "x", "--output-dir=y", "--num-workers", "3", "--drop_path=0.3", "--dist_eval")
-    assert (args.data_path, args.output_dir, args.num_workers, args.drop_path, args.dist_eval) == (
-        "x",
-        "y",
-        3,
-        0.3,
-        True,
-    )
+    found = args.data_path, args.output_dir, args.num_workers, args.drop_path, args.dist_eval
+    assert found == ("x", "y", 3, 0.3, True)
 
 
 def test_defaults_are_the_published_recipe():
@@ -386,11 +381,14 @@ def test_help_names_each_group():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--batch-size", "0"], "argument --batch-size: '0' is no whole number of at least 1"),
-        (["--batch-size", "-8"], "argument --batch-size: '-8' is no whole number of at least 1"),
-        (["--batch-size", "7"], "--batch-size 7: mixup and CutMix pair images; make it even, or pass --mixup 0"),
-        (["--input-size", "31"], "argument --input-size: '31' is no whole number of at least 32"),
-        (["--drop-path", "1.5"], "argument --drop-path: '1.5' is no number of at least 0 and at most 0.99"),
+        (["--batch-size", "0"], "argument --batch-size: '0' is not a whole number of at least 1"),
+        (["--batch-size", "-8"], "argument --batch-size: '-8' is not a whole number of at least 1"),
+        (
+            ["--batch-size", "7"],
+            "--batch-size 7: mixup and CutMix need an even batch size; change it, or pass --mixup 0",
+        ),
+        (["--input-size", "31"], "argument --input-size: '31' is not a whole number of at least 32"),
+        (["--drop-path", "1.5"], "argument --drop-path: '1.5' is not a number of at least 0 and at most 0.99"),
         (["--model", "alt_gvt_smal"], "--model 'alt_gvt_smal' is unknown; did you mean alt_gvt_small"),
         (["--drop-pth", "0.1"], "unknown argument --drop-pth; did you mean --drop-path"),
         (["--data-set", "COCO"], "argument --data-set: invalid choice: 'COCO'"),
@@ -398,8 +396,11 @@ def test_help_names_each_group():
         (["--pretrained", "--finetune", "x.pth"], "choose one of them"),
         (["--auto-resume", "--output_dir", ""], "--auto-resume needs --output_dir"),
         (["--save-every", "5", "--output_dir", ""], "--save-every needs --output_dir"),
-        (["--auto-resume", "--eval"], "--auto-resume goes on with a training; name the file to --eval with --resume"),
-        (["--save-every", "0"], "argument --save-every: '0' is no whole number of at least 1"),
+        (
+            ["--auto-resume", "--eval"],
+            "--auto-resume continues a training run; name the weights to evaluate with --resume",
+        ),
+        (["--save-every", "0"], "argument --save-every: '0' is not a whole number of at least 1"),
         (["--eval"], "--eval needs weights: --resume FILE"),
         (["--data-path", "/nowhere"], "--data-path '/nowhere' is no folder"),
         ([], "--data-path is missing; name the folder that holds IMNET"),
@@ -412,8 +413,8 @@ def test_help_names_each_group():
             ["--data-set", "SHAPES", "--pretrained", "--model", "alt_gvt_tiny"],
             "--pretrained: the weights of alt_gvt_tiny",
         ),
-        (["--cutmix-minmax", "0.8", "0.2"], "--cutmix-minmax 0.8 0.2: the smaller share comes first"),
-        (["--seed", "1" + "0" * 23], "argument --seed: '100000000000000000000000' is no whole number"),
+        (["--cutmix-minmax", "0.8", "0.2"], "--cutmix-minmax 0.8 0.2: give the smaller number first"),
+        (["--seed", "1" + "0" * 23], "argument --seed: '100000000000000000000000' is not a whole number"),
         (["--data-set", "SHAPES", "--global-batch", "100"], "global batch 100 is not a multiple of 64"),
         (["--data-set", "SHAPES", "--batch-size", "16000"], "the training set has 10000 images, fewer than one global"),
         (["--data-set", "SHAPES", "--nb-classes", "12"], "--nb-classes 12: the data have 10 classes"),
@@ -428,19 +429,19 @@ def test_help_names_each_group():
             ["--data-set", "SHAPES", "--opt", "adahessian"],
             "adahessian: second-order optimizers are not supp",
         ),
-        (["--lr-noise", "0.9", "0.1"], "--lr-noise 0.9 0.1: the smaller share comes first"),
-        (["--lr-noise", "0.1", "0.2", "0.3"], "--lr-noise: takes two numbers at most"),
+        (["--lr-noise", "0.9", "0.1"], "--lr-noise 0.9 0.1: give the smaller number first"),
+        (["--lr-noise", "0.1", "0.2", "0.3"], "--lr-noise: takes at most two numbers"),
         (["--decay-milestones", "3", "1"], "--decay-milestones 3 1: give them in ascending order"),
-        (["--epochs", "1" + "0" * 400], "is no whole number of at least 1"),
+        (["--epochs", "1" + "0" * 400], "is not a whole number of at least 1"),
         (["--data-path", "x" * 5000], "is no folder"),
         (["--data-set", "SHAPES", "--resume", "x" * 5000], "there is no such file"),
         (["--data-set", "SHAPES", "--output_dir", "x" * 300], "cannot be written to (File name too long)"),
-        (["--smoothing", "1"], "argument --smoothing: '1' is no number of at least 0 and at most 0.99"),
+        (["--smoothing", "1"], "argument --smoothing: '1' is not a number of at least 0 and at most 0.99"),
         (
             ["--data-set", "SHAPES", "--model", "vit_tiny_patch16_224", "--input-size", "64"],
-            "--input-size 64: vit_tiny_patch16_224 takes images of 224 pixels; pass that",
+            "--input-size 64: vit_tiny_patch16_224 takes images of 224 pixels; pass that size",
         ),
-        (["--lr", "inf"], "argument --lr: 'inf' is no number above 0"),
+        (["--lr", "inf"], "argument --lr: 'inf' is not a number above 0"),
     ],
 )
 def test_bad_arguments_end_with_one_line(argv, message, run_in_process, tmp_path):
@@ -460,17 +461,17 @@ def test_bad_checkpoints_end_with_one_line(trained, image_folder, tmp_path, run_
     (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
     data = ["--data-path", image_folder, "--output_dir", tmp_path / "run", "--epochs", "3"]
     cases = {
-        "its run used model alt_gvt_tiny; repeat that, not pcpvt_tiny": [
+        "its run used model alt_gvt_tiny; use the same, not pcpvt_tiny": [
             *("--resume", folder / "checkpoint.pth", "--model", "pcpvt_tiny", "--model-ema"),
         ],
-        "was with a moving average (EMA); add --model-ema": ["--resume", folder / "checkpoint.pth"],
+        "its run had a moving average (EMA); add --model-ema": ["--resume", folder / "checkpoint.pth"],
         "head.weight (3, 128) in the file, (10, 128) in the model": [
             *("--resume", folder / "checkpoint.pth", "--model-ema", "--data-set", "SHAPES"),
         ],
         "no training state to resume": ["--resume", tmp_path / "bare.pth"],
         "text.pth: cannot be read as weights": ["--resume", tmp_path / "text.pth"],
         "cut.pth: cannot be read as weights": ["--finetune", tmp_path / "cut.pth"],
-        "holds no moving average": ["--eval", "--resume", tmp_path / "bare.pth", "--model-ema"],
+        "contains no moving average": ["--eval", "--resume", tmp_path / "bare.pth", "--model-ema"],
         "in the file, (10,) in the model": ["--eval", "--resume", tmp_path / "bare.pth", "--data-set", "SHAPES"],
     }
     for message, argv in cases.items():
@@ -480,20 +481,20 @@ def test_bad_checkpoints_end_with_one_line(trained, image_folder, tmp_path, run_
     assert not (tmp_path / "run").exists()
 
 
-def test_a_new_run_does_not_write_over_an_old_one(trained, image_folder, run_in_process):
+def test_a_new_run_does_not_overwrite_an_old_one(trained, image_folder, run_in_process):
     folder, _, _ = trained
     before = {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"}
     other = folder.parent / "other.pth"
     shutil.copy(folder / "checkpoint.pth", other)
     for argv in ([], ["--resume", other]):
         _, error = run_in_process(*TINY, "--data-path", image_folder, "--output_dir", folder, *argv)
-        assert "checkpoint.pth exists, and this run would write over it; continue it with --auto-resume" in error
+        assert "checkpoint.pth exists, and this run would overwrite it; continue that run with --auto-resume" in error
     assert {file.name: file.read_bytes() for file in folder.iterdir() if file.name != ".lock"} == before
 
 
 @pytest.mark.slow
 def test_a_truncated_image_ends_the_run_or_is_skipped(image_folder, tmp_path):
-    """With loading processes, whose errors come wrapped in tracebacks."""
+    """Data-loading processes are used, whose errors contain tracebacks."""
     shutil.copytree(image_folder, tmp_path / "data")
     path = tmp_path / "data/val/n01443537/3.JPEG"
     assert read_size(path) == (90, 87)
@@ -518,8 +519,8 @@ def test_more_processes_than_images(image_folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_meet_at_the_address_given(image_folder, tmp_path):
-    """Two plain processes, of which no launcher says where they meet."""
+def test_processes_use_the_given_rendezvous(image_folder, tmp_path):
+    """Start two processes without a launcher."""
     command = ["main.py", *TINY, "--data-path", image_folder, "--epochs", 1, "--output_dir", tmp_path]
     command = [sys.executable, *map(str, command), "--dist_url", f"tcp://127.0.0.1:{free_port()}"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
@@ -534,7 +535,7 @@ def test_processes_meet_at_the_address_given(image_folder, tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(timm.optim, "list_optimizers"), reason="this timm has no list of its optimizers")
-def test_every_optimizer_that_timm_builds_is_accepted():
+def test_every_optimizer_of_timm_is_accepted():
     for name in timm.optim.list_optimizers():
         try:
             create_optimizer_v2([torch.nn.Parameter(torch.zeros(2, 2))], opt=name, lr=1e-3, momentum=0.9)
@@ -569,13 +570,13 @@ def test_internal_errors_of_transforms_and_states_keep_their_traceback(image_fol
         main.main([*command, "--auto-resume"])
 
 
-def test_a_bad_address_is_named(monkeypatch, run_in_process):
+def test_a_bad_rendezvous_is_named(monkeypatch, run_in_process):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     for url in ("nowhere", "env://"):
         _, error = run_in_process("--device", "cpu", "--dist_url", url)
-        assert error.startswith(f"main.py: error: --dist_url {url}: the processes cannot meet there (")
+        assert error.startswith(f"main.py: error: --dist_url {url}: the rendezvous failed (")
         assert len(error.splitlines()) == 1
 
 
@@ -584,11 +585,11 @@ def test_traceback_on_demand():
         main.main(["--traceback", "--device", "cpu", "--data-path", "/nowhere"])
 
 
-def test_models_of_timm_may_bear_a_tag():
+def test_models_of_timm_may_have_a_tag():
     check_args(get_args_parser(), parse("--model", "twins_svt_small.in1k"))
 
 
-def test_commands_of_the_readme_are_understood():
+def test_commands_of_the_readme_are_valid():
     text = (ROOT / "README.md").read_text().replace("\\\n", " ")
     commands = re.findall(r"main\.py (--(?!help)[^`\n]*)", text)
     assert len(commands) > 12

@@ -1,4 +1,4 @@
-"""The models against the original's outputs, timm's twins, naive loops and timm's model contract."""
+"""Tests of the models: outputs of the original, the models of timm, naive loops, and the model API of timm."""
 
 import json
 import re
@@ -26,7 +26,7 @@ PARAMETERS = {
     "alt_gvt_large": 99_271_400,
 }
 TIMM_NAMES = {name: f"twins_{name.replace('alt_gvt', 'svt')}" for name in PARAMETERS}
-MACS = {  # G, conv + linear + norm and with attention; the original's README and paper
+MACS = {  # in 10^9: convolutions, linear layers and norms (README of the original); with attention (paper)
     "pcpvt_small": (3.684, 3.827),
     "pcpvt_base": (6.463, 6.679),
     "pcpvt_large": (9.533, 9.844),
@@ -76,7 +76,7 @@ def test_equals_timm(name):
 
 
 @pytest.mark.parametrize("name", ["pcpvt_small", "alt_gvt_small"])
-def test_gradients_equal_timms(name):
+def test_gradients_equal_those_of_timm(name):
     ours, theirs = timm.create_model(name, window_padding="zero"), timm.create_model(TIMM_NAMES[name])
     theirs.load_state_dict(ours.state_dict())
     for model in (ours, theirs):
@@ -94,7 +94,7 @@ def test_multiply_accumulates(name):
 
 
 def naive_window_attention(lsa: LocallyGroupedAttention, x: torch.Tensor) -> torch.Tensor:
-    """Attend in each window by itself, softmax written out, over the tokens that lie inside the map."""
+    """Attend in one window at a time, with an explicit softmax over the tokens inside the map."""
     B, H, W, C = x.shape
     size, heads = lsa.window_size, lsa.num_heads
     out = torch.zeros_like(x)
@@ -122,7 +122,7 @@ def test_masked_padding_equals_a_loop_over_windows(size):
 
 
 @torch.no_grad()
-def test_paddings_differ_only_where_there_is_padding():
+def test_window_paddings_differ_only_at_padding():
     mask = LocallyGroupedAttention(64, 2, 7, "mask")
     zero = LocallyGroupedAttention(64, 2, 7, "zero")
     torch.nn.init.normal_(mask.qkv.bias)
@@ -179,7 +179,7 @@ def test_features_only(name):
     assert [m.shape[1] for m in maps] == features.feature_info.channels()
     assert [tuple(m.shape[2:]) for m in maps] == [(18, 35), (4, 8)]
     assert features.feature_info.reduction() == [4, 16]
-    assert len(features.model.blocks) == 3  # what the features do not need is gone
+    assert len(features.model.blocks) == 3  # unused stages are removed
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -199,7 +199,7 @@ def test_pretrained_loads_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("size", ["small", "base", "large"])
-def test_old_spellings(size):
+def test_names_of_the_original(size):
     with torch.device("meta"), pytest.warns(UserWarning, match="deprecated"):
         model = timm.create_model(f"pcpvt_{size}_v0")
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[f"pcpvt_{size}"]
@@ -218,7 +218,7 @@ def test_any_size(name, size):
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_gradient_checkpointing_changes_nothing(name):
+def test_gradient_checkpointing_does_not_change_gradients(name):
     model = timm.create_model(name, num_classes=3)
     gradients = []
     for enable in (False, True):
@@ -237,7 +237,7 @@ def test_drop_path_grows_linearly_over_all_blocks():
     assert rates == pytest.approx([0.3 * i / 17 for i in range(18)])
 
 
-def test_stage_norm_is_in_the_trunk():
+def test_stage_norm_normalises_the_input_of_the_next_stage():
     plain = timm.create_model("alt_gvt_tiny", features_only=True)
     normed = timm.create_model("alt_gvt_tiny", features_only=True, stage_norm=True)
     extra = set(normed.state_dict()) - set(plain.state_dict())
@@ -253,7 +253,7 @@ def test_stage_norm_is_in_the_trunk():
 
 
 def second_stage_input(normed, x: torch.Tensor) -> torch.Tensor:
-    """Run the second stage of a normed model without its norm."""
+    """Return the output of the second stage of a normed model without its norm."""
     norm, normed.model.norm_list[1] = normed.model.norm_list[1], torch.nn.Identity()
     try:
         return normed.model._forward_stage(x, 1)
@@ -262,7 +262,7 @@ def second_stage_input(normed, x: torch.Tensor) -> torch.Tensor:
 
 
 def step(model, images: torch.Tensor, parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Return the output of a model and, in training, the gradients of its parameters."""
+    """Return the output of a model and, in training mode, the gradients of its parameters."""
     if not model.training:
         with torch.no_grad():
             return {"output": model(images)}
@@ -288,7 +288,7 @@ def test_compile_without_graph_breaks(name, train):
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("padding", ["mask", "zero"])
 def test_one_compiled_graph_for_all_sizes(padding, train):
-    """With sizes whose maps are multiples of the window and others, all of several windows."""
+    """The sizes have maps that are multiples of the window and others; all maps have several windows."""
     torch._dynamo.reset()
     model = timm.create_model("alt_gvt_tiny", num_classes=3, window_padding=padding).train(train)
     parameters = dict(model.named_parameters())
@@ -359,7 +359,7 @@ def test_onnx_export(name, tmp_path):
         ({"img_size": 16}, "16x16 pixels are too small"),
     ],
 )
-def test_bad_settings_are_named(kwargs, message):
+def test_bad_arguments_are_named(kwargs, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         timm.create_model("alt_gvt_tiny", **kwargs)
 

@@ -1,4 +1,4 @@
-"""The list of mutations fits the code; `python -m tests.mutations` applies them."""
+"""Check that the list of mutations fits the code; `python -m tests.mutations` applies them."""
 
 import re
 

@@ -1,6 +1,7 @@
-"""Every option reaches what it is for: a run with another value of it ends with other weights, figures or files."""
+"""Every option has an effect: with another value of it a run has other weights, metrics or files."""
 
 import argparse
+import copy
 from dataclasses import fields
 from functools import cache
 
@@ -31,7 +32,7 @@ from tests.conftest import ROOT, TINY, assert_equal, read_log
 CPU = torch.device("cpu")
 BASE = [*TINY, "--data-set", "SHAPES", "--epochs", "1", "--warmup-epochs", "0", "--lr", "1e-2", "--unscale-lr"]
 
-# An option with another value than its default, and the options that make it matter.
+# Each option with a value other than its default, and options that it needs.
 CHANGES = {
     "drop": ["--drop", "0.5"],
     "drop_path": ["--drop-path", "0.5"],
@@ -60,7 +61,7 @@ CHANGES = {
     "mixup_switch_prob": ["--mixup-switch-prob", "1"],
     "mixup_mode": ["--mixup-mode", "elem"],
 }
-# Options that only matter beside others: those, then the option.
+# Options that only have an effect together with others: the others, then the option.
 CHANGES_BESIDE = {
     "momentum": (["--opt", "sgd"], ["--momentum", "0.5"]),
     "train_interpolation": (["--aa", "none"], ["--train-interpolation", "bilinear"]),
@@ -70,12 +71,12 @@ CHANGES_BESIDE = {
     "cutmix_minmax": (["--mixup-switch-prob", "1"], ["--cutmix-minmax", "0.2", "0.3"]),
     "warmup_epochs": (["--epochs", "2"], ["--warmup-epochs", "1"]),
 }
-# Options whose tests stand elsewhere, by the name of a test.
+# Options that another test covers, by the name of that test.
 ELSEWHERE = {
     "recipe": "test_recipes_are_defaults_that_options_override",
     "model": "test_other_models_and_options_train",
     "pretrained": "test_bad_arguments_end_with_one_line",
-    "model_ema": "test_training_writes_what_it_should",
+    "model_ema": "test_training_writes_its_files",
     "finetune": "test_finetuning_loads_the_weights",
     "distillation_type": "test_distillation_and_cutmix_alone",
     "teacher_model": "test_distillation_and_cutmix_alone",
@@ -83,8 +84,8 @@ ELSEWHERE = {
     "distillation_alpha": "test_distillation_uses_its_options",
     "distillation_tau": "test_distillation_uses_its_options",
     "model_ema_decay": "test_decay_of_the_moving_average",
-    "grad_checkpointing": "test_checkpointing_and_compiling_are_switched_on",
-    "compile": "test_checkpointing_and_compiling_are_switched_on",
+    "grad_checkpointing": "test_checkpointing_and_compiling_are_enabled",
+    "compile": "test_checkpointing_and_compiling_are_enabled",
     "warmup_lr": "test_learning_rates_follow_their_options",
     "min_lr": "test_learning_rates_follow_their_options",
     "decay_epochs": "test_learning_rates_follow_their_options",
@@ -103,23 +104,23 @@ ELSEWHERE = {
     "num_workers": "test_loaders_follow_their_options",
     "loader_timeout": "test_loaders_follow_their_options",
     "pin_mem": "test_loaders_follow_their_options",
-    "output_dir": "test_training_writes_what_it_should",
+    "output_dir": "test_training_writes_its_files",
     "resume": "test_resuming_equals_an_uninterrupted_run",
     "auto_resume": "test_a_killed_run_ends_as_an_uninterrupted_one",
     "save_every": "test_checkpoints_are_written_within_an_epoch",
-    "keep": "test_as_many_checkpoints_are_kept_as_asked_for",
-    "on_nonfinite": "test_steps_that_are_not_finite_are_skipped_and_counted",
-    "max_skipped": "test_steps_that_are_not_finite_are_skipped_and_counted",
+    "keep": "test_the_number_of_kept_checkpoints_follows_its_option",
+    "on_nonfinite": "test_non_finite_steps_are_skipped_and_counted",
+    "max_skipped": "test_non_finite_steps_are_skipped_and_counted",
     "print_freq": "test_log_lines_follow_their_option",
-    "eval": "test_evaluation_of_a_checkpoint_repeats_the_figures",
-    "dist_eval": "test_a_shared_evaluation_takes_a_part_of_the_images",
+    "eval": "test_evaluation_of_a_checkpoint_repeats_the_metrics",
+    "dist_eval": "test_a_distributed_evaluation_takes_a_part_of_the_images",
     "device": "test_unknown_device",
-    "dist_url": "test_processes_meet_at_the_address_given",
+    "dist_url": "test_processes_use_the_given_rendezvous",
     "local_rank": "test_training_on_two_processes",
     "deterministic": "test_deterministic_algorithms",
     "traceback": "test_traceback_on_demand",
 }
-# Of train.py in both dense tasks.
+# Tests of the options of train.py in the dense tasks.
 DENSE_TRAIN = {
     "config": "test_files_without_an_experiment_are_refused",
     "data_root": "test_a_training_leaves_what_is_promised",
@@ -142,12 +143,12 @@ DENSE_TRAIN = {
     "compile": "test_options_of_a_dense_training",
     "amp": "test_mixed_precision_reaches_the_evaluation",
     "device": "test_unknown_device",
-    "dist_url": "test_processes_meet_at_the_address_given",
+    "dist_url": "test_processes_use_the_given_rendezvous",
     "local_rank": "test_training_on_two_processes",
     "deterministic": "test_deterministic_algorithms",
     "traceback": "test_traceback_on_demand",
 }
-# Of test.py in either dense task.
+# Tests of the options of test.py in the dense tasks.
 DENSE_TEST = DENSE_TRAIN | {
     "checkpoint": "test_figures_equal_those_of_the_written_predictions",
     "eval": "test_weights_that_do_not_fit_are_refused",
@@ -160,7 +161,7 @@ DENSE_TEST = DENSE_TRAIN | {
 
 @pytest.fixture(scope="module", autouse=True)
 def small_sets():
-    """Few shapes, and one thread, so that equal runs are equal bit for bit."""
+    """Use few shapes, and one thread, so that equal runs are equal bit for bit."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -174,7 +175,7 @@ def small_sets():
 
 
 def parse(*argv) -> argparse.Namespace:
-    return get_args_parser().parse_args([str(each) for each in argv])
+    return get_args_parser().parse_args([str(arg) for arg in argv])
 
 
 @pytest.fixture(scope="module")
@@ -212,8 +213,8 @@ def test_every_option_has_a_test():
         assert not [name for name in table.values() if f"def {name}(" not in tests]
 
 
-def test_the_same_options_give_the_same_load_weights(run, tmp_path):
-    """Without this, the weights below would differ whatever an option does."""
+def test_the_same_options_give_the_same_weights(run, tmp_path):
+    """Otherwise the tests below would pass for options without any effect."""
     main.main([*BASE, "--output_dir", str(tmp_path)])
     assert_equal(load_weights(run()), load_weights(tmp_path))
 
@@ -235,38 +236,39 @@ def test_the_learning_rate_follows_the_batch():
         assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([expected] * 2)
 
 
-def test_gradients_are_clipped_to_the_norm_given(run, monkeypatch):
-    """A step of SGD without momentum moves the weights by the norm of the gradient times the learning rate."""
-    seen = []
-    monkeypatch.setattr(
-        main, "build_state", lambda *args, wrapped=main.build_state: seen.append(wrapped(*args)) or seen[-1]
-    )
-    before = []
-    monkeypatch.setattr(
-        main,
-        "build_compute_losses",
-        lambda *args, wrapped=main.build_compute_losses: (
-            before.append([parameter.detach().clone() for parameter in seen[-1].model.parameters()]) or wrapped(*args)
-        ),
-    )
+def test_gradients_are_clipped_to_the_given_norm(run, monkeypatch):
+    """A step of SGD without momentum changes the weights by the gradient norm times the learning rate."""
+    models, initial_models = [], []
+    build_state = main.build_state
+
+    def build_and_record(*args):
+        state = build_state(*args)
+        models.append(state.model)
+        initial_models.append(copy.deepcopy(state.model))
+        return state
+
+    monkeypatch.setattr(main, "build_state", build_and_record)
     plain = ["--opt", "momentum", "--momentum", "0", "--weight-decay", "0", "--lr", "1", "--global-batch", "8"]
     for norm in ("0.01", "0"):
-        run(*plain, "--drop-path", "0.11", "--clip-grad", norm)  # a run of its own, not one from the cache
-        moved = torch.stack([(a - b).norm() for a, b in zip(seen[-1].model.parameters(), before[-1], strict=True)])
+        run(
+            *plain, "--drop-path", "0.11", "--clip-grad", norm
+        )  # options that no other test uses, so that the run is not cached
+        pairs = zip(models[-1].parameters(), initial_models[-1].parameters(), strict=True)
+        change = torch.stack([(after - before).norm() for after, before in pairs]).norm().item()
         if norm == "0":
-            assert moved.norm() > 0.1
+            assert change > 0.1
         else:
-            assert moved.norm().item() == pytest.approx(0.01, rel=1e-3)
+            assert change == pytest.approx(0.01, rel=1e-3)
 
 
-def test_rates_of_drop_path_and_dropout_are_those_given():
+def test_rates_of_drop_path_and_dropout_follow_their_options():
     model = build_trained_model(parse("--model", "alt_gvt_tiny", "--drop-path", 0.3, "--drop", 0.2), 10, new=True)
     rates = [getattr(block.drop_path, "drop_prob", 0.0) for stage in model.blocks for block in stage]
     assert rates == pytest.approx([0.3 * i / 6 for i in range(7)])
     assert model.head_drop.p == 0.2
 
 
-def test_repeated_augmentation_shows_each_image_three_times():
+def test_repeated_augmentation_uses_each_image_three_times():
     for flags, images in (([], 6), (["--repeated-aug"], 2)):
         loader = main.build_train_loader(parse(*BASE, *flags), Processes(CPU), 6)
         keys = list(loader.sampler)
@@ -284,11 +286,12 @@ def test_seeds_reach_the_order_and_the_augmentation():
 def test_mixed_precision_reaches_the_evaluation(tmp_path, monkeypatch):
     seen = set()
     forward = Twins.forward
-    monkeypatch.setattr(
-        Twins,
-        "forward",
-        lambda self, *args: seen.add((self.training, torch.is_autocast_enabled("cpu"))) or forward(self, *args),
-    )
+
+    def forward_and_record(self, x):
+        seen.add((self.training, torch.is_autocast_enabled("cpu")))
+        return forward(self, x)
+
+    monkeypatch.setattr(Twins, "forward", forward_and_record)
     for amp in ("off", "bf16"):
         seen.clear()
         main.main([*BASE, "--output_dir", str(tmp_path / amp), "--amp", amp])
@@ -304,10 +307,28 @@ def test_decay_of_the_moving_average(run):
     assert differ(averages[2], averages[1])
 
 
-def test_checkpointing_and_compiling_are_switched_on(run, monkeypatch, tmp_path):
-    compiled, recomputed = [], []
-    monkeypatch.setattr(nn.Module, "compile", lambda self, *_, **__: compiled.append(self))
-    monkeypatch.setattr("models.twins.checkpoint", lambda block, x, **_: recomputed.append(block) or block(x))
+@pytest.fixture
+def compiled(monkeypatch) -> list[nn.Module]:
+    """List of the modules that are compiled."""
+    modules = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, *_, **__: modules.append(self))
+    return modules
+
+
+@pytest.fixture
+def recomputed(monkeypatch) -> list[nn.Module]:
+    """List of the blocks that use gradient checkpointing, in each step."""
+    blocks = []
+
+    def checkpoint(block, x, **_):
+        blocks.append(block)
+        return block(x)
+
+    monkeypatch.setattr("models.twins.checkpoint", checkpoint)
+    return blocks
+
+
+def test_checkpointing_and_compiling_are_enabled(compiled, recomputed, tmp_path):
     main.main([*BASE, "--output_dir", str(tmp_path / "plain")])
     assert not compiled
     assert not recomputed
@@ -358,7 +379,7 @@ def test_learning_rates_follow_their_options(option):
     assert rates(*others) != rates(*others, *change)
 
 
-def test_stepped_schedules_fall_where_they_should():
+def test_stepped_schedules_decay_at_their_epochs():
     steps = rates("--sched", "step", "--decay-epochs", 7, "--decay-rate", 0.5)
     assert steps == pytest.approx([5e-4 * 0.5 ** (epoch // 7) for epoch in range(20)])
     milestones = rates("--sched", "multistep", "--decay-milestones", 3, 12)
@@ -397,10 +418,10 @@ def test_checkpoints_are_written_within_an_epoch(monkeypatch, tmp_path):
     steps = []
     monkeypatch.setattr(RunFolder, "save", lambda self, content: steps.append(content["meters"][0]["step"]))
     main.main([*BASE, "--batch-size", "2", "--output_dir", str(tmp_path), "--save-every", "1"])
-    assert steps == [1, 2, 3, 4, 0]  # in the epoch, and after its evaluation
+    assert steps == [1, 2, 3, 4, 0]  # within the epoch, and after the evaluation
 
 
-def test_as_many_checkpoints_are_kept_as_asked_for(run):
+def test_the_number_of_kept_checkpoints_follows_its_option(run):
     for keep, names in ((1, {"checkpoint.pth"}), (3, {"checkpoint.pth", "checkpoint.1.pth", "checkpoint.2.pth"})):
         folder = run("--epochs", "2", "--keep", str(keep))
         assert {file.name for file in folder.glob("checkpoint*.pth")} - {"checkpoint_best.pth"} == names
@@ -412,7 +433,7 @@ def test_log_lines_follow_their_option(tmp_path, capsys):
         assert capsys.readouterr().out.count("epoch 0 [") == lines
 
 
-def test_a_shared_evaluation_takes_a_part_of_the_images():
+def test_a_distributed_evaluation_takes_a_part_of_the_images():
     for flags, count in (([], 4), (["--dist-eval"], 2)):
         loader = main.build_val_loader(parse(*BASE, *flags), Processes(CPU, rank=1, world_size=2))
         assert len(loader.sampler) == count
@@ -496,7 +517,7 @@ FIELDS_ELSEWHERE = {
 
 @pytest.fixture(scope="module")
 def run_dense(tmp_path_factory):
-    """Return a function that trains an experiment of a task and returns the weights."""
+    """Return a function that trains an experiment of a task and returns the folder of the run."""
 
     @cache
     def run(task: str, *changes: str):
@@ -510,11 +531,8 @@ def run_dense(tmp_path_factory):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_options_of_a_dense_training(task, run_dense, monkeypatch, tmp_path, capsys):
+def test_options_of_a_dense_training(task, run_dense, compiled, recomputed, tmp_path, capsys):
     script, config, setting = TASKS[task]
-    compiled, recomputed = [], []
-    monkeypatch.setattr(nn.Module, "compile", lambda self, *_, **__: compiled.append(self))
-    monkeypatch.setattr("models.twins.checkpoint", lambda block, x, **_: recomputed.append(block) or block(x))
     options = ["--device", "cpu", "--num_workers", "0", "--work-dir", str(tmp_path), "--seed", "1", "--keep", "1"]
     options += ["--print-freq", "1", "--compile", "--grad-checkpointing", "--on-nonfinite", "skip"]
     script.main([str(ROOT / config), *options, "--cfg-options", *setting.split()])

@@ -1,4 +1,4 @@
-"""Files that stay whole, older ones to fall back on, and a folder that only one run writes to."""
+"""Tests of the output folder: atomic writes, older checkpoints, damaged files, and the lock."""
 
 import json
 import math
@@ -37,19 +37,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
         file.write(b"half of the new")
         raise OSError("no space left on device")
 
-    with pytest.raises(UserError, match=r"file: cannot be written \(no space left on device\); what was there before"):
+    with pytest.raises(UserError, match=r"file: cannot be written \(no space left on device\); the previous file is"):
         write_atomically(path, fail)
     assert path.read_bytes() == b"old"
     assert names(tmp_path) == {"file"}
 
 
-def test_log_is_one_json_line_for_each_epoch(folder):
+def test_the_log_is_one_json_line_per_epoch(folder):
     history = [{"epoch": 0, "test_acc1": 1.5}, {"epoch": 1, "test_acc1": 2.5}]
     folder.write_log(history)
     assert [json.loads(line) for line in (folder.path / "log.txt").read_text().splitlines()] == history
 
 
-def test_an_internal_error_of_a_write_is_no_fault_of_the_disk(tmp_path):
+def test_internal_errors_of_a_write_keep_their_type(tmp_path):
     def fail(file):
         raise KeyError("internal")
 
@@ -73,7 +73,7 @@ def test_older_checkpoints_are_kept(folder):
         folder.save({"number": number})
     assert names(folder.path) == {".lock", "checkpoint.pth", "checkpoint.1.pth", "checkpoint.2.pth"}
     assert [load(path) for path in folder.generations().values()] == [4, 3, 2]
-    folder.keep = 1  # a later start with another --keep
+    folder.keep = 1  # as in a later start with another --keep
     folder.save({"number": 5})
     assert names(folder.path) == {".lock", "checkpoint.pth"}
 
@@ -89,7 +89,7 @@ def test_older_checkpoints_are_kept_without_links(folder, monkeypatch):
 
 
 def save_until(folder: RunFolder, last_call: int) -> bool:
-    """Save in a process of its own that dies at a certain call on the file system; tell whether it did."""
+    """Save in a child process that dies at a certain call to the file system. Return True if it has died."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
@@ -112,7 +112,7 @@ def save_until(folder: RunFolder, last_call: int) -> bool:
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_a_kill_at_any_call_leaves_a_whole_checkpoint(tmp_path, keep):
+def test_a_kill_at_any_call_leaves_an_intact_checkpoint(tmp_path, keep):
     for last_call in range(1, 100):
         with RunFolder(tmp_path / str(last_call), keep) as folder:
             for number in range(4):
@@ -145,7 +145,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_set_aside(folder, damage, caplog):
+def test_a_damaged_checkpoint_is_renamed(folder, damage, caplog):
     for number in range(3):
         folder.save({"number": number, "weights": torch.ones(1000)})
     newest = folder.path / "checkpoint.pth"
@@ -153,23 +153,23 @@ def test_a_damaged_checkpoint_is_set_aside(folder, damage, caplog):
     newest.write_bytes(DAMAGES[damage](data))
     assert newest.read_bytes() != data
     assert folder.find_checkpoint() == folder.path / "checkpoint.1.pth"
-    assert f"{newest} is damaged; set aside as checkpoint.pth.damaged, going on from checkpoint.1.pth" in caplog.text
+    assert f"{newest} is damaged; renamed to checkpoint.pth.damaged, resuming from checkpoint.1.pth" in caplog.text
     assert not newest.exists()
-    assert folder.find_checkpoint() == folder.path / "checkpoint.1.pth"  # after a kill just now
+    assert folder.find_checkpoint() == folder.path / "checkpoint.1.pth"  # again, as after a kill
     folder.save({"number": 3})
     assert [load(path) for path in folder.generations().values()] == [3, 1, 0]
 
 
-def test_only_damaged_checkpoints_end_the_run_each_time(folder):
+def test_only_damaged_checkpoints_end_each_start(folder):
     for name in ("checkpoint.pth", "checkpoint.1.pth"):
         (folder.path / name).write_bytes(b"")
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"checkpoint.pth, .*checkpoint.1.pth: there is no whole checkpoint"):
+        with pytest.raises(ValueError, match=r"checkpoint.pth, .*checkpoint.1.pth: there is no intact checkpoint"):
             folder.find_checkpoint()
     assert names(folder.path) == {".lock", "checkpoint.pth", "checkpoint.1.pth"}
 
 
-def test_a_checkpoint_that_cannot_be_read_is_not_set_aside(folder, monkeypatch):
+def test_a_checkpoint_that_cannot_be_read_is_not_renamed(folder, monkeypatch):
     folder.save({"number": 0})
 
     def fail(*_, **__):
@@ -181,9 +181,9 @@ def test_a_checkpoint_that_cannot_be_read_is_not_set_aside(folder, monkeypatch):
     assert names(folder.path) == {".lock", "checkpoint.pth"}
 
 
-def test_folders_that_cannot_be_made_are_named(tmp_path):
+def test_folders_that_cannot_be_created_are_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file/pictures: the folder cannot be made \(Not a directory\)"):
+    with pytest.raises(UserError, match=r"file/pictures: the folder cannot be created \(Not a directory\)"):
         make_folder(tmp_path / "file/pictures")
     make_folder(tmp_path / "new/pictures")
     make_folder(tmp_path / "new/pictures")
@@ -192,16 +192,16 @@ def test_folders_that_cannot_be_made_are_named(tmp_path):
 
 def test_a_new_run_finds_nothing(folder):
     (folder.path / "checkpoint.old.pth").touch()
-    folder.write_log([])  # of a run that was killed before its first checkpoint
+    folder.write_log([])  # left by a run that was killed before its first checkpoint
     assert folder.find_checkpoint() is None
 
 
-def test_a_run_whose_checkpoint_is_gone_is_not_written_over(folder):
+def test_a_run_without_its_checkpoint_is_not_overwritten(folder):
     folder.write_log([{"epoch": 0}])
-    with pytest.raises(ValueError, match=r"log.txt: there is no whole checkpoint .*; remove .*run to start anew$"):
+    with pytest.raises(ValueError, match=r"log.txt: there is no intact checkpoint .*; remove .*run to start again$"):
         folder.find_checkpoint()
     folder.save_best({"number": 1}, "checkpoint_best.pth")
-    with pytest.raises(ValueError, match=r"whole .* anew, or pass --resume .*/run/checkpoint_best.pth instead of"):
+    with pytest.raises(ValueError, match=r"intact .* again, or pass --resume .*/run/checkpoint_best.pth instead of"):
         folder.find_checkpoint()
 
 
@@ -214,12 +214,12 @@ with RunFolder(sys.argv[1]):
 """
 
 
-def test_a_folder_is_held_until_its_process_ends(tmp_path):
+def test_a_folder_is_locked_until_its_process_ends(tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
         try:
             assert holder.stdout.readline() == b"held\n"
-            refusal = rf"{tmp_path} is in use by process {holder.pid} on {os.uname().nodename}; wait for its end"
+            refusal = rf"{tmp_path} is in use by process {holder.pid} on {os.uname().nodename}; wait until it ends"
             for _ in range(2):
                 with pytest.raises(ValueError, match=refusal), RunFolder(tmp_path):
                     pass
@@ -235,7 +235,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(run_folder.fcntl, "lockf", refuse)
     with RunFolder(tmp_path):
-        assert f"{tmp_path} cannot be locked (No locks available); let no other run write there" in caplog.text
+        assert f"{tmp_path} cannot be locked (No locks available); do not start another run in it" in caplog.text
 
 
 def test_a_folder_that_stays_empty_is_removed(tmp_path):
@@ -247,7 +247,7 @@ def test_a_folder_that_stays_empty_is_removed(tmp_path):
     assert names(tmp_path / "run") == {".lock", "log.txt"}
 
 
-def test_a_folder_that_cannot_be_made(tmp_path):
+def test_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file/run: cannot be written to"), RunFolder(tmp_path / "file/run"):
         pass

@@ -152,7 +152,7 @@ def test_another_global_batch_continues_at_the_same_step(global_batch, ade20k_fo
     lines = [line for line in output.splitlines() if line.startswith("epoch ")]
     assert len(lines) == 1
     assert lines[0].startswith("epoch 1 [3/3]")
-    assert f"lr {1e-3 * (1 - 5 / 6):.6f}" in lines[0]
+    assert f"lr {1e-3 * (1 - 5 / 6):.4g} " in lines[0]
     assert [line["epoch"] for line in read_log(tmp_path)] == [0, 1]
 
 
@@ -405,7 +405,7 @@ def test_weights_of_another_network_are_refused(trained, ade20k_folder, tmp_path
     line = fails(capsys, test_script, FOLDER / UPERNET, tmp_path / "classifier.pth", *options)
     assert "holds no segmentation network; weights of a backbone alone are for --pretrained" in line
     command = [FOLDER / UPERNET, "--pretrained", folder / "checkpoint.pth", "--work-dir", tmp_path / "new", *options]
-    assert "holds a whole network, not a classifier; start from it with --finetune" in fails(
+    assert "contains a whole network, not a classifier; start from it with --finetune" in fails(
         capsys, train_script, *command
     )
     line = fails(capsys, test_script, FOLDER / UPERNET, tmp_path / "none.pth", *options)
@@ -413,12 +413,12 @@ def test_weights_of_another_network_are_refused(trained, ade20k_folder, tmp_path
     shutil.copytree(folder, tmp_path / "run")
     resumed = ["--work-dir", tmp_path / "run"]
     line = fails(capsys, train_script, FOLDER / UPERNET, *resumed, "--auto-resume", *options, "backbone=pcpvt_tiny")
-    assert "its run used backbone alt_gvt_tiny; repeat that, not pcpvt_tiny" in line
+    assert "its run used backbone alt_gvt_tiny; use the same, not pcpvt_tiny" in line
     options.append("eval_interval=2")
     line = fails(capsys, train_script, FOLDER / UPERNET, *resumed, "--auto-resume", *options)
-    assert "its run used eval_interval 3; repeat that, not 2" in line
+    assert "its run used eval_interval 3; use the same, not 2" in line
     line = fails(capsys, train_script, FOLDER / UPERNET, *resumed, *options)
-    assert "exists, and this run would write over it; continue it with --auto-resume" in line
+    assert "exists, and this run would overwrite it; continue that run with --auto-resume" in line
 
 
 @pytest.mark.parametrize("script", ["dist_train.sh", "dist_test.sh"])
@@ -427,7 +427,7 @@ def test_launch_scripts_say_how_they_are_used(script):
     assert result.returncode == 2
     assert result.stderr.startswith(f"usage: bash {script} CONFIG ")
     result = run_bash(script, UPERNET, *(["x.pth"] if "test" in script else []), "many")
-    assert (result.returncode, result.stderr) == (2, "launch.sh: many is no number of processes\n")
+    assert (result.returncode, result.stderr) == (2, "launch.sh: many is not a number of processes\n")
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures

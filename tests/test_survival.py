@@ -1,4 +1,4 @@
-"""Runs that are killed, preempted and broken in many ways, against runs that are not."""
+"""Tests of fault tolerance: killed, stopped and failing runs, compared with uninterrupted runs."""
 
 import os
 import random
@@ -25,7 +25,7 @@ RESUMABLE = ["--auto-resume", "--save-every", "1"]
 
 @pytest.fixture(scope="session")
 def uninterrupted(image_folder, tmp_path_factory):
-    """Runs at a stretch, by number of processes."""
+    """Function that returns the folder of an uninterrupted run on a number of processes."""
     folders = {}
 
     def run(processes: int) -> Path:
@@ -70,9 +70,9 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(processes, uninterrupted, ima
                 time.sleep(draw.uniform(0, 0.5 if instant == "at any time" else 0.05))
             run.kill()
             if instant != "while a checkpoint is written" or list(run.folder.glob(".checkpoint*.tmp")):
-                break  # otherwise the write was over before the kill
+                break  # otherwise the write ended before the kill
         else:
-            pytest.fail("no kill came while a checkpoint was written")
+            pytest.fail("no kill happened while a checkpoint was written")
         assert run.process.returncode == -signal.SIGKILL or instant == "at any time"
     run = start(processes, command)
     assert run.end() == 0, run.output
@@ -82,14 +82,14 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(processes, uninterrupted, ima
 
 
 def test_a_signalled_run_ends_as_an_uninterrupted_one(uninterrupted, image_folder, tmp_path, start):
-    command = [*EVERYTHING, "--auto-resume", "--data-path", image_folder]  # saves in an epoch only when it is stopped
+    command = [*EVERYTHING, "--auto-resume", "--data-path", image_folder]  # within an epoch it only saves at a stop
     positions = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         run = start(1, command)
         run.wait_for(lambda run: lines(run, r"\[[12]/3\]"), "step")
         run.process.send_signal(number)
         assert run.end() == 128 + number, run.output
-        message = f"main.py: stopped by {number.name}; run the same command with --auto-resume to go on"
+        message = f"main.py: stopped by {number.name}; run the same command with --auto-resume to continue"
         assert run.output.splitlines()[-1] == message
         checkpoint = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)
         positions.append(24 * checkpoint["epoch"] + checkpoint["position"])
@@ -101,14 +101,14 @@ def test_a_signalled_run_ends_as_an_uninterrupted_one(uninterrupted, image_folde
 
 
 def test_two_signalled_processes_end_as_uninterrupted_ones(uninterrupted, image_folder, tmp_path, start):
-    """The launcher is told once, and one of its processes alone the other time."""
+    """Send the signal to the launcher, and then to one of its processes."""
     command = [*EVERYTHING, "--auto-resume", "--data-path", image_folder]
     for target in ("launcher", "process 1"):
         run = start(2, command)
         run.wait_for(lambda run: lines(run, r"\[[12]/3\]"), "step")
         os.kill(run.process.pid if target == "launcher" else run.processes()[1], signal.SIGTERM)
         assert run.end() != 0
-        assert lines(run, "main.py: stopped by SIGTERM; run the same command with --auto-resume to go on") == 1
+        assert lines(run, "main.py: stopped by SIGTERM; run the same command with --auto-resume to continue") == 1
     run = start(2, command)
     assert run.end() == 0, run.output
     assert_same_run(tmp_path / "run", uninterrupted(2))
@@ -124,8 +124,8 @@ def test_the_launcher_restarts_a_killed_process(uninterrupted, image_folder, tmp
     assert_same_run(tmp_path / "run", uninterrupted(2))
 
 
-def test_a_signal_while_evaluating(uninterrupted, image_folder, tmp_path):
-    """The checkpoint was written before; the evaluation is done again."""
+def test_a_signal_during_evaluation(uninterrupted, image_folder, tmp_path):
+    """The checkpoint is written before the evaluation, which is repeated."""
     script = write_script(
         tmp_path,
         """
@@ -146,8 +146,8 @@ def test_a_signal_while_evaluating(uninterrupted, image_folder, tmp_path):
     assert_same_run(tmp_path / "run", uninterrupted(1))
 
 
-def test_another_number_of_processes_goes_on_near_the_same_place(uninterrupted, image_folder, tmp_path):
-    """Checkpoints hold the same number of images for one process and two; a last one is in the middle of an epoch."""
+def test_another_number_of_processes_continues_near_the_same_place(uninterrupted, image_folder, tmp_path):
+    """Resume a run of two processes on one process, in the middle of an epoch and with another global batch."""
     shutil.copytree(uninterrupted(2), tmp_path / "run")
     checkpoint = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)
     sums = torch.tensor([[6.0], [10.0]], dtype=torch.float64)  # of two steps
@@ -160,10 +160,10 @@ def test_another_number_of_processes_goes_on_near_the_same_place(uninterrupted, 
     assert "checkpoint.pth: 3 epochs and 12 images of the next are done" in result.stdout
     assert "not an exact resume: the global batch changed from 8 to 12; epoch 3" in result.stdout
     assert "epoch 3 continues after step 1 of 2, and was at step 2" in result.stdout
-    assert "not an exact resume: 1 process(es), not 2, so mixup, drop path and dropout draw" in result.stdout
+    assert "not an exact resume: the number of processes changed from 2 to 1; mixup, drop path and" in result.stdout
     assert "option changed: global_batch from 8 to 12" in result.stdout
     assert [line["epoch"] for line in read_log(tmp_path / "run")] == [0, 1, 2, 3]
-    # The mean of both processes for the two old steps, 4, and the loss of the step of 12 images that was left.
+    # The mean loss of both processes in the two old steps, 4, and the loss of the remaining step of 12 images.
     assert read_log(tmp_path / "run")[3]["train_loss"] == pytest.approx((4 + 4 + 1.1) / 3, abs=0.1)
 
 
@@ -176,27 +176,29 @@ def test_a_file_size_limit_leaves_the_old_checkpoint(uninterrupted, image_folder
     result = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 1, result.stderr
     (line,) = result.stderr.splitlines()
-    assert re.fullmatch(r"main\.py: error: .*checkpoint\.pth: cannot be written \(File too large\); what was .*", line)
+    assert re.fullmatch(
+        r"main\.py: error: .*checkpoint\.pth: cannot be written \(File too large\); the previous file is .*", line
+    )
     assert (tmp_path / "run/checkpoint.pth").read_bytes() == before
     assert torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)["epoch"] == 4
     assert not list((tmp_path / "run").glob(".*.tmp"))
 
 
 def test_a_damaged_checkpoint_does_not_stop_a_run(uninterrupted, image_folder, tmp_path):
-    """The one before it was written before the last evaluation, which is done again with the same result."""
+    """The checkpoint before it was written before the last evaluation, which is repeated with the same result."""
     shutil.copytree(uninterrupted(1), tmp_path / "run")
     (tmp_path / "run/checkpoint.pth").write_bytes(b"")
     command = [*EVERYTHING, "--auto-resume", "--data-path", image_folder, "--output_dir", tmp_path / "run"]
     result = run_command(["main.py", *command])
     assert result.returncode == 0, result.stderr
-    assert "set aside as checkpoint.pth.damaged, going on from checkpoint.1.pth" in result.stdout
+    assert "renamed to checkpoint.pth.damaged, resuming from checkpoint.1.pth" in result.stdout
     assert_same_run(tmp_path / "run", uninterrupted(1))
     for path in (tmp_path / "run").glob("checkpoint*"):
         path.write_bytes(b"garbage")
     result = run_command(["main.py", *command])
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
-    assert "there is no whole checkpoint to go on from; remove" in line
+    assert "there is no intact checkpoint to resume from; remove" in line
 
 
 def test_a_second_run_in_the_same_folder_is_refused(image_folder, tmp_path, start):
@@ -208,15 +210,15 @@ def test_a_second_run_in_the_same_folder_is_refused(image_folder, tmp_path, star
         assert result.returncode == 1
         (line,) = [line for line in result.stderr.splitlines() if line.startswith("main.py: error")]
         holder = f"process {run.process.pid} on {os.uname().nodename}"
-        assert f"--output_dir {tmp_path / 'run'} is in use by {holder}; wait for its end" in line
+        assert f"--output_dir {tmp_path / 'run'} is in use by {holder}; wait until it ends" in line
 
 
-def test_a_finished_run_says_so(uninterrupted, image_folder, run_in_process, tmp_path):
+def test_a_finished_run_is_reported(uninterrupted, image_folder, run_in_process, tmp_path):
     shutil.copytree(uninterrupted(1), tmp_path / "run")
     command = [*EVERYTHING, "--auto-resume", "--data-path", image_folder, "--output_dir", tmp_path / "run"]
     output, message = run_in_process(*command)
     assert message is None
-    assert "this run is complete; raise the number of epochs to train on" in output
+    assert "this run is complete; raise the number of epochs to continue" in output
     assert_same_run(tmp_path / "run", uninterrupted(1))
 
 
@@ -224,7 +226,7 @@ def test_a_finished_run_says_so(uninterrupted, image_folder, run_in_process, tmp
 
 
 def write_script(folder: Path, patch: str) -> Path:
-    """Write a main.py in which something has been replaced."""
+    """Write a script that runs main.py after a patch."""
     indent = re.match(r"\n( *)", patch)[1]
     body = patch.replace(f"\n{indent}", "\n")
     path = folder / "patched_main.py"
@@ -247,7 +249,7 @@ main.build_compute_losses = build_compute_losses
 """
 
 
-def test_a_loss_that_is_not_finite_on_one_process_ends_both(image_folder, tmp_path):
+def test_a_non_finite_loss_on_one_process_ends_both(image_folder, tmp_path):
     script = write_script(tmp_path, NAN_ON_RANK_1.format(steps=[3]))
     start = time.monotonic()
     result = launch("torchrun", 2, *EVERYTHING, "--data-path", image_folder, script=script)
@@ -257,7 +259,7 @@ def test_a_loss_that_is_not_finite_on_one_process_ends_both(image_folder, tmp_pa
     assert "main.py: error: the loss is not finite in epoch 0, step 1, on process 1; training has stopped" in line
 
 
-def test_steps_that_are_not_finite_are_skipped_and_counted(image_folder, tmp_path):
+def test_non_finite_steps_are_skipped_and_counted(image_folder, tmp_path):
     skipping = ["--on-nonfinite", "skip", "--max-skipped", 2, "--data-path", image_folder]
     script = write_script(tmp_path, NAN_ON_RANK_1.format(steps=[1, 3]))
     result = launch("torchrun", 2, *EVERYTHING, *skipping, "--output_dir", tmp_path / "two", script=script)
@@ -267,7 +269,7 @@ def test_steps_that_are_not_finite_are_skipped_and_counted(image_folder, tmp_pat
     script = write_script(tmp_path, NAN_ON_RANK_1.format(steps=[1, 2, 3, 4, 5, 6]))
     result = launch("torchrun", 2, *EVERYTHING, *skipping, "--output_dir", tmp_path / "three", script=script)
     assert result.returncode == 1
-    assert "epoch 0, step 2, on process 1, after 2 skipped steps in a row; training has stopped" in result.stderr
+    assert "epoch 0, step 2, on process 1, after 2 consecutive skipped steps; training has stopped" in result.stderr
 
 
 FAULT_OF_ONE_IMAGE = """
@@ -281,11 +283,11 @@ datasets.load_image = load_image
 FAULTS = {
     "a worker is killed": (
         "os.kill(os.getpid(), signal.SIGKILL)",
-        r"DataLoader worker \(pid.*\) (is killed by signal: Killed|exited unexpectedly).*; .* has died, often for want",
+        r"DataLoader worker \(pid.*\) (is killed by signal: Killed|exited unexpectedly).*; .* has died, often for lack",
     ),
     "the loader hangs": (
         "time.sleep(1000)",
-        "DataLoader timed out after 3 seconds; raise --loader-timeout if the disk is that slow",
+        "DataLoader timed out after 3 seconds; raise --loader-timeout if the disk is slow",
     ),
     "an image is unreadable": (
         "raise datasets.BadImageError(f'{path}: cannot be read as an image')",
@@ -294,8 +296,8 @@ FAULTS = {
 }
 
 
-def test_a_fault_of_the_code_shows_its_traceback_and_ends(image_folder, tmp_path):
-    """Data-loading processes outlive signals, and must not keep the process that ends by an error."""
+def test_an_internal_error_shows_its_traceback_and_ends(image_folder, tmp_path):
+    """Data-loading processes ignore signals, but must not keep a failing process from ending."""
     script = write_script(
         tmp_path,
         """
@@ -334,7 +336,7 @@ def test_a_fault_of_the_loader_ends_all_processes(fault, processes, image_folder
         assert result.stderr.splitlines() == said
 
 
-def test_a_bad_validation_image_loses_no_epoch(image_folder, tmp_path):
+def test_no_epoch_is_lost_by_a_bad_validation_image(image_folder, tmp_path):
     shutil.copytree(image_folder, tmp_path / "data")
     path = tmp_path / "data/val/n01443537/3.JPEG"
     data = path.read_bytes()
@@ -363,7 +365,7 @@ def test_a_bad_validation_image_loses_no_epoch(image_folder, tmp_path):
 
 
 def test_the_same_seed_gives_the_same_run(uninterrupted, image_folder, tmp_path):
-    """With other numbers of workers, too, and nothing switched on for it."""
+    """This includes another number of data-loading workers, and needs no option."""
     command = [*EVERYTHING, "--data-path", image_folder, "--output_dir", tmp_path / "run", "--num_workers", 0]
     result = run_command(["main.py", *command])
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""Generators that are restored, meters, signals, and launchers that are understood."""
+"""Tests of random states, launchers, devices and versions."""
 
 import random
 
@@ -14,9 +14,9 @@ def draw():
     return random.random(), np.random.standard_normal(), torch.rand(1).item()
 
 
-def test_random_state_travels_through_a_checkpoint(tmp_path):
+def test_random_state_is_restored_from_a_checkpoint(tmp_path):
     utils.seed_everything(3)
-    np.random.standard_normal()  # leaves a cached second value behind
+    np.random.standard_normal()  # NumPy caches a second value
     torch.save(utils.get_random_state(), tmp_path / "state.pth")
     expected = draw()
     utils.seed_everything(4)
@@ -25,20 +25,20 @@ def test_random_state_travels_through_a_checkpoint(tmp_path):
     assert draw() == expected
 
 
-def test_plain_process(monkeypatch):
+def test_single_process(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    # A batch script of SLURM that starts one process by hand, not through srun.
+    # Variables of a SLURM batch script that starts a process without srun.
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_NTASKS", "8")
     assert distributed.init_processes("cpu") == distributed.Processes(torch.device("cpu"), 0, 1)
 
 
-def test_srun_sets_what_torchrun_would(monkeypatch):
+def test_srun_sets_the_variables_of_torchrun(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     srun = {"SLURM_PROCID": "11", "SLURM_LOCALID": "3", "SLURM_STEP_NUM_TASKS": "16", "SLURM_JOB_ID": "123456"}
-    for name, value in {**srun, "MASTER_ADDR": "node0"}.items():
+    for name, value in (srun | {"MASTER_ADDR": "node0"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(distributed.os, "environ", dict(distributed.os.environ))
     distributed._export_slurm_variables()
@@ -63,11 +63,11 @@ def test_bad_variables_of_a_launcher_are_named(name, monkeypatch):
 
 def test_missing_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match="--device cuda:5: GPU 5 is asked for, but 2 are visible"):
+    with pytest.raises(ValueError, match="--device cuda:5: GPU 5 is requested, but 2 are visible"):
         distributed.init_processes("cuda:5")
 
 
-def test_a_process_alone_gathers_its_own_value():
+def test_a_single_process_gathers_its_own_value():
     assert distributed.gather_on_main(3) == distributed.gather(3) == [3]
 
 

@@ -1,4 +1,4 @@
-"""Every format of weights that is read, and every file that is refused."""
+"""Tests of all formats of weights and of files that are rejected."""
 
 import argparse
 import os
@@ -27,7 +27,7 @@ def assert_same_weights(model, state):
 
 @pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
 @pytest.mark.parametrize("holder", [None, "model", "state_dict"])
-def test_formats(tmp_path, donor, holder, prefix):
+def test_formats_of_weights(tmp_path, donor, holder, prefix):
     state = {prefix + name: tensor for name, tensor in donor.state_dict().items()}
     torch.save({holder: state, "epoch": 3} if holder else state, tmp_path / "weights.pth")
     model = timm.create_model("alt_gvt_tiny", num_classes=10)
@@ -43,7 +43,7 @@ def test_safetensors(tmp_path, donor):
     assert_same_weights(model, donor.state_dict())
 
 
-def test_safetensors_is_needed_for_its_files_alone(tmp_path, donor, monkeypatch):
+def test_safetensors_is_only_needed_for_its_files(tmp_path, donor, monkeypatch):
     safetensors.torch.save_file(donor.state_dict(), tmp_path / "model.safetensors")
     torch.save(donor.state_dict(), tmp_path / "model.pth")
     monkeypatch.setitem(sys.modules, "safetensors", None)
@@ -58,12 +58,12 @@ def test_the_models_import_without_safetensors():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
-def test_timms_own_weights_of_the_twin(tmp_path):
-    twin = timm.create_model("twins_svt_small")
-    torch.save(twin.state_dict(), tmp_path / "timm.pth")
+def test_weights_of_the_timm_model(tmp_path):
+    source = timm.create_model("twins_svt_small")
+    torch.save(source.state_dict(), tmp_path / "timm.pth")
     model = timm.create_model("alt_gvt_small")
     load_weights(model, tmp_path / "timm.pth")
-    assert_same_weights(model, twin.state_dict())
+    assert_same_weights(model, source.state_dict())
 
 
 @pytest.mark.parametrize("key", ["model_ema", "state_dict_ema"])
@@ -73,11 +73,11 @@ def test_moving_average(tmp_path, donor, key):
     assert torch.equal(read_weights(tmp_path / "checkpoint.pth", ema=True)["norm.bias"], ema["norm.bias"])
     assert torch.equal(read_weights(tmp_path / "checkpoint.pth")["norm.bias"], donor.norm.bias)
     torch.save({"model": donor.state_dict(), "model_ema": None}, tmp_path / "plain.pth")
-    with pytest.raises(ValueError, match=r"plain\.pth: holds no moving average"):
+    with pytest.raises(ValueError, match=r"plain\.pth: contains no moving average"):
         read_weights(tmp_path / "plain.pth", ema=True)
 
 
-def test_checkpoint_of_the_original_with_its_namespace(tmp_path, donor):
+def test_checkpoints_of_the_original_with_a_namespace(tmp_path, donor):
     args = argparse.Namespace(model="alt_gvt_tiny", lr=5e-4)
     torch.save({"model": donor.state_dict(), "args": args}, tmp_path / "original.pth")
     assert set(read_weights(tmp_path / "original.pth")) == set(donor.state_dict())
@@ -106,7 +106,7 @@ def test_finetuning_with_the_same_classes_keeps_the_head(tmp_path, donor):
 
 
 @pytest.mark.parametrize("finetune", [False, True])
-def test_another_model_is_refused_with_lists(tmp_path, donor, finetune):
+def test_weights_of_another_model_are_refused(tmp_path, donor, finetune):
     torch.save(donor.state_dict(), tmp_path / "weights.pth")
     model = timm.create_model("pcpvt_tiny", num_classes=10)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -116,7 +116,7 @@ def test_another_model_is_refused_with_lists(tmp_path, donor, finetune):
     assert "missing: blocks.0.0.attn.q.weight" in message
     assert "unexpected: blocks.0.0.attn.qkv.weight" in message
     assert "mismatched: blocks.0.0.mlp.fc1.weight (64, 32) in the file, (256, 32) in the model" in message
-    assert "Choose the model that the weights were made for" in message
+    assert "Choose the model that was trained with these weights" in message
     assert "\n" not in message
     assert_same_weights(model, before)
 
@@ -154,16 +154,16 @@ def write_truncated_legacy(path):
 @pytest.mark.parametrize(
     ("name", "write", "message"),
     [
-        ("zip.pth", write_zip_with_code, r"refused, because loading it could execute code \((posix|nt)\.mkdir\)"),
-        ("pickle.pth", write_pickle_with_code, r"refused, because loading it could execute code"),
-        ("cut.pth", write_truncated, "cannot be read as weights; the file is damaged, cut short"),
-        ("cut_legacy.pth", write_truncated_legacy, "cannot be read as weights; the file is damaged, cut short"),
+        ("zip.pth", write_zip_with_code, r"rejected, because loading it could execute code \((posix|nt)\.mkdir\)"),
+        ("pickle.pth", write_pickle_with_code, r"rejected, because loading it could execute code"),
+        ("cut.pth", write_truncated, "cannot be read as weights; the file is damaged, truncated"),
+        ("cut_legacy.pth", write_truncated_legacy, "cannot be read as weights; the file is damaged, truncated"),
         ("text.pth", lambda path: path.write_text("a page about weights\n"), "cannot be read as weights"),
         ("html.pth", lambda path: path.write_text("<html>404</html>"), "cannot be read as weights"),
         ("empty.pth", lambda path: path.touch(), "cannot be read as weights"),
         ("text.safetensors", lambda path: path.write_text("a page"), "cannot be read as weights"),
-        ("list.pth", lambda path: torch.save([torch.ones(1)], path), "holds a list, not a checkpoint"),
-        ("other.pth", lambda path: torch.save({"epoch": 3}, path), "holds no weights; .* but the file has epoch"),
+        ("list.pth", lambda path: torch.save([torch.ones(1)], path), "contains a list, not a checkpoint"),
+        ("other.pth", lambda path: torch.save({"epoch": 3}, path), "contains no weights; .* but the file has epoch"),
         ("missing.pth", lambda path: None, "there is no such file"),
     ],
 )
