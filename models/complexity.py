@@ -1,4 +1,4 @@
-"""Parameters and multiply-accumulates of models."""
+"""Numbers of parameters and multiply-accumulates (MACs) of models."""
 
 from typing import NamedTuple
 
@@ -7,23 +7,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-NORM_OPERATIONS = 5  # counted for each normalised element, as the original's counter does
+NORM_OPERATIONS = 5  # operations per normalised element, as in the counter of the original
 
 
 class Macs(NamedTuple):
-    """Multiply-accumulates of one image, in two conventions."""
+    """Multiply-accumulates per image, in two conventions."""
 
-    layers: int  # convolutions, linear layers and norms: the convention of the original's README
-    total: int  # with the two matrix products of attention: the convention of the paper
+    layers: int  # of convolutions, linear layers and norms, as in the README of the original
+    total: int  # including the two matrix products of attention, as in the paper
 
 
 def count_macs(name: str, input_size: int | tuple[int, int] = 224, **kwargs) -> Macs:
-    """Count the multiply-accumulates of one image, without computing or allocating anything.
+    """Count the multiply-accumulates per image on torch's meta device, without computation or allocation.
 
     Args:
-        name: A model of `models/twins.py` or of timm.
-        input_size: Pixels a side, or height and width.
-        **kwargs: Passed to timm's `create_model`.
+        name: Name of a model of `models/twins.py` or of timm.
+        input_size: Side length in pixels, or height and width.
+        **kwargs: Arguments of timm's `create_model`.
     """
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     with torch.device("meta"):
@@ -31,7 +31,7 @@ def count_macs(name: str, input_size: int | tuple[int, int] = 224, **kwargs) -> 
 
 
 def count_module_macs(model: nn.Module, *inputs: Tensor) -> Macs:
-    """Count the multiply-accumulates of a network, which may be on torch's meta device with its inputs."""
+    """Count the multiply-accumulates of a module; module and inputs may be on torch's meta device."""
     normalised = []
     for module in model.eval().modules():
         if isinstance(module, nn.LayerNorm):
@@ -41,11 +41,16 @@ def count_module_macs(model: nn.Module, *inputs: Tensor) -> Macs:
     flops = {str(operation): count for operation, count in counter.get_flop_counts()["Global"].items()}
     norms = NORM_OPERATIONS * sum(normalised)
     attention = sum(count for operation, count in flops.items() if "bmm" in operation or "attention" in operation)
-    total = sum(flops.values()) // 2 + norms  # the counter takes a multiply-accumulate for two
+    total = sum(flops.values()) // 2 + norms  # the counter counts a multiply-accumulate as two operations
     return Macs(total - attention // 2, total)
 
 
 def count_parameters(name: str, **kwargs) -> int:
-    """Count the parameters of a model without allocating them."""
+    """Count the parameters of a model, without allocation."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in timm.create_model(name, **kwargs).parameters())
+        return count_module_parameters(timm.create_model(name, **kwargs))
+
+
+def count_module_parameters(model: nn.Module) -> int:
+    """Count the parameters of a module."""
+    return sum(parameter.numel() for parameter in model.parameters())
