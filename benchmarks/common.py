@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import math
 import multiprocessing
 import statistics
@@ -20,8 +19,6 @@ import models  # noqa: F401  registers our models with timm
 from core.options import COUNT, POSITIVE_INT, ArgumentParser, nearest
 from core.recipes import PUBLISHED
 from utils import UserError
-
-logger = logging.getLogger("twins")
 
 TURN_SECONDS = 0.3  # minimum duration of a turn; short steps are repeated
 PROGRESS_SECONDS = 20  # time between progress messages
