@@ -1,1 +1,1 @@
-"""Measurements of models, the input pipeline and their parts; nothing imports them."""
+"""Benchmarks of models, the input pipeline, whole epochs, single parts and dense networks; nothing imports them."""

@@ -48,4 +48,9 @@ def count_module_macs(model: nn.Module, *inputs: Tensor) -> Macs:
 def count_parameters(name: str, **kwargs) -> int:
     """Count the parameters of a model, without allocation."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in timm.create_model(name, **kwargs).parameters())
+        return count_module_parameters(timm.create_model(name, **kwargs))
+
+
+def count_module_parameters(model: nn.Module) -> int:
+    """Count the parameters of a module."""
+    return sum(parameter.numel() for parameter in model.parameters())
