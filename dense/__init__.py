@@ -1,1 +1,1 @@
-"""What segmentation and detection share."""
+"""Code that segmentation and detection share."""

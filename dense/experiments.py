@@ -1,16 +1,20 @@
-"""Experiment files: a Python file whose `config` is a frozen dataclass with all that a published result depends on."""
+"""Experiment files: a Python file whose `config` is a frozen dataclass with all that a published result depends on.
+
+The fields of an experiment declare their types and limits, as in `channels: Positive[int] = 512`; its `__post_init__`
+calls `check_fields`.
+"""
 
 import ast
 import dataclasses
-import math
 import os
 import re
 import runpy
+import sys
 import traceback
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from core.launch import one_line
 from core.options import nearest
@@ -18,18 +22,37 @@ from models.twins import MIN_INPUT_SIZE
 from utils import UserError
 
 E = TypeVar("E")
+N = TypeVar("N", int, float)
+
+
+class Limit(NamedTuple):
+    """A limit of a number, in the type of a field.
+
+    Attributes:
+        wanted: The limit in words, as in "epochs=0 is not above 0".
+        holds: Function that returns True for a number within the limit.
+    """
+
+    wanted: str
+    holds: Callable[[float], bool]
+
+
+Positive = Annotated[N, Limit("above 0", lambda value: value > 0)]
+NonNegative = Annotated[N, Limit("at least 0", lambda value: value >= 0)]
+Rate = Annotated[float, Limit("at least 0 and below 1", lambda value: 0 <= value < 1)]
+Side = Annotated[int, Limit(f"at least {MIN_INPUT_SIZE} pixels", lambda value: value >= MIN_INPUT_SIZE)]
 
 
 def load_experiment(path: str | Path, changes: Sequence[str] = (), kind: type | None = None) -> Any:
-    """Load the experiment of a file and change single fields of it.
+    """Load the experiment of a file and change some of its fields.
 
     Args:
-        path: A Python file that defines `config`; it is executed.
-        changes: `key=value` each, with the value as in Python; quotes around text may be left out.
+        path: Python file that defines `config`; it is executed.
+        changes: Texts `key=value`, with the value as in Python; the quotes around a string may be omitted.
         kind: Class that the experiment must have; None for any.
 
     Raises:
-        UserError: If there is no experiment in the file, or no such field, or a value is of another type.
+        UserError: If the file holds no experiment, or a change names an unknown field or an invalid value.
     """
     if not os.path.isfile(path):
         folder = Path(path).parent
@@ -42,12 +65,12 @@ def load_experiment(path: str | Path, changes: Sequence[str] = (), kind: type | 
     except Exception as error:  # the file may do anything
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown:
-            raise UserError(f"{path}: there is no such key: {unknown[1]}") from error
+            raise UserError(f"{path}: there is no such key: {unknown[1]}; configs/recipes.py lists them") from error
         if isinstance(error, SyntaxError) or traceback.extract_tb(error.__traceback__)[-1].filename == str(path):
             raise UserError(f"{path}: {type(error).__name__}: {one_line(error)}") from error
         raise  # not in the file itself: an internal error
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
-        raise UserError(f"{path}: defines no experiment; it should end with config = one of the recipes")
+        raise UserError(f"{path}: defines no experiment; its last line should set config by one of the recipes")
     if kind is not None and not isinstance(config, kind):
         raise UserError(
             f"{path}: is an experiment of another task; choose one of {kind.__module__.split('.')[0]}/configs"
@@ -62,66 +85,49 @@ def change_fields(config: E, changes: Sequence[str]) -> E:
     for change in changes:
         key, equals, text = change.partition("=")
         if not equals:
-            raise UserError(f"--cfg-options {change!r} is no key=value")
+            raise UserError(f"--cfg-options {change!r} is not of the form key=value")
         if key not in hints:
-            raise UserError(f"--cfg-options {key}: there is no such key{nearest(key, hints)}")
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text
-        if hints[key] is str and not isinstance(value, str):
-            value = text  # a name that reads like a number
-        values[key] = _as_type(value, hints[key])
-        if values[key] is NotImplemented:
-            raise UserError(f"--cfg-options {key}: {text!r} is not of type {_type_name(hints[key])}")
+            near = nearest(key, hints)
+            raise UserError(f"--cfg-options {key}: there is no such key{near}; configs/recipes.py lists them")
+        values[key] = _parse(text, hints[key])
     return dataclasses.replace(config, **values)
 
 
-def check_types(experiment: Any) -> None:
-    """Check that each field of a dataclass has a value of its declared type; ints pass as floats, lists as tuples.
+def check_fields(experiment: Any) -> None:
+    """Check the fields of a dataclass against their declared types and limits.
+
+    Ints in float fields become floats, and lists in tuple fields become tuples.
 
     Raises:
-        UserError: If one has not; its name, value and type are given.
+        UserError: If a field has a value of another type or outside its limit.
     """
+    limited_hints = typing.get_type_hints(type(experiment), include_extras=True)
     for name, hint in typing.get_type_hints(type(experiment)).items():
-        value = getattr(experiment, name)
-        if _as_type(value, hint) is NotImplemented:
-            raise UserError(f"{name}={value!r} is not of type {_type_name(hint)}")
+        given = getattr(experiment, name)
+        value = _as_type(given, hint)
+        if value is NotImplemented:
+            raise UserError(f"{name}={given!r} is {_describe_mismatch(name, given, hint)}")
+        object.__setattr__(experiment, name, value)  # the dataclass is frozen
+        for number, limit in _limits(value, limited_hints[name]):
+            if not limit.holds(number):
+                subject = f"{name}={value}" if number == value else f"{name}={value}: {number}"
+                raise UserError(f"{subject} is not {limit.wanted}")
 
 
-def check_fields(
-    experiment: Any, choices: dict[str, Sequence[str]], above_zero: Sequence[str], not_below_zero: Sequence[str]
-):
-    """Check the types of the fields of an experiment, and the values that both tasks' experiments limit.
-
-    Args:
-        experiment: A dataclass.
-        choices: Fields to the values that they may have.
-        above_zero: Fields that must be greater than 0.
-        not_below_zero: Fields that must be at least 0.
-
-    Raises:
-        UserError: If a field has another value; its name and value are given.
-    """
-    check_types(experiment)
-    for name, known in choices.items():
-        if getattr(experiment, name) not in known:
-            raise UserError(f"{name}={getattr(experiment, name)!r} is unknown; it is {', '.join(known)}")
-    for name in above_zero:
-        if getattr(experiment, name) <= 0:
-            raise UserError(f"{name}={getattr(experiment, name)} is not above 0")
-    for name in not_below_zero:
-        if getattr(experiment, name) < 0:
-            raise UserError(f"{name}={getattr(experiment, name)} is below 0")
-    if not 0 <= experiment.drop_path < 1:
-        raise UserError(f"drop_path={experiment.drop_path} is not between 0 and 1")
-    if min(experiment.scale) < MIN_INPUT_SIZE:
-        raise UserError(f"scale={experiment.scale}: sides of {MIN_INPUT_SIZE} pixels are the least")
+def _parse(text: str, hint: Any) -> Any:
+    """Return the value of a text, as Python reads it, or the text itself."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+    return text if hint is str and not isinstance(value, str) else value  # a name may read like a number
 
 
 def _as_type(value: Any, hint: Any) -> Any:
-    """Return a value as the type that a field has, `NotImplemented` where it is of another."""
+    """Return a value as a declared type, or `NotImplemented` if it is of another type."""
     arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return value if value in arguments else NotImplemented
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, (tuple, list)):
             return NotImplemented
@@ -129,9 +135,33 @@ def _as_type(value: Any, hint: Any) -> Any:
         items = [_as_type(item, kind) for item, kind in zip(value, kinds, strict=False)]
         return NotImplemented if len(value) != len(kinds) or NotImplemented in items else tuple(items)
     if hint is float and type(value) in (int, float):
-        return float(value) if abs(value) < math.inf else NotImplemented
+        return float(value) if abs(value) <= sys.float_info.max else NotImplemented
     return value if type(value) is hint else NotImplemented
 
 
-def _type_name(hint: Any) -> str:
-    return str(hint) if typing.get_args(hint) else hint.__name__
+def _describe_mismatch(name: str, value: Any, hint: Any) -> str:
+    """Return the second half of the message for a value of another type: what is wanted."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return f"unknown; choose {' or '.join(arguments)}"
+    if not arguments:
+        is_number = hint is float and type(value) in (int, float)
+        return "not a finite number" if is_number else f"not of type {hint.__name__}"
+    item = _parse(value, arguments[0]) if isinstance(value, str) else value
+    if isinstance(item, (tuple, list)) or _as_type(item, arguments[0]) is NotImplemented:
+        return f"not of type {hint}"
+    if arguments[-1] is Ellipsis:
+        return f"not of type {hint}; write one value as {name}={item},"
+    return f"not of type {hint}; write it as {name}={','.join([str(item)] * len(arguments))}"
+
+
+def _limits(value: Any, hint: Any) -> Iterator[tuple[float, Limit]]:
+    """Iterate over the numbers of a field that have a limit, each with its limit."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is Annotated:
+        for limit in arguments[1:]:
+            yield value, limit
+    elif typing.get_origin(hint) is tuple:
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        for item, kind in zip(value, kinds, strict=True):
+            yield from _limits(item, kind)

@@ -1,4 +1,4 @@
-"""Twins backbones of dense networks, with their ImageNet weights."""
+"""Twins backbones of the dense networks, with their ImageNet weights."""
 
 import logging
 
@@ -13,25 +13,25 @@ from utils import UserError
 
 logger = logging.getLogger("twins")
 
-
-HUB = "hub"  # in place of a file of ImageNet weights: the published ones on timm's hub
+HUB = "hub"  # instead of a file: the published ImageNet weights on timm's hub
 
 
 def build_backbone(name: str, pretrained: str, **kwargs) -> nn.Module:
-    """Build a Twins model without its classifier, with ImageNet weights.
+    """Build a Twins model without its classifier.
 
     Args:
-        name: Of a model of `models/twins.py`. Those of Twins-SVT get the norms between stages that the original's
-            dense networks have.
-        pretrained: A file of weights, `"hub"` for the published ones, or nothing to start from random ones.
-        **kwargs: Passed on to the model.
+        name: Name of a model of `models/twins.py`. Twins-SVT models get norms between their stages, as in the
+            original's dense networks.
+        pretrained: File of ImageNet weights, `"hub"` for the published ones, or `""` for random weights.
+        **kwargs: Arguments of the model.
 
     Raises:
-        UserError: If there is no such model, or the weights cannot be had or do not fit.
+        UserError: If there is no such model, or the published weights cannot be loaded.
+        TwinsError: If the file cannot be read or does not fit the model.
     """
-    ours = models.list_models()
-    if name not in ours:
-        raise UserError(f"backbone {name!r} is unknown{nearest(name, ours) or '; known are ' + ', '.join(ours)}")
+    known = models.list_models()
+    if name not in known:
+        raise UserError(f"backbone {name!r} is unknown{nearest(name, known) or '; choose one of ' + ', '.join(known)}")
     backbone = timm.create_model(name, stage_norm=name.startswith("alt_gvt"), **kwargs)
     backbone.prune_intermediate_layers(len(backbone.blocks), prune_norm=True)
     if pretrained:

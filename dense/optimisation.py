@@ -1,20 +1,20 @@
-"""Parameter groups of AdamW and schedules by iteration."""
+"""Parameter groups of AdamW, and learning-rate schedules by iteration."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from timm.scheduler.scheduler import Scheduler
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, not_decayed: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the parameters as groups for an optimizer.
+    """Return the parameters as groups of an optimizer, with and without weight decay.
 
     Args:
         model: The network.
-        weight_decay: Of the first group.
-        not_decayed: Parts of the names of those parameters that are not decayed, the second group.
+        weight_decay: Weight decay of the first group.
+        not_decayed: Parts of parameter names; parameters with one of them in their name are not decayed.
     """
     groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in model.named_parameters():
@@ -22,49 +22,45 @@ def parameter_groups(model: nn.Module, weight_decay: float, not_decayed: Sequenc
     return [group for group in groups if group["params"]]
 
 
-class IterationSchedule(Scheduler):
-    """A schedule by iteration with a linear warm-up, which multiplies what is scheduled; timm's adds up.
+# ------------------------------------------------------------- factors of the peak learning rate, by iteration from 0
+
+
+def linear_warmup(iteration: int, length: int, ratio: float) -> float:
+    """Return the factor of a linear warm-up from `ratio` at iteration 0 to 1 at iteration `length`."""
+    return 1 - (1 - iteration / length) * (1 - ratio) if iteration < length else 1.0
+
+
+def poly_decay(iteration: int, iterations: int, power: float, min_ratio: float) -> float:
+    """Return the factor of a decay from 1 to `min_ratio`, as a power of the share of iterations that is left."""
+    return min_ratio + (1 - min_ratio) * (1 - iteration / iterations) ** power
+
+
+def step_decay(iteration: int, milestones: Sequence[int]) -> float:
+    """Return the factor of a decay to a tenth at each milestone, in iterations."""
+    return 0.1 ** sum(iteration >= milestone for milestone in milestones)
+
+
+class IterationSchedule:
+    """Sets the learning rates of an iteration, which depend on its number alone: a run can resume at any step.
 
     Args:
-        optimizer: Its learning rates are the base of the schedule.
-        warmup_iterations: Length of the warm-up.
-        warmup_ratio: Share of the scheduled rate at iteration 0.
+        optimizer: Optimizer with the peak learning rates.
+        factor: Function from an iteration, counted from 0, to the factor of the peak learning rates.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, warmup_iterations: int = 0, warmup_ratio: float = 1.0):
-        super().__init__(optimizer, "lr", t_in_epochs=False)
-        self.warmup_iterations = warmup_iterations
-        self.warmup_ratio = warmup_ratio
+    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]):
+        self.optimizer = optimizer
+        self.factor = factor
+        self.step_update(0)
 
-    def scheduled(self, iteration: int, base: float) -> float:
-        """Return the learning rate of an iteration, counted from 0, but for the warm-up."""
-        raise NotImplementedError
+    def step_update(self, iteration: int) -> None:
+        """Set the learning rates of an iteration."""
+        # As in a resumed run: the constructor sets the rates of the iteration after the last one.
+        LambdaLR(self.optimizer, self.factor, last_epoch=iteration - 1)
 
-    def _get_lr(self, t: int) -> list[float]:
-        done = min(1.0, t / self.warmup_iterations) if self.warmup_iterations else 1.0
-        warmth = 1 - (1 - done) * (1 - self.warmup_ratio)
-        return [warmth * self.scheduled(t, base) for base in self.base_values]
+    def step(self, epoch: int) -> None:
+        """Do nothing at the end of an epoch."""
 
-
-class PolySchedule(IterationSchedule):
-    """Falls from the base to `min_lr` as a power of the share of the iterations that is left."""
-
-    def __init__(self, optimizer, iterations: int, power: float, min_lr: float, **warmup):
-        super().__init__(optimizer, **warmup)
-        self.iterations = iterations
-        self.power = power
-        self.min_lr = min_lr
-
-    def scheduled(self, iteration: int, base: float) -> float:
-        return (base - self.min_lr) * (1 - iteration / self.iterations) ** self.power + self.min_lr
-
-
-class StepSchedule(IterationSchedule):
-    """Falls to a tenth at each of the milestones, in iterations."""
-
-    def __init__(self, optimizer, milestones: Sequence[int], **warmup):
-        super().__init__(optimizer, **warmup)
-        self.milestones = list(milestones)
-
-    def scheduled(self, iteration: int, base: float) -> float:
-        return base * 0.1 ** sum(iteration >= milestone for milestone in self.milestones)
+    def state_dict(self) -> dict[str, Any]:
+        """Return an empty dict: there is nothing to save."""
+        return {}

@@ -1,8 +1,8 @@
-"""Data of detection: COCO, one's own data in its format, and embedded shapes; their augmentation and batches.
+"""Data sets of detection: COCO, your own data in COCO's format, and the embedded shapes; batches of them.
 
-A data set gives `(image, target)`: a uint8 tensor `(3, H, W)`, RGB, and a dict of `boxes` float32 `(n, 4)` as x1, y1,
-x2, y2 in pixels, `labels` int64 `(n,)` from 0 on, `masks` uint8 `(n, H, W)` and `image_id`, the number of the image in
-the annotations. Its attribute `coco` has those annotations as pycocotools reads them.
+A data set returns `(image, target)`: an RGB image, uint8 `(3, H, W)`, and a dict of `boxes`, float32 `(n, 4)` as x1,
+y1, x2, y2 in pixels, `labels`, int64 `(n,)` from 0, `masks`, uint8 `(n, H, W)`, and `image_id`, the image's id in the
+annotations. Its attribute `coco` holds the annotations as pycocotools reads them.
 """
 
 import contextlib
@@ -27,13 +27,10 @@ from samplers import EpochSampler, SampleKey
 from utils import UserError
 
 SHAPES_TRAIN, SHAPES_VAL = 3000, 300  # images
-MIN_SIDE = 32  # pixels; smaller training images are left out
+MIN_SIDE = 32  # pixels; smaller training images are skipped
 
 Target = dict[str, Tensor | int]
 Sample = tuple[Tensor, Target]
-
-
-# ------------------------------------------------------------------------------------------------------- data sets
 
 
 def build_dataset(kind: str, data_root: str, is_train: bool, shapes_size: int) -> Dataset:
@@ -41,34 +38,34 @@ def build_dataset(kind: str, data_root: str, is_train: bool, shapes_size: int) -
 
     Args:
         kind: `"coco"` or `"shapes"`.
-        data_root: Where `annotations/instances_{train,val}2017.json`, `train2017/` and `val2017/` are.
-        is_train: Which part.
-        shapes_size: Pixels a side of the shapes' images.
+        data_root: Folder of `annotations/instances_{train,val}2017.json`, `train2017/` and `val2017/`.
+        is_train: Whether to build the training part.
+        shapes_size: Side length of the shapes' images in pixels.
 
     Raises:
-        UserError: If the files are missing or not as they should be.
+        UserError: If the files are missing or invalid.
     """
     if kind == "shapes":
         return Shapes(is_train, shapes_size)
     root, split = Path(data_root), "train2017" if is_train else "val2017"
     if not root.is_dir():
-        raise UserError(f"{root}: there is no such folder; name the one of the data set with --data-root")
+        raise UserError(f"{root}: there is no such folder; set the folder of the data set with --data-root")
     return CocoDetection(root / split, root / "annotations" / f"instances_{split}.json", is_train)
 
 
 class CocoDetection(Dataset):
-    """Images with boxes and masks in the format of COCO.
+    """Images with boxes and masks in COCO's format.
 
-    Label i is the i-th of the categories, by ascending id. In training, images without boxes or with a side under
-    32 pixels are left out, and so are boxes of crowds or without an area.
+    Label i is the i-th category by ascending id. Targets omit crowds and boxes without an area. The training part
+    skips images without boxes and those with a side under 32 pixels.
 
     Args:
-        folder: Of the images.
-        annotations: The JSON file.
-        is_train: Whether to leave out what training does not use.
+        folder: Folder of the images.
+        annotations: JSON file of the annotations.
+        is_train: Whether to skip the images that training does not use.
 
     Raises:
-        UserError: If the file is missing, no JSON or does not fit together; the file and the id are named.
+        UserError: If a file is missing, or the annotations are invalid or inconsistent.
     """
 
     def __init__(self, folder: Path, annotations: Path, is_train: bool):
@@ -81,7 +78,7 @@ class CocoDetection(Dataset):
         if is_train:
             self.ids = [i for i in self.ids if self._is_trained(i)]
         if not self.ids:
-            raise UserError(f"{annotations}: has no images" + " with boxes to train on" * is_train)
+            raise UserError(f"{annotations}: has no images{' with boxes to train on' if is_train else ''}")
         missing = next((i for i in self.ids if not os.path.isfile(folder / self.coco.imgs[i]["file_name"])), None)
         if missing is not None:
             raise UserError(
@@ -102,13 +99,14 @@ class CocoDetection(Dataset):
                 f"{path}: has {image.shape[2]}x{image.shape[1]} pixels, but image {image_id} of the annotations "
                 f"{width}x{height}"
             )
-        found = self._annotations(image_id)
-        boxes = torch.tensor([each["bbox"] for each in found], dtype=torch.float32).reshape(-1, 4)
+        annotations = self._used_annotations(image_id)
+        boxes = torch.tensor([annotation["bbox"] for annotation in annotations], dtype=torch.float32).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        masks = [self._decode_mask(each) for each in found]
+        labels = [self.label_of[annotation["category_id"]] for annotation in annotations]
+        masks = [self._decode_mask(annotation) for annotation in annotations]
         target = {
             "boxes": boxes,
-            "labels": torch.tensor([self.label_of[each["category_id"]] for each in found], dtype=torch.int64),
+            "labels": torch.tensor(labels, dtype=torch.int64),
             "masks": torch.from_numpy(np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)),
             "image_id": image_id,
         }
@@ -123,22 +121,22 @@ class CocoDetection(Dataset):
                 f"{annotation['image_id']}, cannot be decoded ({error}); correct or remove it"
             ) from error
 
-    def _annotations(self, image_id: int) -> list[dict]:
-        """Return the annotations of an image that count in training."""
+    def _used_annotations(self, image_id: int) -> list[dict]:
+        """Return the annotations of an image that training uses."""
         image = self.coco.imgs[image_id]
         return [
-            each
-            for each in self.coco.imgToAnns[image_id]
-            if not each["iscrowd"] and _is_box(each, image["width"], image["height"])
+            annotation
+            for annotation in self.coco.imgToAnns[image_id]
+            if not annotation["iscrowd"] and _is_box(annotation, image["width"], image["height"])
         ]
 
     def _is_trained(self, image_id: int) -> bool:
         image = self.coco.imgs[image_id]
-        return min(image["width"], image["height"]) >= MIN_SIDE and bool(self._annotations(image_id))
+        return min(image["width"], image["height"]) >= MIN_SIDE and bool(self._used_annotations(image_id))
 
 
 class Shapes(Dataset):
-    """The embedded data set: one to four shapes an image, with boxes and masks, in the format of COCO."""
+    """The embedded data set: one to four shapes per image, with boxes and masks, in COCO's format."""
 
     def __init__(self, is_train: bool, size: int):
         self.classes = list(shapes.CLASSES)
@@ -162,7 +160,7 @@ class Shapes(Dataset):
         }
 
     def _to_coco(self) -> COCO:
-        """Return the annotations in the format of COCO, for the evaluation."""
+        """Return the annotations in COCO's format, for the evaluation."""
         annotations = []
         for i in self.ids:
             _, target = self[i]
@@ -172,8 +170,12 @@ class Shapes(Dataset):
                 x1, y1, x2, y2 = box
                 annotations.append(
                     {
-                        **{"id": len(annotations) + 1, "image_id": i, "category_id": label + 1, "iscrowd": 0},
-                        **{"bbox": [x1, y1, x2 - x1, y2 - y1], "area": int(mask.sum())},
+                        "id": len(annotations) + 1,
+                        "image_id": i,
+                        "category_id": label + 1,
+                        "iscrowd": 0,
+                        "bbox": [x1, y1, x2 - x1, y2 - y1],
+                        "area": int(mask.sum()),
                         "segmentation": encode_mask(mask.numpy()),
                     }
                 )
@@ -183,30 +185,29 @@ class Shapes(Dataset):
 
 
 def encode_mask(mask: np.ndarray) -> dict:
-    """Return a mask `(H, W)` as a run-length code that fits into JSON."""
+    """Return the run-length code of a mask `(H, W)`, in a form that JSON can hold."""
     code = mask_coding.encode(np.asfortranarray(mask.astype(np.uint8)))
     return {"size": code["size"], "counts": code["counts"].decode()}
 
 
 def read_annotations(path: Path) -> COCO:
-    """Read and check a file in the format of COCO.
+    """Read and check a file in COCO's format.
 
     Raises:
-        UserError: If it is missing, no JSON or does not fit together; the file and the id are named.
+        UserError: If the file is missing, is not JSON, or holds an invalid or inconsistent entry, which is named.
     """
     try:
         content = json.loads(path.read_text())
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}); --data-root is the folder that holds annotations/{path.name}"
+            f"{path}: cannot be read ({error.strerror}); --data-root must be the folder of annotations/{path.name}"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: is no valid JSON ({error}); fetch it again") from error
-    lists = [
-        content.get(part) if isinstance(content, dict) else None for part in ("images", "annotations", "categories")
-    ]
-    if not all(isinstance(each, list) for each in lists):
-        raise UserError(f"{path}: is not in the format of COCO; it needs the lists images, annotations and categories")
+        raise UserError(f"{path}: is not valid JSON ({error}); download it again") from error
+    content = content if isinstance(content, dict) else {}
+    lists = [content.get(name) for name in ("images", "annotations", "categories")]
+    if not all(isinstance(entries, list) for entries in lists):
+        raise UserError(f"{path}: is not in COCO's format; it needs the lists images, annotations and categories")
     try:
         _check_annotations(*lists)
     except UserError as error:
@@ -215,49 +216,55 @@ def read_annotations(path: Path) -> COCO:
 
 
 def _check_annotations(images: list[dict], annotations: list[dict], categories: list[dict]) -> None:
-    """Check entries, and complete what some tools leave out of annotations: area, masks, that they are no crowd."""
-    known_images, known_categories = _identify("image", images), _identify("category", categories)
+    """Check the entries; complete what some tools omit from annotations: the area, the mask and `iscrowd`."""
+    known_images, known_categories = _index_entries("image", images), _index_entries("category", categories)
     if not categories:
         raise UserError("its list of categories is empty")
-    for name, image in known_images.items():
+    for image_id, image in known_images.items():
         if not isinstance(image.get("file_name"), str) or not image["file_name"]:
-            raise UserError(f"image {name} has no file_name")
+            raise UserError(f"image {image_id} has no file_name")
         for side in ("width", "height"):
             if not isinstance(image.get(side), int) or image[side] <= 0:
-                raise UserError(f"image {name} has the {side} {image.get(side)}; it should be a number of pixels")
-    for name, category in known_categories.items():
+                raise UserError(f"image {image_id} has the {side} {image.get(side)}; it should be a number of pixels")
+    for category_id, category in known_categories.items():
         if not isinstance(category.get("name"), str) or not category["name"]:
-            raise UserError(f"category {name} has no name")
-    for number, each in enumerate(annotations, 1):
-        name = f"annotation {each.get('id', f'number {number}')}" if isinstance(each, dict) else f"entry {number}"
-        if not isinstance(each, dict):
-            raise UserError(f"{name} of the annotations is no object")
-        if not _is_known(each.get("image_id"), known_images):
-            raise UserError(f"{name} is of image {each.get('image_id')}, which is not listed")
-        if not _is_known(each.get("category_id"), known_categories):
-            raise UserError(f"{name} has the category {each.get('category_id')}, which is not listed")
-        image = known_images[each["image_id"]]
-        _check_box(name, each.get("bbox"), each["image_id"], image["width"], image["height"])
-        x, y, w, h = each["bbox"]
-        each["segmentation"] = _check_mask(name, each.get("segmentation"), image["width"], image["height"]) or [
-            [x, y, x + w, y, x + w, y + h, x, y + h]
-        ]
-        each.setdefault("iscrowd", 0)
-        each.setdefault("area", w * h)
-        if not _is_number(each["area"]):
-            raise UserError(f"{name} has the area {each['area']}; it should be a number of pixels")
-        each["id"] = number  # pycocotools takes an id of 0 for none, and equal ones for one
+            raise UserError(f"category {category_id} has no name")
+    for number, annotation in enumerate(annotations, 1):
+        if not isinstance(annotation, dict):
+            raise UserError(f"entry {number} of the annotations is not an object")
+        name = f"annotation {annotation.get('id', f'number {number}')}"
+        _check_annotation(name, annotation, known_images, known_categories)
+        annotation["id"] = number  # pycocotools ignores matches with the id 0, and confuses equal ids
 
 
-def _identify(kind: str, entries: list[dict]) -> dict[int, dict]:
-    """Return entries by their ids, which must be different whole numbers."""
+def _check_annotation(
+    name: str, annotation: dict, known_images: dict[int, dict], known_categories: dict[int, dict]
+) -> None:
+    """Check and complete an annotation."""
+    if not _is_known(annotation.get("image_id"), known_images):
+        raise UserError(f"{name} is of image {annotation.get('image_id')}, which is not listed")
+    if not _is_known(annotation.get("category_id"), known_categories):
+        raise UserError(f"{name} has the category {annotation.get('category_id')}, which is not listed")
+    image = known_images[annotation["image_id"]]
+    _check_box(name, annotation.get("bbox"), annotation["image_id"], image["width"], image["height"])
+    x, y, w, h = annotation["bbox"]
+    mask = _check_mask(name, annotation.get("segmentation"), image["width"], image["height"])
+    annotation["segmentation"] = mask or [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    annotation.setdefault("iscrowd", 0)
+    annotation.setdefault("area", w * h)
+    if not _is_number(annotation["area"]):
+        raise UserError(f"{name} has the area {annotation['area']}; it should be a number of pixels")
+
+
+def _index_entries(kind: str, entries: list[dict]) -> dict[int, dict]:
+    """Return entries by id; the ids must be different integers."""
     known = {}
-    for number, each in enumerate(entries, 1):
-        if not isinstance(each, dict) or not isinstance(each.get("id"), int):
-            raise UserError(f"{kind} number {number} of the list has no id that is a whole number")
-        if each["id"] in known:
-            raise UserError(f"the {kind} id {each['id']} is there twice")
-        known[each["id"]] = each
+    for number, entry in enumerate(entries, 1):
+        if not isinstance(entry, dict) or not isinstance(entry.get("id"), int):
+            raise UserError(f"{kind} number {number} of the list has no id that is an integer")
+        if entry["id"] in known:
+            raise UserError(f"the {kind} id {entry['id']} occurs twice")
+        known[entry["id"]] = entry
     return known
 
 
@@ -266,7 +273,7 @@ def _is_known(number: Any, known: dict[int, dict]) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    """Return True for an int or float of a size that pixels can have; NaN is none."""
+    """Return True for an int or float of a magnitude that pixels can have; NaN is not a number."""
     return isinstance(value, (int, float)) and -1e9 < value < 1e9
 
 
@@ -276,13 +283,13 @@ def _check_box(name: str, box: Any, image_id: int, width: int, height: int) -> N
         raise UserError(f"{name} has the box {box}; it should be four numbers: x, y, width and height")
     x, y, w, h = box
     if w < 0 or h < 0:
-        raise UserError(f"{name} has the box {box}; its width and height should not be negative")
+        raise UserError(f"{name} has the box {box}; its width and height must not be negative")
     if x >= width or y >= height or x + w <= 0 < w or y + h <= 0 < h:
-        raise UserError(f"{name} has a box {box} outside its image {image_id}, of {width}x{height} pixels")
+        raise UserError(f"{name} has the box {box}, outside its image {image_id} of {width}x{height} pixels")
 
 
 def _check_mask(name: str, mask: Any, width: int, height: int) -> dict | list | None:
-    """Return a mask, less polygons of fewer than three points; None or an empty list where there is none."""
+    """Return a mask without its polygons of fewer than three points; None or an empty list if there is no mask."""
     if isinstance(mask, dict):
         counts = mask.get("counts")
         if isinstance(counts, list):
@@ -290,19 +297,19 @@ def _check_mask(name: str, mask: Any, width: int, height: int) -> dict | list | 
         else:
             whole = isinstance(counts, str) and counts != ""
         if mask.get("size") != [height, width] or not whole:
-            raise UserError(f"{name} has a mask that is no run-length code of {height}x{width} pixels")
+            raise UserError(f"{name} has a mask that is not a run-length code of {height}x{width} pixels")
         return mask
     if mask is None:
         return None
     if not isinstance(mask, list) or not all(
-        isinstance(each, list) and len(each) % 2 == 0 and all(map(_is_number, each)) for each in mask
+        isinstance(polygon, list) and len(polygon) % 2 == 0 and all(map(_is_number, polygon)) for polygon in mask
     ):
-        raise UserError(f"{name} has a segmentation that is neither polygons, each a list x1, y1, x2, ..., nor a code")
+        raise UserError(f"{name} has a segmentation that is neither a list of polygons [x1, y1, x2, ...] nor a code")
     return [polygon for polygon in mask if len(polygon) >= 6]
 
 
 def index_annotations(content: dict) -> COCO:
-    """Return pycocotools' index of annotations, without its messages."""
+    """Index annotations by pycocotools, without its messages."""
     coco = COCO()
     coco.dataset = content
     with contextlib.redirect_stdout(io.StringIO()):
@@ -311,36 +318,34 @@ def index_annotations(content: dict) -> COCO:
 
 
 def _is_box(annotation: dict, width: int, height: int) -> bool:
-    """Tell whether a box, as far as it is inside the image, has a size and an area."""
+    """Return True if a box has an area and a size of at least a pixel, and overlaps the image."""
     x, y, w, h = annotation["bbox"]
     inside = min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0)
     return inside and annotation["area"] > 0 and w >= 1 and h >= 1
-
-
-# --------------------------------------------------------------------------------------------------- augmentation
 
 
 # -------------------------------------------------------------------------------------------------------- batches
 
 
 def collate(samples: Sequence[Sample]) -> tuple[list[Tensor], list[Target]]:
-    """Return a batch as torchvision's detectors take it: images of different sizes, and their targets."""
+    """Return a batch in the form that torchvision's detectors take: a list of images and a list of targets."""
     images, targets = zip(*samples, strict=True)
     return list(images), list(targets)
 
 
 class GroupedBatches(EpochSampler):
-    """Hands every process its batches, each of images that are all wide or all high, which saves padding.
+    """Batch sampler of distributed training whose batches hold only wide images or only others, which saves padding.
 
-    The order depends on (seed, epoch) alone. Each group is shuffled and filled up, by images from its beginning, to
-    whole steps of all processes; the steps are shuffled again. Process `rank` takes its part of each.
+    The order depends on (seed, epoch) alone. The wide images and the others are shuffled and divided into steps,
+    the last of which is filled up with the group's first images; then the steps are shuffled. Each process takes its
+    part of each step.
 
     Args:
         sizes: Height and width of each image of the data set.
-        batch_size: Images of one process and batch.
-        global_batch: Images of a step, of all processes and accumulated batches.
+        batch_size: Images per process per batch.
+        global_batch: Images per step, over all processes and accumulated batches.
         world_size: Number of processes.
-        rank: This process.
+        rank: Number of this process.
         seed: Seed of the order.
     """
 
@@ -361,7 +366,7 @@ class GroupedBatches(EpochSampler):
         super().__init__(steps, global_batch, world_size, rank, seed)
 
     def __len__(self) -> int:
-        """Return the batches of this process that are left of the epoch."""
+        """Return the number of this process's batches that are left in the epoch."""
         return super().__len__() // self.batch_size
 
     def __iter__(self) -> Iterator[list[SampleKey]]:

@@ -1,4 +1,4 @@
-"""The evaluation of detectors: box and mask AP by pycocotools, exact for any number of processes."""
+"""Evaluation of detectors: box and mask AP by pycocotools, the same for any number of processes."""
 
 import contextlib
 import io
@@ -22,7 +22,7 @@ from utils import make_folder, write_text
 
 logger = logging.getLogger("twins")
 
-METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # of the first six of pycocotools' twelve figures
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")  # the first six of pycocotools' twelve figures
 
 
 @torch.inference_mode()
@@ -38,18 +38,18 @@ def find_objects(
     """Find the objects in this process's share of the images.
 
     Args:
-        model: A detector of `detectors.py`.
-        data_loader: Batches of images and targets, of which the `image_id` is used.
-        device: Where the model is.
-        category_ids: Those of the annotations, by label.
+        model: Detector of `build_detector`.
+        data_loader: Loader of batches of images and targets; only the `image_id` of a target is used.
+        device: Device of the model.
+        category_ids: Ids of the categories, by label.
         amp_dtype: Type of autocast; None for full precision.
-        on_detections: Called with the id of each image and what was found in it, on the CPU.
+        on_detections: Function called with the id of each image and the objects found in it, on the CPU.
 
     Returns:
-        Results of all processes, in COCO's format, image by image, on the main process; None on the others.
+        Results of all processes in COCO's format, ordered by image, in the main process; None in the others.
 
     Raises:
-        Interrupted: On all processes together, if any of them was asked to stop; the others finish their share.
+        Interrupted: In all processes together, if any of them was asked to stop; the others finish their share.
     """
     model.eval()
     results = []
@@ -72,7 +72,7 @@ def find_objects(
 
 
 def to_results(image_id: int, found: dict[str, Tensor], category_ids: list[int]) -> list[dict]:
-    """Return what was found in an image in COCO's format: boxes as x, y, width, height, masks as run lengths."""
+    """Convert the objects found in an image to COCO's format: boxes as x, y, width, height; masks as run lengths."""
     boxes = found["boxes"].double()
     boxes[:, 2:] -= boxes[:, :2]
     results = [
@@ -85,18 +85,18 @@ def to_results(image_id: int, found: dict[str, Tensor], category_ids: list[int])
 
 
 def summarise(truth: COCO, image_ids: list[int], results: list[dict] | None, kinds: Iterable[str]) -> dict[str, float]:
-    """Return the figures of results, and print pycocotools' twelve lines and a table of the classes for each kind.
+    """Compute the figures of results; log pycocotools' twelve lines and a table of the classes for each kind.
 
-    The main process computes them, and all processes return them; all must call this together.
+    All processes must call this together. The main process computes the figures.
 
     Args:
         truth: The annotations.
-        image_ids: Images that were evaluated.
-        results: In COCO's format, of all processes; used on the main process alone.
+        image_ids: Ids of the evaluated images.
+        results: Results of all processes in COCO's format; used in the main process only.
         kinds: `"bbox"`, `"segm"` or both.
 
     Returns:
-        `bbox_AP`, `bbox_AP50` and so on, 0 to 1.
+        `bbox_AP`, `bbox_AP50` and so on, from 0 to 1.
     """
     return on_main(lambda: _summarise(truth, image_ids, results, kinds))
 
@@ -111,29 +111,30 @@ def _summarise(truth: COCO, image_ids: list[int], results: list[dict], kinds: It
 
 
 def write_results(results: list[dict], path: Path) -> None:
-    """Write results as JSON, as COCO's server takes them."""
+    """Write results to a JSON file that COCO's server accepts."""
     make_folder(path.parent)
     write_text(path, json.dumps(results))
 
 
 def _evaluate(truth: COCO, image_ids: list[int], results: list[dict], kind: str) -> COCOeval:
-    """Run pycocotools. An evaluation without a single result has figures of 0, or -1 where there is no object."""
+    """Run pycocotools. Without any results the figures are 0, or -1 for those without objects."""
     lines = io.StringIO()
     with contextlib.redirect_stdout(lines):
-        # Without their boxes, results of masks are sorted into sizes by their masks.
+        # Without its box, pycocotools takes the size of a result from its mask.
         rows = [{key: row[key] for key in row if key != "bbox" or kind == "bbox"} for row in results]
         evaluation = COCOeval(truth, truth.loadRes(rows) if rows else COCO(), kind)
         evaluation.params.imgIds = image_ids
         evaluation.evaluate()
         evaluation.accumulate()
-        lines.truncate(0), lines.seek(0)
+        lines.truncate(0)
+        lines.seek(0)
         evaluation.summarize()
     logger.info("%s:\n%s", kind, lines.getvalue().rstrip())
     return evaluation
 
 
 def _per_class(truth: COCO, evaluation: COCOeval, kind: str) -> str:
-    """Return a line of AP and AP50 for each class, in percent."""
+    """Return a table of the AP and AP50 of each class, in percent."""
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # thresholds, recalls, classes
     names = [truth.cats[category]["name"] for category in evaluation.params.catIds]
     width = max(map(len, names))
@@ -145,6 +146,6 @@ def _per_class(truth: COCO, evaluation: COCOeval, kind: str) -> str:
 
 
 def _mean(precision: np.ndarray) -> float:
-    """Return the mean of those precisions that are defined, NaN if there are none."""
+    """Return the mean of the defined precisions, NaN if there are none."""
     defined = precision[precision > -1]
     return float(defined.mean()) if defined.size else float("nan")

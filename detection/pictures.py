@@ -1,40 +1,51 @@
-"""Pictures of what a detector found: boxes, masks, names and scores over the image."""
+"""Pictures of detections: masks, boxes, class names and scores over the image."""
 
+import io
 from collections.abc import Sequence
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+import torch.nn.functional as F
+from PIL import Image, ImageFont
 from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from core.images import make_colours
 
-MIN_SIDE = 400  # pixels; smaller images are enlarged, so that text can be read
-OPACITY = 0.45  # of masks
+MIN_SIDE = 480  # pixels; smaller images are enlarged, so that the text is legible
+OPACITY = 0.5  # of masks
+FONT_SIZE = 14  # pixels
 
 
-def draw_detections(image: Image.Image, found: dict[str, Tensor], classes: Sequence[str]) -> Image.Image:
-    """Draw the boxes, masks, names and scores of the objects in an image.
+def draw_detections(image: Tensor, found: dict[str, Tensor], classes: Sequence[str]) -> Image.Image:
+    """Draw the masks, boxes, class names and scores of the objects in an image, the highest score on top.
 
     Args:
-        image: RGB.
-        found: `boxes` `(n, 4)`, `labels`, `scores` and, with a mask each, `masks` `(n, H, W)`.
+        image: RGB image, uint8 `(3, H, W)`.
+        found: `boxes` `(n, 4)`, `labels` and `scores` `(n,)`, and for masks `masks` `(n, H, W)`.
         classes: Names of the classes.
     """
-    colours = make_colours(len(classes))
-    labels = found["labels"].tolist()
-    pixels = np.array(image, np.float32)
-    for mask, label in zip(found.get("masks", ()), labels, strict=False):
-        inside = mask.numpy().astype(bool)
-        pixels[inside] = (1 - OPACITY) * pixels[inside] + OPACITY * np.array(colours[label], np.float32)
-    factor = -(-MIN_SIDE // max(image.size))
-    size = (image.width * factor, image.height * factor)
-    picture = Image.fromarray(pixels.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
-    for box, label, score in zip(found["boxes"].tolist(), labels, found["scores"].tolist(), strict=True):
-        box = [side * factor for side in box]
-        draw.rectangle(box, outline=colours[label], width=2)
-        text = f"{classes[label]} {score:.2f}"
-        place = (box[0], max(0, box[1] - 16))
-        draw.rectangle(draw.textbbox(place, text, font), fill="black")
-        draw.text(place, text, fill="white", font=font)
-    return picture
+    order = found["scores"].argsort()
+    labels, scores = found["labels"][order].tolist(), found["scores"][order].tolist()
+    class_colours = make_colours(len(classes))
+    colours = [class_colours[label] for label in labels]
+    if "masks" in found:
+        for mask, colour in zip(found["masks"][order].bool(), colours, strict=True):
+            # One call per mask: in one call for all, torchvision blackens the pixels where masks overlap.
+            image = draw_segmentation_masks(image, mask, alpha=OPACITY, colors=colour)
+    factor = -(-MIN_SIDE // max(image.shape[1:]))
+    picture = F.interpolate(image[None], scale_factor=factor)[0]  # by nearest pixels
+    if not labels:
+        return to_pil_image(picture)  # torchvision warns where there is nothing to draw
+    picture = draw_bounding_boxes(
+        picture,
+        found["boxes"][order] * factor,
+        labels=[f"{classes[label]} {score:.2f}" for label, score in zip(labels, scores, strict=True)],
+        colors=colours,
+        width=3,
+        font=io.BytesIO(ImageFont.load_default(FONT_SIZE).font_bytes),  # Pillow's own; torchvision's default is tiny
+        font_size=FONT_SIZE,
+        label_colors="white",
+        label_background_colors="black",
+        fill_labels=True,
+    )
+    return to_pil_image(picture)

@@ -1,9 +1,9 @@
-"""Test a detector of configs/ on the validation set: box and mask AP, by class and in all.
+"""Test a detector of configs/ on the validation set: box and mask AP, overall and per class.
 
     bash dist_test.sh configs/retinanet_alt_gvt_s_fpn_1x_coco_pvt_setting.py checkpoint_file 8 --eval mAP
     bash dist_test.sh configs/mask_rcnn_alt_gvt_tiny_shapes.py checkpoint_file 1 --eval bbox segm --show-dir pictures
 
-Bad input ends with one line that names it and a non-zero exit code; --traceback shows where it was found.
+On bad input the script prints one line that names it and exits with a non-zero code; --traceback shows the traceback.
 """
 
 import argparse
@@ -13,12 +13,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # in place of this folder, whose file names might shadow others
+if __name__ == "__main__":  # instead of this folder, whose file names would shadow others
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2.functional import to_pil_image
 
 from core.distributed import Processes, on_main
 from core.images import save_png
@@ -46,55 +45,65 @@ def get_parser() -> ArgumentParser:
         choices=("mAP", "bbox", "segm"),
         default=["mAP"],
         metavar="KIND",
-        help="what to evaluate: bbox, segm, or mAP for all that the detector finds",
+        help="results to evaluate: bbox, segm, or mAP for all that the detector has",
     )
-    group.add_argument("--out", metavar="FILE", help="write the results as COCO's JSON")
-    group.add_argument("--show-dir", metavar="FOLDER", help="write pictures with boxes, masks, names and scores")
+    group.add_argument("--out", metavar="FILE", help="write the results to this JSON file, in COCO's format")
     group.add_argument(
-        "--show-score-thr", type=SHARE, default=0.3, metavar="SCORE", help="least score of what is shown"
+        "--show-dir", metavar="FOLDER", help="write pictures with boxes, masks, class names and scores to this folder"
+    )
+    group.add_argument(
+        "--show-score-thr",
+        type=SHARE,
+        default=0.3,
+        metavar="SCORE",
+        help="minimum score of the objects in the pictures",
     )
     return parser
 
 
 def run_test(args: argparse.Namespace, processes: Processes) -> None:
-    """Test the weights of a file and report the figures."""
+    """Test the weights of a file and log the figures."""
     experiment = build_experiment(args, Experiment)
     kinds = KINDS[experiment.detector]
     wanted = kinds if "mAP" in args.eval else tuple(dict.fromkeys(args.eval))
     if not set(wanted) <= set(kinds):
-        raise UserError(f"--eval segm: {experiment.detector} finds no masks; leave segm out")
+        raise UserError(f"--eval segm: {experiment.detector} finds no masks; remove segm")
     loader = build_eval_loader(args, experiment, processes)
     dataset = loader.dataset
     model = build_detector(experiment, len(dataset.classes), pretrained=False)
     logger.info("%s", load_detector(model, args.checkpoint))
     model.to(processes.device)
     compile_if_asked(model, args.compile)
-    amp_dtype = choose_amp(args.amp, processes.device)
     show = build_painter(dataset, args.show_dir, args.show_score_thr) if args.show_dir else None
     with signals_noted():
         results = find_objects(
-            model, loader, processes.device, dataset.category_ids, amp_dtype=amp_dtype, on_detections=show
+            model,
+            loader,
+            processes.device,
+            dataset.category_ids,
+            amp_dtype=choose_amp(args.amp, processes.device),
+            on_detections=show,
         )
     if args.out:
         on_main(partial(write_results, results, Path(args.out)))
     logger.info("%s", describe(summarise(dataset.coco, dataset.ids, results, wanted)))
 
 
-def build_painter(dataset: Dataset, folder: str, least_score: float) -> Callable[[int, dict[str, Tensor]], None]:
-    """Return a function that draws what was found in an image into a file of a folder."""
+def build_painter(dataset: Dataset, folder: str, min_score: float) -> Callable[[int, dict[str, Tensor]], None]:
+    """Return a function that writes a picture of the objects found in an image to a folder."""
     make_folder(Path(folder))
     index_of = {image_id: index for index, image_id in enumerate(dataset.ids)}
 
     def show(image_id: int, found: dict[str, Tensor]) -> None:
         image, _ = dataset[index_of[image_id]]
-        shown = {name: value[found["scores"] >= least_score] for name, value in found.items()}
-        save_png(draw_detections(to_pil_image(image), shown, dataset.classes), Path(folder) / str(image_id))
+        shown = {name: value[found["scores"] >= min_score] for name, value in found.items()}
+        save_png(draw_detections(image, shown, dataset.classes), Path(folder) / str(image_id))
 
     return show
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run from the command line; see `command_line.run_script` for how it ends."""
+    """Run from the command line; see `core.launch.run_script` for the exit codes."""
     parser = get_parser()
     run_script(parser.prog, run_test, parser.parse_args(argv))
 

@@ -1,29 +1,28 @@
-"""Train a detector of configs/, evaluating and writing a checkpoint after each epoch.
+"""Train a detector of configs/; evaluate it and save a checkpoint after each epoch.
 
     bash dist_train.sh configs/mask_rcnn_alt_gvt_s_fpn_1x_coco_pvt_setting.py 8
     bash dist_train.sh configs/mask_rcnn_alt_gvt_tiny_shapes.py 1
 
-Bad input ends with one line that names it and a non-zero exit code; --traceback shows where it was found.
+On bad input the script prints one line that names it and exits with a non-zero code; --traceback shows the traceback.
 """
 
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # in place of this folder, whose file names might shadow others
+if __name__ == "__main__":  # instead of this folder, whose file names would shadow others
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
 from core.distributed import Processes
 from core.launch import run_script
 from core.options import choose_amp, loader_options
-from dense.optimisation import StepSchedule
+from dense.optimisation import linear_warmup, step_decay
 from dense.training import Task, get_train_parser, process_batch, run_training
 from detection.configs.recipes import Experiment
 from detection.data import GroupedBatches, build_dataset, collate
@@ -35,7 +34,7 @@ from samplers import EvalSampler, SeededSet
 
 logger = logging.getLogger("twins")
 
-KINDS = {"retinanet": ("bbox",), "mask_rcnn": ("bbox", "segm")}  # of results that are evaluated
+KINDS = {"retinanet": ("bbox",), "mask_rcnn": ("bbox", "segm")}  # the kinds of results to evaluate
 
 
 def build_train_loader(args: argparse.Namespace, experiment: Experiment, processes: Processes) -> DataLoader:
@@ -55,14 +54,14 @@ def build_train_loader(args: argparse.Namespace, experiment: Experiment, process
 
 
 def build_eval_loader(args: argparse.Namespace, experiment: Experiment, processes: Processes) -> DataLoader:
-    """Build the loader of this process's share of the validation set, one image at a time: each is padded alone."""
+    """Build the loader of this process's share of the validation set: one image per batch, so padded by itself."""
     dataset = build_dataset(experiment.dataset, experiment.data_root, False, max(experiment.scale))
     sampler = EvalSampler(len(dataset), world_size=processes.world_size, rank=processes.rank)
     return DataLoader(dataset, sampler=sampler, collate_fn=collate, **loader_options(args, processes.device))
 
 
 def build_task(args: argparse.Namespace, experiment: Experiment, processes: Processes, is_new: bool) -> Task:
-    """Build the data and the detector of an experiment; in a new run, with the weights that it starts from."""
+    """Build the data and the detector of an experiment; a new run loads its first weights."""
     train_loader = build_train_loader(args, experiment, processes)
     eval_loader = build_eval_loader(args, experiment, processes)
     dataset = eval_loader.dataset
@@ -81,25 +80,22 @@ def build_task(args: argparse.Namespace, experiment: Experiment, processes: Proc
         train_loader=train_loader,
         sampler=train_loader.batch_sampler,
         epochs=experiment.epochs,
-        schedule=build_schedule(experiment, train_loader.batch_sampler.steps),
+        lr_factor=partial(lr_factor, experiment=experiment, steps=train_loader.batch_sampler.steps),
         evaluate=evaluate,
         best_figure=f"test_{KINDS[experiment.detector][-1]}_AP",
         same=("backbone", "detector", "dataset"),
     )
 
 
-def build_schedule(experiment: Experiment, steps: int) -> Callable[[torch.optim.Optimizer], StepSchedule]:
-    """Return what builds the schedule of an optimizer, for epochs of so many steps."""
-    return partial(
-        StepSchedule,
-        milestones=[milestone * steps for milestone in experiment.milestones],
-        warmup_iterations=experiment.warmup_iterations,
-        warmup_ratio=experiment.warmup_ratio,
-    )
+def lr_factor(iteration: int, experiment: Experiment, steps: int) -> float:
+    """Return the factor of the peak learning rate at an iteration, counted from 0; an epoch has `steps` iterations."""
+    milestones = [milestone * steps for milestone in experiment.milestones]
+    warmup = linear_warmup(iteration, experiment.warmup_iterations, experiment.warmup_ratio)
+    return warmup * step_decay(iteration, milestones)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run from the command line; see `command_line.run_script` for how it ends."""
+    """Run from the command line; see `core.launch.run_script` for the exit codes."""
     parser = get_train_parser(__doc__)
     args = parser.parse_args(argv)
     run_script(parser.prog, partial(run_training, build_task=build_task, kind=Experiment), args, kept=True)

@@ -1,4 +1,4 @@
-"""Transforms of detection: the published augmentation of images, boxes and masks."""
+"""Transforms of detection: the published augmentations of images, boxes and masks."""
 
 from collections.abc import Callable
 
@@ -14,11 +14,11 @@ from detection.data import Sample, Target
 
 
 class TrainViews(Dataset):
-    """A data set in the published augmentation, `(image, target)` as from the data set.
+    """A data set with augmentation, in the same form `(image, target)`.
 
     Args:
-        dataset: Gives samples; see the top of this file.
-        augment: Changes a sample.
+        dataset: Data set of `detection/data.py`.
+        augment: Function of an image and its target that returns both augmented.
     """
 
     def __init__(self, dataset: Dataset, augment: Callable[[Tensor, Target], Sample]):
@@ -33,12 +33,12 @@ class TrainViews(Dataset):
 
 
 def one_scale(image: Tensor, target: Target, scale: tuple[int, int]) -> Sample:
-    """Resize to fit into a scale and mirror by a chance of half: the augmentation of the 1x settings."""
+    """Resize to a scale and flip horizontally with probability 0.5, as the 1x settings do."""
     return random_flip(*resize(image, target, fitted_size(image.shape[1:], scale)))
 
 
 def many_scales(image: Tensor, target: Target) -> Sample:
-    """Mirror, then resize to one of many scales, by a chance of half after a crop: that of the 3x settings."""
+    """Flip, crop with probability 0.5, and resize to one of many scales, as the 3x settings do."""
     image, target = random_flip(image, target)
     if np.random.rand() < 0.5:
         shorter = int(np.random.choice((400, 500, 600)))
@@ -49,7 +49,7 @@ def many_scales(image: Tensor, target: Target) -> Sample:
 
 
 def resize(image: Tensor, target: Target, size: tuple[int, int]) -> Sample:
-    """Resize an image and its target to height and width in pixels; boxes are clipped to the image."""
+    """Resize an image and its target to a height and width in pixels, and clip the boxes to the image."""
     (height, width), (h, w) = size, image.shape[1:]
     boxes = clip_boxes_to_image(target["boxes"] * target["boxes"].new_tensor([width / w, height / h] * 2), size)
     masks = F.interpolate(target["masks"][None], size=size, mode="nearest")[0]
@@ -57,7 +57,7 @@ def resize(image: Tensor, target: Target, size: tuple[int, int]) -> Sample:
 
 
 def random_flip(image: Tensor, target: Target) -> Sample:
-    """Mirror an image and its target by a chance of half."""
+    """Flip an image and its target horizontally with probability 0.5."""
     if np.random.rand() < 0.5:
         return image, target
     x1, y1, x2, y2 = target["boxes"].unbind(1)
@@ -66,7 +66,7 @@ def random_flip(image: Tensor, target: Target) -> Sample:
 
 
 def random_crop(image: Tensor, target: Target, smallest: int, largest: int) -> Sample:
-    """Cut out a random part, its sides between two limits or all there is, with what is left of the objects in it."""
+    """Crop a random part, with sides of `smallest` to `largest` pixels or the image's; drop objects outside it."""
     limits = [(min(side, smallest), min(side, largest)) for side in image.shape[1:]]
     height, width = (np.random.randint(low, high + 1) for low, high in limits)
     top, left = (

@@ -1,4 +1,4 @@
-"""Weights of detectors: ours, and those in the format of the library that the original was built on."""
+"""Loading the weights of detectors: our own, and those in the format of the original's library."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from models import LoadReport, load_state_dict, read_weights
 from utils import UserError
 
-UNUSED = ("backbone.norm.", "backbone.head.")  # the classifier that the released files still carry
+UNUSED = ("backbone.norm.", "backbone.head.")  # the classifier, which the released files still hold
 # Names in the released files -> ours, which are torchvision's.
 RENAMED = {
     r"backbone\.": "backbone.body.",
@@ -30,7 +30,7 @@ RENAMED = {
     r"roi_head\.mask_head\.upsample\.": "roi_heads.mask_predictor.conv5_mask.",
     r"roi_head\.mask_head\.conv_logits\.": "roi_heads.mask_predictor.mask_fcn_logits.",
 }
-# RetinaNet's pyramid keeps its coarsest levels among the others.
+# The original numbers the extra levels of RetinaNet's pyramid like its other levels.
 RETINANET_RENAMED = {
     r"neck\.fpn_convs\.3\.conv\.": "backbone.fpn.extra_blocks.p6.",
     r"neck\.fpn_convs\.4\.conv\.": "backbone.fpn.extra_blocks.p7.",
@@ -39,16 +39,20 @@ RETINANET_RENAMED = {
 
 
 def load_detector(model: nn.Module, path: str | Path, finetune: bool = False) -> LoadReport:
-    """Load the weights of a whole detector, of ours or as released, strictly.
+    """Load the weights of a whole detector, our own or released ones, strictly.
 
-    With `finetune` heads for other classes stay as they were initialised.
+    Args:
+        model: Detector of `build_detector`.
+        path: File of the weights.
+        finetune: Whether to keep the initial weights of heads for other classes.
 
     Raises:
-        UserError: If the file cannot be read or does not fit the network, which is then unchanged.
+        TwinsError: If the file cannot be read or does not fit the detector, which is then unchanged.
+        UserError: If the file does not hold a detector.
     """
     weights = read_weights(path)
     if not any(name.startswith("backbone.") for name in weights):
-        raise UserError(f"{path}: holds no detector; weights of a backbone alone are for --pretrained")
+        raise UserError(f"{path}: does not hold a detector; pass weights of a backbone with --pretrained")
     if not any(name.startswith("neck.") for name in weights):
         return load_state_dict(model, weights, source=str(path), finetune=finetune)
     used = {name: tensor for name, tensor in weights.items() if not name.startswith(UNUSED)}
@@ -58,7 +62,7 @@ def load_detector(model: nn.Module, path: str | Path, finetune: bool = False) ->
 
 
 def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return released weights, in full precision, under our names and with the background as the first class."""
+    """Return released weights in full precision, with our names and the background as the first class."""
     table = RETINANET_RENAMED if "bbox_head.retina_cls.weight" in weights else RENAMED
     converted = {}
     for name, tensor in weights.items():
@@ -68,7 +72,7 @@ def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _background_first(name: str, tensor: Tensor) -> Tensor:
-    """Move the background of the classes to the front, or add it where the original has none."""
+    """Move the background to the front of the classes, or add it where the original has none."""
     if ".cls_score." in name:
         return torch.cat([tensor[-1:], tensor[:-1]])
     rows = {".bbox_pred.": 4, ".mask_fcn_logits.": 1}

@@ -1,8 +1,8 @@
-"""Data of semantic segmentation: ADE20K, one's own folders in the same layout, and embedded shapes; their transforms.
+"""Data sets of semantic segmentation: ADE20K, your own folders in the same layout, and the embedded shapes.
 
-A data set gives `(image, labels)`: uint8 tensors `(3, H, W)`, RGB, and `(H, W)`, class indices and `IGNORED_LABEL`.
-To add one, write a class with `classes`, `colours`, `first_label`, `name(index)` and `__getitem__`, and a line in
-`build_dataset`.
+A data set returns `(image, labels)`: an RGB image, uint8 `(3, H, W)`, and class indices or `IGNORED_LABEL`, uint8
+`(H, W)`. To add a data set, write a class with `classes`, `colours`, `first_label`, `name(index)` and `__getitem__`,
+add it to `build_dataset`, and add its name to `dataset` in `configs/recipes.py`.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,11 @@ from segmentation.network import IGNORED_LABEL
 from utils import UserError
 
 SHAPES_TRAIN, SHAPES_VAL = 10_000, 500  # images
-SHAPES_RADII = (0.33, 0.45)  # share of the image's side: one object, rather large
+SHAPES_RADII = (0.33, 0.45)  # range of the object's radius, as a share of the image's side
 
 ADE20K_CLASSES = Path(__file__).with_name("ade20k_classes.txt")  # labelled 1 to 150 in the files
 
 Sample = tuple[Tensor, Tensor]
-
-
-# ------------------------------------------------------------------------------------------------------- data sets
 
 
 def build_dataset(kind: str, data_root: str, is_train: bool, shapes_size: int) -> Dataset:
@@ -35,18 +32,18 @@ def build_dataset(kind: str, data_root: str, is_train: bool, shapes_size: int) -
 
     Args:
         kind: `"ade20k"`, `"folder"` or `"shapes"`.
-        data_root: Where the files are; shapes have none.
-        is_train: Which part.
-        shapes_size: Pixels a side of the shapes' images.
+        data_root: Folder of the files; unused for shapes.
+        is_train: Whether to build the training part.
+        shapes_size: Side length of the shapes' images in pixels.
 
     Raises:
-        UserError: If the files are missing or do not belong together.
+        UserError: If the files are missing or inconsistent.
     """
     if kind == "shapes":
         return Shapes(is_train, shapes_size)
     root = Path(data_root)
     if not root.is_dir():
-        raise UserError(f"{root}: there is no such folder; name the one of the data set with --data-root")
+        raise UserError(f"{root}: there is no such folder; set the folder of the data set with --data-root")
     split = "training" if is_train else "validation"
     if kind == "ade20k":
         return MaskFolder(root, split, *read_classes(ADE20K_CLASSES), first_label=1)
@@ -54,17 +51,20 @@ def build_dataset(kind: str, data_root: str, is_train: bool, shapes_size: int) -
 
 
 class MaskFolder(Dataset):
-    """Images and, in PNG files, the class of each pixel, in the layout of ADE20K.
+    """Images, and PNG files with the class of each pixel, in the layout of ADE20K.
 
-    `images/{training,validation}/NAME.jpg` belongs to `annotations/{training,validation}/NAME.png`; names may have
-    folders in them.
+    The labels of `images/{training,validation}/NAME.jpg` are `annotations/{training,validation}/NAME.png`; NAME may
+    contain folders.
 
     Args:
-        root: The folder that holds `images` and `annotations`.
+        root: Folder of `images` and `annotations`.
         split: `"training"` or `"validation"`.
         classes: Names of the classes.
-        colours: Of the classes, RGB.
-        first_label: Label of the first class in the files. Lower ones are ignored, and so is 255.
+        colours: RGB colours of the classes.
+        first_label: Label of the first class in the files. Lower labels and 255 are ignored.
+
+    Raises:
+        UserError: If a folder or a label file is missing.
     """
 
     def __init__(self, root: Path, split: str, classes: Sequence[str], colours: Sequence[tuple], first_label: int = 0):
@@ -73,7 +73,7 @@ class MaskFolder(Dataset):
         for folder in (self.images, self.labels):
             if not folder.is_dir():
                 raise UserError(
-                    f"{folder} is missing; {root} should hold images/ and annotations/, each with training/ and "
+                    f"{folder} is missing; {root} must hold images/ and annotations/, each with training/ and "
                     "validation/"
                 )
         files = (file for file in self.images.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png"))
@@ -88,14 +88,14 @@ class MaskFolder(Dataset):
                 label = self.labels / file.with_suffix(".png")
                 raise UserError(f"{self.images / file}: has no labels; {label} is missing")
             if file.with_suffix("") in seen:
-                raise UserError(f"{self.images / file}: is a second image of this name; rename or remove it")
+                raise UserError(f"{self.images / file}: is a second image with this name; rename or remove it")
             seen.add(file.with_suffix(""))
 
     def __len__(self) -> int:
         return len(self.files)
 
     def name(self, index: int) -> str:
-        """Return the name of an image's file, less its suffix."""
+        """Return the name of an image's file without its suffix."""
         return str(self.files[index].with_suffix(""))
 
     def __getitem__(self, index: int) -> Sample:
@@ -106,7 +106,7 @@ class MaskFolder(Dataset):
         if labels.shape != image.shape[1:]:
             (height, width), (h, w) = image.shape[1:], labels.shape
             raise UserError(
-                f"{label_path}: has {w}x{h} pixels, but {image_path} {width}x{height}; each pixel needs its label"
+                f"{label_path}: has {w}x{h} pixels, but {image_path} has {width}x{height}; each pixel needs a label"
             )
         return image, labels
 
@@ -114,7 +114,7 @@ class MaskFolder(Dataset):
         image = decode_image(str(path))
         if image.mode not in ("L", "P", "1"):
             raise UserError(
-                f"{path}: is a PNG of mode {image.mode}; labels are a single channel of 8 bits, the class of each pixel"
+                f"{path}: is a PNG of mode {image.mode}; labels must be one channel of 8 bits, the class of each pixel"
             )
         stored = np.array(image, dtype=np.int16)
         labels = np.where((stored < self.first_label) | (stored == 255), IGNORED_LABEL, stored - self.first_label)
@@ -123,13 +123,13 @@ class MaskFolder(Dataset):
         if highest > last:
             raise UserError(
                 f"{path}: has the label {highest}, but there are {len(self.classes)} classes, labelled "
-                f"{self.first_label} to {last}; 255 is for pixels to ignore"
+                f"{self.first_label} to {last}; 255 marks ignored pixels"
             )
         return torch.from_numpy(labels.astype(np.uint8))
 
 
 class Shapes(Dataset):
-    """The embedded data set: one shape an image, on a background that is a class of its own."""
+    """The embedded data set: one shape per image; the background is a class, too."""
 
     first_label = 0
 
@@ -154,30 +154,27 @@ class Shapes(Dataset):
 
 
 def read_classes(path: Path) -> tuple[list[str], list[tuple[int, ...]]]:
-    """Read a file of class names, one a line in the order of their labels, each followed by its colour if it has one.
+    """Read the names and colours of classes from a file with one class per line, in the order of their labels.
 
-    Such as `traffic light 250 170 30`. Classes without a colour are given one.
+    A line is a name and, optionally, an RGB colour: `traffic light 250 170 30`. Other classes get a colour.
 
     Raises:
-        UserError: If there is no such file or no class in it.
+        UserError: If the file is missing, not in UTF-8, or holds no class or too many.
     """
     try:
         lines = [line.split() for line in path.read_text("utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not in UTF-8 ({error}); save it so") from error
+        raise UserError(f"{path}: is not in UTF-8 ({error}); save it in UTF-8") from error
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}); it names the classes, one a line, with a colour behind each "
-            "if you like: road 128 64 128"
+            f"{path}: cannot be read ({error.strerror}); write one class per line in it, with a colour if you like: "
+            "road 128 64 128"
         ) from error
     if not 0 < len(lines) < IGNORED_LABEL:
-        raise UserError(f"{path}: names {len(lines)} classes; it should be 1 to {IGNORED_LABEL - 1}, one a line")
+        raise UserError(f"{path}: has {len(lines)} classes; it must have 1 to {IGNORED_LABEL - 1}, one per line")
     names, colours = [], make_colours(len(lines))
     for i, words in enumerate(lines):
         has_colour = len(words) > 3 and all(word.isdigit() and int(word) < 256 for word in words[-3:])
         names.append(" ".join(words[:-3] if has_colour else words))
         colours[i] = tuple(map(int, words[-3:])) if has_colour else colours[i]
     return names, colours
-
-
-# ------------------------------------------------------------------------------------------------------ transforms

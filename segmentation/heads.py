@@ -1,7 +1,7 @@
-"""Decode heads and the FPN neck of semantic segmentation, under the names of the released weights.
+"""Decode heads and the FPN neck of semantic segmentation, with the parameter names of the released weights.
 
-All take the maps of a backbone, `(B, C_i, H / s_i, W / s_i)` at strides s_i of 4, 8, 16 and 32, and give logits
-`(B, classes, H / s, W / s)`, which the segmentor enlarges.
+All take the maps of a backbone, `(B, C_i, H / s_i, W / s_i)` at strides s_i of 4, 8, 16 and 32. The heads return logits
+`(B, classes, H / s, W / s)`, which the segmentor resizes.
 """
 
 from collections.abc import Sequence
@@ -25,11 +25,11 @@ class ConvBNReLU(nn.Module):
 
 
 class DecodeHead(nn.Module):
-    """What the heads share: dropout, then a 1x1 convolution to the classes.
+    """Base class of the heads: dropout, then a 1x1 convolution to the classes.
 
     Args:
-        channels: Width of the features that are classified.
-        num_classes: Classes.
+        channels: Width of the classified features.
+        num_classes: Number of classes.
         dropout: Probability that a whole channel is dropped in training.
     """
 
@@ -41,7 +41,7 @@ class DecodeHead(nn.Module):
         nn.init.zeros_(self.conv_seg.bias)
 
     def features(self, maps: Sequence[Tensor]) -> Tensor:
-        """Return the features that are classified, `(B, channels, H / s, W / s)`."""
+        """Return the features to classify, `(B, channels, H / s, W / s)`."""
         raise NotImplementedError
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
@@ -49,9 +49,9 @@ class DecodeHead(nn.Module):
 
 
 class UPerHead(DecodeHead):
-    """Pyramid pooling of the coarsest map and a feature pyramid over all (https://arxiv.org/abs/1807.10221).
+    """Pyramid pooling of the coarsest map, and a feature pyramid of all maps (https://arxiv.org/abs/1807.10221).
 
-    Gives logits at the stride of the finest map.
+    Returns logits at the stride of the finest map.
     """
 
     def __init__(
@@ -81,13 +81,13 @@ class UPerHead(DecodeHead):
         return self.fpn_bottleneck(torch.cat([resize(level, levels[0]) for level in levels], dim=1))
 
     def _pool(self, x: Tensor) -> Tensor:
-        """Average over grids of several sizes, to see the whole image; `(B, C, h, w)` -> `(B, channels, h, w)`."""
+        """Add averages over grids of several sizes, for global context; `(B, C, h, w)` -> `(B, channels, h, w)`."""
         pooled = [resize(module(x), x) for module in self.psp_modules]
         return self.bottleneck(torch.cat([x, *pooled], dim=1))
 
 
 class FCNHead(DecodeHead):
-    """One 3x3 convolution on one map, as an auxiliary head in training (https://arxiv.org/abs/1411.4038)."""
+    """A 3x3 convolution of one map: the auxiliary head in training (https://arxiv.org/abs/1411.4038)."""
 
     def __init__(self, in_channels: int, num_classes: int, channels: int = 256, index: int = 2, dropout: float = 0.1):
         super().__init__(channels, num_classes, dropout)
@@ -99,7 +99,7 @@ class FCNHead(DecodeHead):
 
 
 class FPN(nn.Module):
-    """A feature pyramid: each map, at one width, with the coarser ones added (https://arxiv.org/abs/1612.03144)."""
+    """A feature pyramid: maps of the same width, each with the coarser ones added (https://arxiv.org/abs/1612.03144)."""
 
     def __init__(self, in_channels: Sequence[int], channels: int = 256):
         super().__init__()
@@ -116,7 +116,7 @@ class FPN(nn.Module):
 
 
 class _NamedConv(nn.Module):
-    """A convolution whose parameters are called `conv.weight` and `conv.bias`, as in the released weights."""
+    """A convolution with the parameter names `conv.weight` and `conv.bias` of the released weights."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
         super().__init__()
@@ -129,9 +129,9 @@ class _NamedConv(nn.Module):
 
 
 class FPNHead(DecodeHead):
-    """Semantic FPN: each level is enlarged to the finest in steps of two, then all are added.
+    """Semantic FPN: upsamples each level to the finest in steps of two, then adds them.
 
-    Paper: https://arxiv.org/abs/1901.02446. Gives logits at the stride of the finest map.
+    Paper: https://arxiv.org/abs/1901.02446. Returns logits at the stride of the finest map.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class FPNHead(DecodeHead):
 
     @staticmethod
     def _scale_head(in_channels: int, channels: int, scale: int) -> nn.Sequential:
-        """Return convolutions, each but that of scale 1 with an enlargement by two behind it."""
+        """Return convolutions that are each followed by upsampling by two, or one convolution for scale 1."""
         layers: list[nn.Module] = []
         for _ in range(max(1, scale.bit_length() - 1)):
             layers.append(ConvBNReLU(in_channels if not layers else channels, channels, 3))
@@ -161,5 +161,5 @@ class FPNHead(DecodeHead):
 
 
 def resize(x: Tensor, like: Tensor) -> Tensor:
-    """Enlarge or shrink a map `(B, C, h, w)` to the height and width of another, bilinearly."""
+    """Resize a map `(B, C, h, w)` to the height and width of another by bilinear interpolation."""
     return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=False)

@@ -1,4 +1,4 @@
-"""Mean intersection over union and its relatives, from one confusion matrix, and the evaluation that fills it."""
+"""Evaluation of segmentation: intersection over union and accuracy from a confusion matrix."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -13,11 +13,11 @@ from utils import UserError
 
 
 class ConfusionMatrix:
-    """Counts pixels by true class and predicted class, exactly: whole numbers, added over all processes.
+    """Counts of pixels by true and predicted class: integers, so exact for any number of processes.
 
     Args:
-        num_classes: Classes. Pixels with a label outside `0 .. num_classes - 1` do not count.
-        device: Where the counts are kept.
+        num_classes: Number of classes. Pixels with a label outside `0 .. num_classes - 1` are not counted.
+        device: Device of the counts.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
@@ -25,23 +25,23 @@ class ConfusionMatrix:
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)  # [true, predicted]
 
     def update(self, predictions: Tensor, labels: Tensor) -> None:
-        """Add images: predicted and true classes of pixels, whole numbers of one shape, such as `(H, W)`."""
+        """Count pixels by their predicted and true classes, two integer tensors of one shape, such as `(H, W)`."""
         counted = (labels >= 0) & (labels < self.num_classes)
         pairs = labels[counted].long() * self.num_classes + predictions[counted].long()
         self.counts += torch.bincount(pairs, minlength=self.num_classes**2).view_as(self.counts)
 
     def reduce(self) -> None:
-        """Add the counts of all processes. All must call it, once."""
+        """Add up the counts of all processes. All must call it together, once."""
         all_reduce(self.counts)
 
     def per_class(self) -> dict[str, Tensor]:
-        """Return `IoU` and `Acc` of each class, 0 to 1, on the CPU; NaN for a class of which there is no pixel."""
+        """Return the `IoU` and `Acc` of each class, from 0 to 1, on the CPU; NaN for a class without pixels."""
         counts = self.counts.cpu().double()
         hits, labelled, predicted = counts.diag(), counts.sum(1), counts.sum(0)
         return {"IoU": hits / (labelled + predicted - hits), "Acc": hits / labelled}
 
     def summary(self) -> dict[str, float]:
-        """Return `mIoU` and `mAcc`, means over the classes that occur, and `aAcc`, of all pixels; 0 to 1."""
+        """Return `mIoU` and `mAcc`, means over the classes that occur, and `aAcc`, over all pixels; from 0 to 1."""
         classes = self.per_class()
         counts = self.counts.cpu().double()
         return {
@@ -51,14 +51,14 @@ class ConfusionMatrix:
         }
 
     def table(self, names: Sequence[str]) -> str:
-        """Return the figures in percent as lines of text: of each class that occurs, then the names of the others."""
+        """Return a table of the figures of each class in percent, then the names of the classes without labels."""
         width = max(map(len, names))
         rows = list(zip(names, *self.per_class().values(), strict=True))
         lines = [f"{name:<{width}}  {100 * iou:6.2f}  {100 * acc:6.2f}" for name, iou, acc in rows if iou == iou]
         unlabelled = [name for name, _, acc in rows if acc != acc]
         if unlabelled:
             more = f" and {len(unlabelled) - 8} more" if len(unlabelled) > 8 else ""
-            lines.append(f"no pixel has the label: {', '.join(unlabelled[:8])}{more}")
+            lines.append(f"classes without labelled pixels: {', '.join(unlabelled[:8])}{more}")
         return "\n".join([f"{'class':<{width}}  {'IoU':>6}  {'Acc':>6}", *lines])
 
 
@@ -72,21 +72,21 @@ def evaluate(
     on_prediction: Callable[[int, Tensor], None] | None = None,
     **inference,
 ) -> ConfusionMatrix:
-    """Evaluate a segmentation network, each image counted exactly once.
+    """Evaluate a segmentation network; each image is counted exactly once.
 
     Args:
         model: A `Segmentor`.
-        data_loader: One image at a time, this process's share of them: its index, the image in one size or more,
-            `(3, h, w)`, and its labels `(H, W)`.
-        device: Where the model is.
-        num_classes: Classes.
+        data_loader: Loader of this process's share of the images, one at a time: the index, the image in one or more
+            sizes `(3, h, w)`, and the labels `(H, W)`.
+        device: Device of the model.
+        num_classes: Number of classes.
         amp_dtype: Type of autocast; None for full precision.
-        on_prediction: Called with the index of each image and its predicted classes `(H, W)`, on the CPU.
-        **inference: Passed to `segmentor.predict`: `flip`, `window`, `stride`.
+        on_prediction: Function called with the index of each image and its predicted classes `(H, W)`, on the CPU.
+        **inference: Arguments of `predict`: `flip`, `window`, `stride`.
 
     Raises:
         UserError: If there is no labelled pixel.
-        Interrupted: On all processes together, if any of them was asked to stop; the others finish their share.
+        Interrupted: In all processes together, if any of them was asked to stop; the others finish their share.
     """
     model.eval()
     matrix = ConfusionMatrix(num_classes, device)

@@ -1,4 +1,4 @@
-"""A segmentation network - backbone, optional neck, heads - its losses and its ways of inference."""
+"""Segmentation networks of a backbone, an optional neck and heads: their losses and inference."""
 
 from collections.abc import Sequence
 
@@ -10,21 +10,21 @@ from dense.networks import build_backbone
 from segmentation.configs.recipes import Experiment
 from segmentation.heads import FPN, FCNHead, FPNHead, UPerHead, resize
 
-IGNORED_LABEL = 255  # of pixels that count neither in the loss nor in the evaluation
+IGNORED_LABEL = 255  # of pixels that neither the loss nor the evaluation counts
 
 
 class Segmentor(nn.Module):
     """A backbone of `models/`, a decode head and, in training, an auxiliary head.
 
     Args:
-        backbone: From `dense.build_backbone`; its maps of strides 4, 8, 16 and 32 go to the neck or the heads.
-        decode_head: Gives the logits.
-        neck: Maps the backbone's maps to those of the decode head; the auxiliary head sees the backbone's own.
-        auxiliary_head: A second head, for a second loss.
-        auxiliary_weight: Weight of that loss.
+        backbone: Backbone from `dense.networks.build_backbone`, with maps of strides 4, 8, 16 and 32.
+        decode_head: Head that computes the logits.
+        neck: Module between the backbone and the decode head; the auxiliary head takes the backbone's maps.
+        auxiliary_head: Head of a second loss in training.
+        auxiliary_weight: Weight of the second loss.
     """
 
-    # What depends on the classes, for `models.load_state_dict` to leave as it is where they are others.
+    # The layers that `models.load_state_dict` skips in fine-tuning if the classes differ.
     pretrained_cfg = {"classifier": ("decode_head.conv_seg", "auxiliary_head.conv_seg")}  # noqa: RUF012
 
     def __init__(
@@ -43,15 +43,14 @@ class Segmentor(nn.Module):
         self.auxiliary_weight = auxiliary_weight
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | dict[str, Tensor]:
-        """Return logits of the images, or the losses where labels are given.
+        """Return the logits of images, or the losses if labels are given: DistributedDataParallel needs `forward`.
 
         Args:
-            images: `(B, 3, H, W)`, normalised.
-            labels: Class of each pixel, `(B, H, W)`; `IGNORED_LABEL` where it does not count. With them the
-                losses go through DistributedDataParallel, which knows `forward` alone.
+            images: Normalised images `(B, 3, H, W)`.
+            labels: Class of each pixel, or `IGNORED_LABEL`, `(B, H, W)`.
 
         Returns:
-            Logits `(B, classes, H, W)`, or what `losses` returns.
+            Logits `(B, classes, H, W)`, or the dict of `losses`.
         """
         if labels is not None:
             return self.losses(images, labels)
@@ -59,7 +58,7 @@ class Segmentor(nn.Module):
         return resize(self.decode_head(self.neck(maps)), images)
 
     def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Return the weighted losses of the heads: `decode` and, with an auxiliary head, `aux`."""
+        """Return the losses of the heads: `decode` and, with an auxiliary head, the weighted `aux`."""
         maps = self.backbone.forward_intermediates(images, intermediates_only=True)
         losses = {"decode": pixel_cross_entropy(self.decode_head(self.neck(maps)), labels)}
         if self.auxiliary_head is not None:
@@ -68,10 +67,16 @@ class Segmentor(nn.Module):
 
 
 def build_segmentor(experiment: Experiment, num_classes: int, pretrained: bool) -> Segmentor:
-    """Build the network of an experiment; its backbone with ImageNet weights if `pretrained`.
+    """Build the network of an experiment.
+
+    Args:
+        experiment: The experiment.
+        num_classes: Number of classes.
+        pretrained: Whether to load the experiment's ImageNet weights into the backbone.
 
     Raises:
-        UserError: If there is no such backbone, or its weights cannot be had or do not fit.
+        UserError: If there is no such backbone, or the published weights cannot be loaded.
+        TwinsError: If a file of weights cannot be read or does not fit the backbone.
     """
     weights = experiment.pretrained if pretrained else ""
     backbone = build_backbone(experiment.backbone, weights, drop_path_rate=experiment.drop_path)
@@ -84,10 +89,10 @@ def build_segmentor(experiment: Experiment, num_classes: int, pretrained: bool) 
 
 
 def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the cross-entropy of logits `(B, classes, h, w)`, enlarged to the labels `(B, H, W)`.
+    """Return the cross-entropy of logits `(B, classes, h, w)`, resized to the labels `(B, H, W)`.
 
-    It is summed over the pixels that count and divided by all of them, those ignored included: so the published
-    models were trained.
+    The sum over the labelled pixels is divided by the number of all pixels, ignored ones included, as in the training
+    of the published models.
     """
     logits = F.interpolate(logits.float(), size=labels.shape[1:], mode="bilinear", align_corners=False)
     return F.cross_entropy(logits, labels.long(), ignore_index=IGNORED_LABEL, reduction="sum") / labels.numel()
@@ -103,34 +108,34 @@ def predict(
     window: int | None = None,
     stride: int | None = None,
 ) -> Tensor:
-    """Return the class of each pixel, from one image in one or more sizes.
+    """Predict the class of each pixel of an image, given in one or more sizes.
 
     Args:
-        model: In evaluation mode.
-        images: The image, normalised, in each size, `(1, 3, h_i, w_i)`; the probabilities are averaged.
-        size: Height and width of the result, those of the original image.
-        flip: See each size mirrored, too.
-        window: Side of the square windows that the image is seen through; None for the whole image at once.
-        stride: Pixels between windows; their side by default.
+        model: Network in evaluation mode.
+        images: The normalised image in each size, `(1, 3, h_i, w_i)`; the probabilities are averaged.
+        size: Height and width of the result, which are those of the original image.
+        flip: Whether to average over each size and its mirror image.
+        window: Side length of a square sliding window in pixels; None for the whole image at once.
+        stride: Pixels from one window to the next; `window` by default.
 
     Returns:
         Class indices `(H, W)`.
     """
     probabilities = 0.0
     for image in images:
-        for mirrored in (False, True) if flip else (False,):
-            seen = image.flip(3) if mirrored else image
-            logits = model(seen) if window is None else slide(model, seen, window, stride or window)
+        for is_flipped in (False, True) if flip else (False,):
+            view = image.flip(3) if is_flipped else image
+            logits = model(view) if window is None else slide(model, view, window, stride or window)
             logits = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
             shares = logits.softmax(dim=1)
-            probabilities = probabilities + (shares.flip(3) if mirrored else shares)
+            probabilities = probabilities + (shares.flip(3) if is_flipped else shares)
     return probabilities.argmax(dim=1)[0]
 
 
 def slide(model: Segmentor, image: Tensor, window: int, stride: int) -> Tensor:
-    """Return logits `(B, classes, H, W)` of an image `(B, 3, H, W)`, averaged over overlapping windows.
+    """Return the logits `(B, classes, H, W)` of an image `(B, 3, H, W)`, averaged over overlapping windows.
 
-    The last window of a row or column is moved back into the image; an image smaller than the window is one.
+    The last window of a row or column is shifted back into the image; windows are cut to a smaller image.
     """
     height, width = image.shape[2:]
     sums, counts = 0.0, image.new_zeros(1, 1, height, width)
@@ -144,6 +149,6 @@ def slide(model: Segmentor, image: Tensor, window: int, stride: int) -> Tensor:
 
 
 def _window_starts(length: int, window: int, stride: int) -> list[int]:
-    """Return where windows start that cover a side of the image."""
+    """Return the starts of the windows that cover a side of the image."""
     last = max(0, length - window)
     return [*range(0, last, stride), last]

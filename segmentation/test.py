@@ -1,9 +1,9 @@
-"""Test a segmentation network of configs/ on the validation set: mIoU and its relatives, by class and in all.
+"""Test a segmentation network of configs/ on the validation set: mIoU, mAcc and aAcc, overall and per class.
 
     bash dist_test.sh configs/upernet_pcpvt_l_512x512_160k_ade20k_swin_setting.py checkpoint_file 8 --eval mIoU
     bash dist_test.sh configs/upernet_alt_gvt_tiny_shapes.py checkpoint_file 1 --show-dir pictures
 
-Bad input ends with one line that names it and a non-zero exit code; --traceback shows where it was found.
+On bad input the script prints one line that names it and exits with a non-zero code; --traceback shows the traceback.
 """
 
 import argparse
@@ -12,14 +12,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-if __name__ == "__main__":  # in place of this folder, whose file names might shadow others
+if __name__ == "__main__":  # instead of this folder, whose file names would shadow others
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms.v2.functional import to_pil_image
 
 from core.distributed import Processes
 from core.images import save_png
@@ -47,18 +46,22 @@ def get_parser() -> ArgumentParser:
         choices=("mIoU",),
         default=["mIoU"],
         metavar="mIoU",
-        help="the figures to report; mAcc and aAcc come with mIoU",
+        help="figures to report; mIoU includes mAcc and aAcc",
     )
     group.add_argument(
-        "--aug-test", action="store_true", help="average over the experiment's test_ratios, each mirrored, too"
+        "--aug-test", action="store_true", help="average over the experiment's test_ratios, each with its mirror image"
     )
-    group.add_argument("--out", metavar="FOLDER", help="write the predictions as PNG, with the labels of the data set")
-    group.add_argument("--show-dir", metavar="FOLDER", help="write pictures: image, prediction, labels and a legend")
+    group.add_argument(
+        "--out", metavar="FOLDER", help="write the predictions to this folder as PNG, with the data set's labels"
+    )
+    group.add_argument(
+        "--show-dir", metavar="FOLDER", help="write pictures of image, prediction, labels and legend to this folder"
+    )
     return parser
 
 
 def run_test(args: argparse.Namespace, processes: Processes) -> None:
-    """Test the weights of a file and report the figures."""
+    """Test the weights of a file and log the figures."""
     experiment = build_experiment(args, Experiment)
     loader = build_eval_loader(args, experiment, processes, experiment.test_ratios if args.aug_test else (1.0,))
     dataset = loader.dataset.dataset
@@ -83,7 +86,7 @@ def run_test(args: argparse.Namespace, processes: Processes) -> None:
 
 
 def build_writer(dataset: Dataset, out: str | None, show_dir: str | None) -> Callable[[int, Tensor], None]:
-    """Return a function that writes the prediction of an image to the folders that are asked for."""
+    """Return a function that writes the prediction of an image to the folders that are given."""
     for folder in filter(None, (out, show_dir)):
         make_folder(Path(folder))
 
@@ -93,15 +96,15 @@ def build_writer(dataset: Dataset, out: str | None, show_dir: str | None) -> Cal
             save_png(Image.fromarray(labels), Path(out) / dataset.name(index))
         if show_dir:
             image, labels = dataset[index]
-            maps = {"prediction": prediction.numpy(), "labels": labels.numpy()}
-            overlay = draw_overlay(to_pil_image(image), maps, dataset.classes, dataset.colours, IGNORED_LABEL)
+            maps = {"prediction": prediction, "labels": labels}
+            overlay = draw_overlay(image, maps, dataset.classes, dataset.colours, IGNORED_LABEL)
             save_png(overlay, Path(show_dir) / dataset.name(index))
 
     return write
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run from the command line; see `command_line.run_script` for how it ends."""
+    """Run from the command line; see `core.launch.run_script` for the exit codes."""
     parser = get_parser()
     run_script(parser.prog, run_test, parser.parse_args(argv))
 

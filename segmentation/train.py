@@ -1,28 +1,27 @@
-"""Train a segmentation network of configs/, evaluating and writing a checkpoint in intervals.
+"""Train a segmentation network of configs/; evaluate it and save a checkpoint after each interval.
 
     bash dist_train.sh configs/upernet_pcpvt_l_512x512_160k_ade20k_swin_setting.py 8
     bash dist_train.sh configs/upernet_alt_gvt_tiny_shapes.py 1
 
-Bad input ends with one line that names it and a non-zero exit code; --traceback shows where it was found.
+On bad input the script prints one line that names it and exits with a non-zero code; --traceback shows the traceback.
 """
 
 import argparse
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-if __name__ == "__main__":  # in place of this folder, whose file names might shadow others
+if __name__ == "__main__":  # instead of this folder, whose file names would shadow others
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import torch
 from torch.utils.data import DataLoader
 
 from core.distributed import Processes
 from core.launch import run_script
 from core.options import choose_amp, loader_options
-from dense.optimisation import PolySchedule
+from dense.optimisation import linear_warmup, poly_decay
 from dense.training import Task, describe, get_train_parser, process_batch, run_training
 from models.twins import MIN_INPUT_SIZE
 from samplers import EndlessSampler, EvalSampler, SeededSet
@@ -38,7 +37,7 @@ logger = logging.getLogger("twins")
 
 
 def build_train_loader(args: argparse.Namespace, experiment: Experiment, processes: Processes) -> DataLoader:
-    """Build the loader of the training set; an epoch of it is one interval between evaluations."""
+    """Build the loader of the training set; its epoch is the interval between evaluations."""
     dataset = build_dataset(experiment.dataset, experiment.data_root, True, max(experiment.scale))
     views = TrainViews(dataset, experiment.scale, experiment.scale_range, experiment.crop_size)
     sampler = EndlessSampler(
@@ -57,7 +56,7 @@ def build_train_loader(args: argparse.Namespace, experiment: Experiment, process
 def build_eval_loader(
     args: argparse.Namespace, experiment: Experiment, processes: Processes, ratios: Sequence[float] = (1.0,)
 ) -> DataLoader:
-    """Build the loader of this process's share of the validation set; it gives one image at a time."""
+    """Build the loader of this process's share of the validation set, one image at a time."""
     dataset = build_dataset(experiment.dataset, experiment.data_root, False, max(experiment.scale))
     views = EvalViews(dataset, experiment.scale, ratios)
     sampler = EvalSampler(len(views), world_size=processes.world_size, rank=processes.rank)
@@ -65,7 +64,7 @@ def build_eval_loader(
 
 
 def build_task(args: argparse.Namespace, experiment: Experiment, processes: Processes, is_new: bool) -> Task:
-    """Build the data and the network of an experiment; in a new run, with the weights that it starts from."""
+    """Build the data and the network of an experiment; a new run loads its first weights."""
     check_batch(experiment, processes)
     train_loader = build_train_loader(args, experiment, processes)
     eval_loader = build_eval_loader(args, experiment, processes)
@@ -92,7 +91,7 @@ def build_task(args: argparse.Namespace, experiment: Experiment, processes: Proc
         train_loader=train_loader,
         sampler=train_loader.sampler,
         epochs=experiment.iterations // experiment.eval_interval,
-        schedule=build_schedule(experiment),
+        lr_factor=partial(lr_factor, experiment=experiment),
         evaluate=evaluate_model,
         best_figure="test_mIoU",
         same=("backbone", "head", "dataset", "eval_interval"),
@@ -100,35 +99,30 @@ def build_task(args: argparse.Namespace, experiment: Experiment, processes: Proc
 
 
 def check_batch(experiment: Experiment, processes: Processes) -> None:
-    """Refuse single images where a BatchNorm sees nothing else of a map pooled to one pixel."""
+    """Raise a UserError if a BatchNorm would see a single value per channel: one image, pooled to one pixel."""
     synchronised = processes.world_size > 1 and processes.device.type == "cuda"
     one_pixel = experiment.head == "upernet" or experiment.crop_size < 2 * MIN_INPUT_SIZE
     if one_pixel and process_batch(experiment, processes) == 1 and not synchronised:
         raise UserError(
             f"batch_size={experiment.batch_size}, global_batch={experiment.global_batch}: the BatchNorms of the head "
-            "need two images of each process or more; raise them with --cfg-options, or start fewer processes"
+            "need at least two images per process; raise the fields with --cfg-options, or start fewer processes"
         )
 
 
-def build_schedule(experiment: Experiment) -> Callable[[torch.optim.Optimizer], PolySchedule]:
-    """Return what builds the schedule of an optimizer."""
-    return partial(
-        PolySchedule,
-        iterations=experiment.iterations,
-        power=experiment.power,
-        min_lr=experiment.min_lr,
-        warmup_iterations=experiment.warmup_iterations,
-        warmup_ratio=experiment.warmup_ratio,
-    )
+def lr_factor(iteration: int, experiment: Experiment) -> float:
+    """Return the factor of the peak learning rate at an iteration, counted from 0."""
+    min_ratio = experiment.min_lr / experiment.lr
+    warmup = linear_warmup(iteration, experiment.warmup_iterations, experiment.warmup_ratio)
+    return warmup * poly_decay(iteration, experiment.iterations, experiment.power, min_ratio)
 
 
 def inference_options(experiment: Experiment) -> dict:
-    """Return how an experiment sees an image: whole, or through windows."""
+    """Return the arguments of `predict` for an experiment: sliding windows, or none for the whole image."""
     return {"window": experiment.window, "stride": experiment.stride} if experiment.window else {}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run from the command line; see `command_line.run_script` for how it ends."""
+    """Run from the command line; see `core.launch.run_script` for the exit codes."""
     parser = get_train_parser(__doc__)
     args = parser.parse_args(argv)
     run_script(parser.prog, partial(run_training, build_task=build_task, kind=Experiment), args, kept=True)

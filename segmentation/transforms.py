@@ -1,4 +1,4 @@
-"""Transforms of segmentation: the published augmentation, and the images of an evaluation."""
+"""Transforms of segmentation: the published augmentation, and the inputs of an evaluation."""
 
 from collections.abc import Sequence
 
@@ -17,20 +17,18 @@ from segmentation.data import Sample
 from segmentation.network import IGNORED_LABEL
 from utils import UserError
 
-MAX_CLASS_SHARE = 0.75  # of a training crop
-
-
+MAX_CLASS_SHARE = 0.75  # of the labelled pixels of a training crop
 CROP_TRIES = 10
 
 
 class TrainViews(Dataset):
-    """A data set in the published augmentation: `(image, labels)`, normalised `(3, crop, crop)` and `(crop, crop)`.
+    """A data set with the published augmentation; returns a normalised image `(3, crop, crop)` and its labels.
 
     Args:
-        dataset: Gives samples; see the top of this file.
-        scale: Pixels that the longer and the shorter side of an image are made to fit into.
-        scale_range: Of the random factor on `scale`.
-        crop_size: Pixels a side.
+        dataset: Data set of `segmentation/data.py`.
+        scale: Limits of an image's longer and shorter side in pixels.
+        scale_range: Range of the random factor on `scale`.
+        crop_size: Side length of the crops in pixels.
     """
 
     def __init__(self, dataset: Dataset, scale: tuple[int, int], scale_range: tuple[float, float], crop_size: int):
@@ -56,9 +54,14 @@ class TrainViews(Dataset):
 
 
 class EvalViews(Dataset):
-    """A data set for evaluation: `(index, images, labels)`, the image normalised in one size or several, `(3, h, w)`.
+    """A data set for evaluation; returns `(index, images, labels)`.
 
-    Labels have the size of the image in the data set.
+    The images are the normalised image `(3, h, w)` at each ratio; the labels keep the size of the original image.
+
+    Args:
+        dataset: Data set of `segmentation/data.py`.
+        scale: Limits of an image's longer and shorter side in pixels.
+        ratios: Factors on `scale`.
     """
 
     def __init__(self, dataset: Dataset, scale: tuple[int, int], ratios: Sequence[float] = (1.0,)):
@@ -75,20 +78,20 @@ class EvalViews(Dataset):
         smallest = min(sizes, key=min)
         if min(smallest) < MIN_INPUT_SIZE:
             raise UserError(
-                f"image {self.dataset.name(index)}: is {smallest[1]}x{smallest[0]} pixels when it is fitted into scale="
-                f"{self.scale} at the least of the ratios, and {MIN_INPUT_SIZE} a side are needed; raise scale, or "
-                "leave small test_ratios out"
+                f"image {self.dataset.name(index)}: has {smallest[1]}x{smallest[0]} pixels when resized to scale="
+                f"{self.scale} at the smallest ratio, but each side needs at least {MIN_INPUT_SIZE}; raise scale, or "
+                "remove small test_ratios"
             )
         return index, [normalise(resize_image(image, size)) for size in sizes], labels
 
 
 def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize labels `(H, W)`, each pixel taking that of the nearest."""
+    """Resize labels `(H, W)` to a height and width by nearest-neighbour interpolation."""
     return F.interpolate(labels[None, None], size=size, mode="nearest")[0, 0]
 
 
 def random_crop(image: Tensor, labels: Tensor, size: int) -> Sample:
-    """Cut out a random square, or all there is, in which no class has too large a share if ten tries find one."""
+    """Crop a random square; try up to ten more times for one where no class has 75 % of the pixels or more."""
     for _ in range(CROP_TRIES + 1):
         top, left = (np.random.randint(0, max(side - size, 0) + 1) for side in labels.shape)
         part = labels[top : top + size, left : left + size]
@@ -99,9 +102,10 @@ def random_crop(image: Tensor, labels: Tensor, size: int) -> Sample:
 
 
 def distort_colours(image: Tensor) -> Tensor:
-    """Change brightness, contrast, saturation and hue of a uint8 image `(3, H, W)`, each by a chance of half.
+    """Change brightness, contrast, saturation and hue of a uint8 image `(3, H, W)`, each with probability 0.5.
 
-    By up to 32 levels, by factors of 0.5 to 1.5 and by up to 36 degrees; contrast comes second or last.
+    Brightness changes by up to 32 levels, contrast and saturation by factors of 0.5 to 1.5, and hue by up to 36
+    degrees. Contrast is changed second or last.
     """
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     levels = np.arange(256)
@@ -111,7 +115,7 @@ def distort_colours(image: Tensor) -> Tensor:
     if contrast_first:
         picture = _distort_contrast(picture)
     saturation = np.random.uniform(0.5, 1.5) if _coin() else 1.0
-    # Differs from the original: a hue has 256 steps, not 180.
+    # Differs from the original: a hue has 256 steps, not 180, because the image library is Pillow.
     shift = round(np.random.randint(-18, 18) * 256 / 180) if _coin() else 0
     if saturation != 1.0 or shift:
         picture = _map_levels(picture.convert("HSV"), (levels + shift) % 256, levels * saturation, levels)
@@ -132,7 +136,7 @@ def _distort_contrast(picture: Image.Image) -> Image.Image:
 
 
 def _map_levels(picture: Image.Image, *levels: np.ndarray) -> Image.Image:
-    """Replace each level of a channel by another; one table for all three channels, or one for each."""
+    """Replace the levels of each channel by those of a table: one table for all channels, or one for each."""
     tables = np.clip(np.stack(levels * (3 // len(levels))), 0, 255).astype(np.uint8)
     return picture.point(tables.ravel().tolist())
 

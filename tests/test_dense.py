@@ -1,14 +1,16 @@
 """Experiments, backbones, parameter groups and schedules of the dense tasks."""
 
+import warnings
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 import timm
 import torch
 
-from dense.experiments import change_fields, load_experiment
+from dense.experiments import NonNegative, Positive, Rate, Side, change_fields, check_fields, load_experiment
 from dense.networks import build_backbone
-from dense.optimisation import PolySchedule, parameter_groups
+from dense.optimisation import IterationSchedule, linear_warmup, parameter_groups, poly_decay
 from segmentation.configs.recipes import Experiment
 from tests.conftest import ROOT
 from utils import UserError
@@ -16,7 +18,7 @@ from utils import UserError
 
 @dataclass(frozen=True)
 class Fields:
-    """One field of each type."""
+    """One field of each type and limit."""
 
     whole: int = 1
     real: float = 1.0
@@ -24,6 +26,15 @@ class Fields:
     flag: bool = False
     pair: tuple[int, int] = (1, 2)
     many: tuple[float, ...] = (0.5,)
+    choice: Literal["a", "b"] = "a"
+    positive: Positive[int] = 1
+    positives: tuple[Positive[float], ...] = ()
+    non_negative: NonNegative[float] = 0.0
+    rate: Rate = 0.0
+    sides: tuple[Side, Side] = (32, 32)
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 def test_fields_are_changed_with_their_types():
@@ -36,21 +47,39 @@ def test_fields_are_changed_with_their_types():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("whole=2.5", "--cfg-options whole: '2.5' is not of type int"),
-        ("whole=True", "--cfg-options whole: 'True' is not of type int"),
-        ("real=1e999", "--cfg-options real: '1e999' is not of type float"),
-        ("real=fast", "--cfg-options real: 'fast' is not of type float"),
-        ("flag=1", "--cfg-options flag: '1' is not of type bool"),
-        ("pair=(1, 2, 3)", r"--cfg-options pair: '\(1, 2, 3\)' is not of type tuple\[int, int\]"),
-        ("pair=(1, 2.5)", "--cfg-options pair"),
-        ("many=0.5", r"--cfg-options many: '0.5' is not of type tuple\[float, ...\]"),
-        ("wole=1", "--cfg-options wole: there is no such key; did you mean whole?"),
-        ("whole", "--cfg-options 'whole' is no key=value"),
+        ("whole=2.5", "whole=2.5 is not of type int"),
+        ("whole=True", "whole=True is not of type int"),
+        ("real=1e999", "real=inf is not a finite number"),
+        ("real=fast", "real='fast' is not of type float"),
+        ("flag=1", "flag=1 is not of type bool"),
+        ("pair=(1, 2, 3)", "pair=(1, 2, 3) is not of type tuple[int, int]"),
+        ("pair=(1, 2.5)", "pair=(1, 2.5) is not of type tuple[int, int]"),
+        ("pair=64", "pair=64 is not of type tuple[int, int]; write it as pair=64,64"),
+        ("pair=x", "pair='x' is not of type tuple[int, int]"),
+        ("many=0.5", "many=0.5 is not of type tuple[float, ...]; write one value as many=0.5,"),
+        ("many='5'", "many='5' is not of type tuple[float, ...]; write one value as many=5,"),
+        ("choice=c", "choice='c' is unknown; choose a or b"),
+        ("positive=0", "positive=0 is not above 0"),
+        ("positives=1,-2", "positives=(1.0, -2.0): -2.0 is not above 0"),
+        ("non_negative=-1", "non_negative=-1.0 is not at least 0"),
+        ("rate=1", "rate=1.0 is not at least 0 and below 1"),
+        ("rate=-0.1", "rate=-0.1 is not at least 0 and below 1"),
+        ("sides=64,31", "sides=(64, 31): 31 is not at least 32 pixels"),
+        ("wole=1", "--cfg-options wole: there is no such key; did you mean whole?; configs/recipes.py lists them"),
+        ("whole", "--cfg-options 'whole' is not of the form key=value"),
     ],
 )
 def test_bad_changes_are_refused(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError) as error:
         change_fields(Fields(), [change])
+    assert str(error.value) == message
+
+
+def test_the_limits_of_fields_are_allowed():
+    changes = ["positive=1", "positives=0.1,", "non_negative=0", "rate=0.99", "sides=32,33", "choice=b"]
+    changed = change_fields(Fields(), changes)
+    assert changed == Fields(positive=1, positives=(0.1,), rate=0.99, sides=(32, 33), choice="b")
+    assert Fields(pair=[3, 4], real=2) == Fields(pair=(3, 4), real=2.0)
 
 
 def test_files_without_an_experiment_are_refused(tmp_path):
@@ -61,14 +90,14 @@ def test_files_without_an_experiment_are_refused(tmp_path):
         load_experiment(configs / "recipes.py")
     recipe = "from segmentation.configs.recipes import fpn_pvt_setting\nconfig = fpn_pvt_setting('pcpvt_tiny', {})\n"
     faults = {
-        "chanels=3": "there is no such key: chanels",
+        "chanels=3": r"there is no such key: chanels; configs/recipes\.py lists them",
         "channels=": "SyntaxError: .*invalid syntax",
         "lr=int('x')": "ValueError: invalid literal for int",
         "pretrained=open('/nonexistent')": "FileNotFoundError: .*No such file or directory",
-        "lr=float('inf')": "lr=inf is not of type float",
+        "lr=float('inf')": "lr=inf is not a finite number",
         "crop_size=(128, 96)": r"crop_size=\(128, 96\) is not of type int",
-        "scale=64": r"scale=64 is not of type tuple\[int, int\]",
-        "head=None": "head=None is not of type str",
+        "scale=64": r"scale=64 is not of type tuple\[int, int\]; write it as scale=64,64",
+        "head=None": "head=None is unknown; choose upernet or fpn",
         "pretrained=3": "pretrained=3 is not of type str",
     }
     for fault, message in faults.items():
@@ -155,23 +184,42 @@ def test_norms_and_positional_encodings_are_not_decayed(name):
     }
     expected |= {id(parameter) for parameter in backbone.pos_block.parameters()}
     assert [group["weight_decay"] for group in groups] == [0.01, 0.0]
-    assert {names[id(p)] for p in groups[1]["params"]} == {names[each] for each in expected}
+    assert {names[id(p)] for p in groups[1]["params"]} == {names[parameter] for parameter in expected}
     assert len(groups[0]["params"]) + len(groups[1]["params"]) == len(names)
 
 
-def rates(moments, lr, **schedule) -> list[float]:
+def rates(iterations, lr, factor) -> list[float]:
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=lr)
-    scheduler = PolySchedule(optimizer, **schedule)
+    scheduler = IterationSchedule(optimizer, factor)
     found = []
-    for iteration in moments:
+    for iteration in iterations:
         scheduler.step_update(iteration)
         found.append(optimizer.param_groups[0]["lr"])
     return found
 
 
-def test_a_schedule_forgets_nothing_and_keeps_no_place():
-    """Asked in any order it gives the same rates, so a resumed run needs the iteration alone."""
-    schedule = {"iterations": 100, "power": 0.9, "min_lr": 1e-6, "warmup_iterations": 10, "warmup_ratio": 0.1}
-    there = rates(range(100), 1e-3, **schedule)
-    assert rates(reversed(range(100)), 1e-3, **schedule) == there[::-1]
-    assert max(there) == there[10]
+def test_learning_rates_depend_on_the_iteration_alone():
+    """In any order of iterations they are the same, so a resumed run needs the iteration alone."""
+
+    def factor(iteration: int) -> float:
+        return linear_warmup(iteration, 10, 0.1) * poly_decay(iteration, 100, 0.9, 1e-3)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch expects steps of the optimizer between those of its schedulers
+        forwards = rates(range(100), 1e-3, factor)
+        backwards = rates(reversed(range(100)), 1e-3, factor)
+    assert backwards == forwards[::-1]
+    assert max(forwards) == forwards[10]
+    assert forwards[0] == pytest.approx(1e-4)
+
+
+def test_a_schedule_overrides_rates_and_keeps_its_peak():
+    """A checkpoint restores the rates of an old step, and perhaps of other options."""
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    scheduler = IterationSchedule(optimizer, lambda iteration: 1 / (iteration + 1))
+    scheduler.step_update(3)
+    optimizer.param_groups[0]["lr"] = 7.0
+    scheduler.step(0)
+    scheduler.step_update(1)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(5e-4)
+    assert scheduler.state_dict() == {}

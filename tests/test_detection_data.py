@@ -89,20 +89,20 @@ def test_numbers_of_annotations_do_not_matter(ids, written):
         (lambda c: c["annotations"][2].update(category_id=5), "annotation 102 has the category 5, which is not listed"),
         (
             lambda c: c["annotations"][0].update(bbox=[80, 5, 20, 15]),
-            r"annotation 100 has a box \[80, 5, 20, 15\] outside its image 7, of 80x60 pixels",
+            r"annotation 100 has the box \[80, 5, 20, 15\], outside its image 7 of 80x60 pixels",
         ),
         (lambda c: c["annotations"][0].pop("bbox"), "annotation 100 has the box None; it should be four numbers"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), r"annotation 100 has the box \[1, 2, 3\]; it should be"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, "3", 4]), "annotation 100 has the box"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, float("nan"), 4]), "annotation 100 has the box"),
         (lambda c: c["annotations"][0].update(segmentation=[[1, 2, 3]]), "annotation 100 has a segmentation that is"),
-        (lambda c: c["annotations"][1]["segmentation"].update(size=[9, 9]), "annotation 101 has a mask that is no"),
+        (lambda c: c["annotations"][1]["segmentation"].update(size=[9, 9]), "annotation 101 has a mask that is not"),
         (lambda c: c["annotations"][0].update(segmentation=[["a"] * 6]), "annotation 100 has a segmentation that is"),
         (lambda c: c["annotations"][0].update(segmentation=[[None] * 6]), "annotation 100 has a segmentation that is"),
-        (lambda c: c["annotations"][1]["segmentation"].update(size=5), "annotation 101 has a mask that is no"),
-        (lambda c: c["annotations"][1]["segmentation"].update(counts=""), "annotation 101 has a mask that is no"),
+        (lambda c: c["annotations"][1]["segmentation"].update(size=5), "annotation 101 has a mask that is not"),
+        (lambda c: c["annotations"][1]["segmentation"].update(counts=""), "annotation 101 has a mask that is not"),
         (lambda c: c["annotations"][1]["segmentation"].update(counts=[-5, 4805]), "annotation 101 has a mask that is"),
-        (lambda c: c["annotations"][1]["segmentation"].update(counts=["a"]), "annotation 101 has a mask that is no"),
+        (lambda c: c["annotations"][1]["segmentation"].update(counts=["a"]), "annotation 101 has a mask that is not"),
         (
             lambda c: c["annotations"][1]["segmentation"].update(counts="garbage"),
             r"the mask of annotation number 2, of image 7, cannot be decoded \(.*\); correct or remove it",
@@ -114,11 +114,11 @@ def test_numbers_of_annotations_do_not_matter(ids, written):
         (lambda c: c["annotations"][0].update(bbox=[9, 9, -3, 5]), r"the box \[9, 9, -3, 5\]; its width and height"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 10**400, 4]), "annotation 100 has the box"),
         (lambda c: c["images"][1].update(file_name="x" * 5000), r"x is missing; .* lists it as image 12"),
-        (lambda c: c["annotations"].append(5), "entry 15 of the annotations is no object"),
+        (lambda c: c["annotations"].append(5), "entry 15 of the annotations is not an object"),
         (lambda c: c["images"][0].pop("width"), "image 7 has the width None"),
         (lambda c: c["images"][0].update(file_name=""), "image 7 has no file_name"),
         (lambda c: c["images"][0].pop("id"), "image number 1 of the list has no id"),
-        (lambda c: c["images"][1].update(id=7), "the image id 7 is there twice"),
+        (lambda c: c["images"][1].update(id=7), "the image id 7 occurs twice"),
         (lambda c: c["categories"][0].update(name=""), "category 18 has no name"),
         (lambda c: c["categories"].clear(), "its list of categories is empty"),
         (lambda c: c.pop("categories"), "needs the lists images, annotations and categories"),
@@ -133,13 +133,13 @@ def test_faults_of_the_annotations_are_named(change, message, written, tmp_path)
 
 
 def test_missing_and_broken_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere: there is no such folder; name the one .* with --data-root"):
+    with pytest.raises(ValueError, match=r"nowhere: there is no such folder; set the folder of .* with --data-root"):
         build_dataset("coco", str(tmp_path / "nowhere"), True, 0)
     with pytest.raises(ValueError, match=r"instances_train2017\.json: cannot be read"):
         build_dataset("coco", str(tmp_path), True, 0)
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations/instances_train2017.json").write_text('{"images": [')
-    with pytest.raises(ValueError, match=r"instances_train2017\.json: is no valid JSON"):
+    with pytest.raises(ValueError, match=r"instances_train2017\.json: is not valid JSON"):
         build_dataset("coco", str(tmp_path), True, 0)
 
 

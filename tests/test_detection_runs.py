@@ -2,17 +2,19 @@
 
 import json
 import re
+import warnings
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torchvision.transforms.v2.functional import to_pil_image
 
+from core.images import make_colours
 from dense.experiments import load_experiment
-from dense.optimisation import StepSchedule
+from dense.optimisation import IterationSchedule
 from dense.training import build_state, get_train_parser
 from detection import data as detection_data
 from detection import metrics
@@ -254,10 +256,10 @@ def test_learning_rates_and_weight_decay_equal_the_recipes(setting):
     with torch.device("meta"):
         model = build_detector(experiment, 80, pretrained=False)
     steps = 7330  # of an epoch: 117,266 images, 16 each
-    schedule = train_script.build_schedule(experiment, steps)
+    lr_factor = partial(train_script.lr_factor, experiment=experiment, steps=steps)
     args = get_train_parser("").parse_args(["x"])
-    state = build_state(args, experiment, model, schedule, None, torch.device("cpu"))
-    assert isinstance(state.lr_scheduler, StepSchedule)
+    state = build_state(args, experiment, model, lr_factor, None, torch.device("cpu"))
+    assert isinstance(state.lr_scheduler, IterationSchedule)
     iterations = [0, 250, 499, 500, *(epoch * steps + shift for epoch in range(1, epochs) for shift in (-1, 0))]
     for i in iterations:
         expected = lr * 0.1 ** sum(i // steps >= milestone for milestone in milestones)
@@ -280,13 +282,13 @@ def test_learning_rates_and_weight_decay_equal_the_recipes(setting):
     ("options", "message"),
     [
         (["epoch=3"], "--cfg-options epoch: there is no such key; did you mean epochs"),
-        (["detector=yolo"], "detector='yolo' is unknown; it is retinanet, mask_rcnn"),
+        (["detector=yolo"], "detector='yolo' is unknown; choose retinanet or mask_rcnn"),
         (["epochs=0"], "epochs=0 is not above 0"),
-        (["weight_decay=-1"], "weight_decay=-1.0 is below 0"),
-        (["drop_path=2"], "drop_path=2.0 is not between 0 and 1"),
-        (["scale=8,8"], "scale=(8, 8): sides of 32 pixels are the least"),
-        (["milestones=-3,"], "milestones=(-3,): epochs above 0 are needed"),
-        (["data_root=/nowhere"], "/nowhere: there is no such folder; name the one of the data set with --data-root"),
+        (["weight_decay=-1"], "weight_decay=-1.0 is not at least 0"),
+        (["drop_path=2"], "drop_path=2.0 is not at least 0 and below 1"),
+        (["scale=8,8"], "scale=(8, 8): 8 is not at least 32 pixels"),
+        (["milestones=-3,"], "milestones=(-3,): -3 is not above 0"),
+        (["data_root=/nowhere"], "/nowhere: there is no such folder; set the folder of the data set with --data-root"),
         (["backbone=pcpvt"], "backbone 'pcpvt' is unknown"),
     ],
 )
@@ -302,14 +304,14 @@ def test_weights_that_do_not_fit_are_refused(trained, coco_folder, tmp_path, cap
     folder, _ = trained
     options = [*TINY, "--data-root", coco_folder, "--cfg-options", *SMALL]
     line = fails(capsys, test_script, FOLDER / MASK, folder / "checkpoint.pth", *options, "dataset=shapes")
-    assert f"--data-root {coco_folder}: shapes are drawn, not read" in line
+    assert f"--data-root {coco_folder}: the shapes data set is generated and has no folder" in line
     shapes = [*TINY, "--cfg-options", *SMALL, "dataset=shapes"]
     line = fails(capsys, test_script, FOLDER / MASK, folder / "checkpoint.pth", *shapes)
     assert "cls_score.weight (4, 1024) in the file, (11, 1024) in the model" in line
     line = fails(capsys, test_script, FOLDER / RETINA, folder / "checkpoint.pth", *options)
     assert "these weights do not fit the model" in line
     line = fails(capsys, test_script, FOLDER / RETINA, folder / "checkpoint.pth", "--eval", "segm", *options)
-    assert "--eval segm: retinanet finds no masks; leave segm out" in line
+    assert "--eval segm: retinanet finds no masks; remove segm" in line
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures
@@ -317,25 +319,60 @@ def test_weights_that_do_not_fit_are_refused(trained, coco_folder, tmp_path, cap
 
 def test_pictures_show_boxes_masks_and_names():
     found = {
-        "boxes": torch.tensor([[20.0, 30, 60, 80]]),
+        "boxes": torch.tensor([[40.0, 30, 160, 110]]),
         "labels": torch.tensor([1]),
         "scores": torch.tensor([0.9]),
-        "masks": torch.zeros(1, 100, 200, dtype=torch.bool),
+        "masks": torch.zeros(1, 120, 240, dtype=torch.bool),
     }
-    found["masks"][0, 40:60, 30:50] = True
-    pixels = np.asarray(draw_detections(Image.new("RGB", (200, 100), (90, 90, 90)), found, ["a", "b", "c"])).astype(int)
-    assert pixels.shape == (200, 400, 3)  # enlarged twice
-    colour = np.array(pixels[100, 40])  # on the left side of the box
-    assert (pixels[120, 40] == colour).all()
-    assert (pixels[100, 120] == colour).all()
-    assert np.abs(pixels[100, 80] - (0.55 * 90 + 0.45 * colour)).max() <= 1
-    assert (pixels[100, 50] == 90).all()
-    assert (pixels[10, 10] == 90).all()
+    found["masks"][0, 80:100, 60:90] = True
+    image = torch.full((3, 120, 240), 90, dtype=torch.uint8)
+    pixels = np.asarray(draw_detections(image, found, ["a", "b", "c"])).astype(int)
+    assert pixels.shape == (240, 480, 3)  # enlarged twice
+    outline = np.zeros((240, 480), bool)
+    outline[60:221, 80:321] = True
+    outline[63:218, 83:318] = False
+    colour = np.array(make_colours(3)[1])
+    assert (pixels[outline] == colour).all()
+    mask = np.zeros((240, 480), bool)
+    mask[160:200, 120:180] = True
+    assert np.abs(pixels[mask] - (90 + colour) / 2).max() <= 1
+    label = np.zeros((240, 480), bool)
+    label[60:84, 80:140] = True  # name and score, in white on black
+    assert {0, 255} <= set(pixels[label & ~outline].ravel())
+    assert (pixels[~(outline | mask | label)] == 90).all()
+
+
+def test_pictures_show_overlapping_objects():
+    found = {
+        "boxes": torch.tensor([[10.0, 10, 60, 60], [10, 10, 60, 60]]),
+        "labels": torch.tensor([0, 1]),
+        "scores": torch.tensor([0.9, 0.6]),
+        "masks": torch.ones(2, 96, 96, dtype=torch.bool),
+    }
+    pixels = np.asarray(draw_detections(torch.zeros(3, 96, 96, dtype=torch.uint8), found, ["a", "b"]))
+    first, second = np.array(make_colours(2))
+    assert tuple(pixels[50, 60]) == tuple(first)  # the box with the higher score lies on top
+    assert np.abs(pixels[-1, -1] - (first / 2 + second / 4)).max() <= 1  # and so does its mask
+
+
+def test_a_picture_without_objects_is_the_image():
+    none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
+    image = torch.full((3, 96, 96), 90, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels = np.asarray(draw_detections(image, none | {"masks": torch.zeros(0, 96, 96)}, ["a"]))
+    assert pixels.shape == (480, 480, 3)
+    assert (pixels == 90).all()
 
 
 def test_only_objects_above_the_threshold_are_shown(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(test_script, "draw_detections", lambda image, found, _: drawn.append(found["scores"]) or image)
+
+    def draw(image, found, _):
+        drawn.append(found["scores"])
+        return to_pil_image(image)
+
+    monkeypatch.setattr(test_script, "draw_detections", draw)
     show = test_script.build_painter(detection_data.build_dataset("shapes", "", False, 64), str(tmp_path), 0.4)
     scores = torch.tensor([0.3, 0.5, 0.4])
     show(0, {"boxes": torch.zeros(3, 4), "scores": scores, "labels": torch.zeros(3, dtype=torch.int64)})

@@ -76,11 +76,11 @@ def break_folder(root, how: str) -> None:
 
 
 FAULTS = {
-    "no labels at all": r"annotations/validation is missing; .* should hold images/ and annotations/",
+    "no labels at all": r"annotations/validation is missing; .* must hold images/ and annotations/",
     "one without labels": r"images/validation/ADE_valid_00000002\.jpg: has no labels; .*00000002\.png is missing",
-    "sizes differ": r"00000002\.png: has 90x71 pixels, but .*00000002\.jpg 90x70",
+    "sizes differ": r"00000002\.png: has 90x71 pixels, but .*00000002\.jpg has 90x70",
     "label too high": r"00000002\.png: has the label 151, but there are 150 classes, labelled 1 to 150",
-    "colours for labels": r"00000002\.png: is a PNG of mode RGB; labels are a single channel",
+    "colours for labels": r"00000002\.png: is a PNG of mode RGB; labels must be one channel",
     "damaged image": r"00000002\.jpg: cannot be read as an image",
     "no images": r"images/validation holds no images",
 }
@@ -95,12 +95,12 @@ def test_faults_of_the_files_are_named(how, tmp_path):
 
 
 def test_missing_folders_and_class_files_are_named(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere: there is no such folder; name the one .* with --data-root"):
+    with pytest.raises(ValueError, match=r"nowhere: there is no such folder; set the folder of .* with --data-root"):
         build_dataset("ade20k", str(tmp_path / "nowhere"), True, 0)
-    with pytest.raises(ValueError, match=r"classes\.txt: cannot be read .* one a line"):
+    with pytest.raises(ValueError, match=r"classes\.txt: cannot be read .* one class per line"):
         build_dataset("folder", str(tmp_path), True, 0)
     (tmp_path / "classes.txt").write_text("\n")
-    with pytest.raises(ValueError, match=r"classes\.txt: names 0 classes"):
+    with pytest.raises(ValueError, match=r"classes\.txt: has 0 classes"):
         read_classes(tmp_path / "classes.txt")
 
 
@@ -299,7 +299,7 @@ def test_views_of_an_evaluation(ade20k_folder):
 
 def test_images_too_flat_for_the_network_are_named(ade20k_folder):
     views = EvalViews(build_dataset("ade20k", str(ade20k_folder), False, 0), (2048, 48), (0.5, 1.0))
-    with pytest.raises(ValueError, match=r"image ADE_valid_00000001: is 32x24 pixels when .* raise scale, or leave"):
+    with pytest.raises(ValueError, match=r"image ADE_valid_00000001: has 32x24 pixels when .* raise scale, or remove"):
         views[0]
 
 
@@ -311,7 +311,7 @@ def test_label_files_are_found_in_any_case_of_letters(tmp_path):
     assert np.array_equal(dataset[1][1] != IGNORED_LABEL, make_labels(ADE20K_SIZES[1], 1) != 0)
     image = tmp_path / "images/training/ADE_train_00000002.jpg"
     image.with_suffix(".png").write_bytes(image.read_bytes())
-    with pytest.raises(ValueError, match=r"00000002\.png: is a second image of this name"):
+    with pytest.raises(ValueError, match=r"00000002\.png: is a second image with this name"):
         build_dataset("ade20k", str(tmp_path), True, 0)
 
 

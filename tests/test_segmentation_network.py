@@ -207,7 +207,7 @@ def test_figures_equal_naive_counts():
     assert matrix.summary() == pytest.approx(naive_figures(images), rel=1e-12)
     table = matrix.table(["wall", "building", "sky", "floor", "tree", "ceiling"]).splitlines()
     assert len(table) == 7
-    assert table[6] == "no pixel has the label: ceiling"
+    assert table[6] == "classes without labelled pixels: ceiling"
     assert float(table[1].split()[1]) == pytest.approx(100 * matrix.per_class()["IoU"][0].item(), abs=0.005)
 
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import warnings
 from functools import partial
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 from core.distributed import Processes, synchronise_norms
 from dense.experiments import load_experiment
-from dense.optimisation import PolySchedule
+from dense.optimisation import IterationSchedule
 from dense.training import build_state, get_train_parser
 from segmentation import data as segmentation_data
 from segmentation import test as test_script
@@ -280,8 +281,7 @@ def rates(config: str, iterations: list[int]) -> list[float]:
     """Return the learning rates of an experiment as its training sets them."""
     experiment = load_experiment(FOLDER / config)
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=experiment.lr)
-    schedule = train_script.build_schedule(experiment)(optimizer)
-    assert isinstance(schedule, PolySchedule)
+    schedule = IterationSchedule(optimizer, partial(train_script.lr_factor, experiment=experiment))
     found = []
     for iteration in iterations:
         schedule.step_update(iteration)
@@ -313,7 +313,7 @@ def test_weight_decay_of_the_whole_networks():
             get_train_parser("").parse_args(["x"]),
             experiment,
             model,
-            train_script.build_schedule(experiment),
+            partial(train_script.lr_factor, experiment=experiment),
             None,
             torch.device("cpu"),
         )
@@ -335,23 +335,26 @@ def test_weight_decay_of_the_whole_networks():
     ("options", "message"),
     [
         (["--cfg-options", "chanels=64"], "--cfg-options chanels: there is no such key; did you mean channels"),
-        (["--cfg-options", "channels=wide"], "--cfg-options channels: 'wide' is not of type int"),
-        (["--cfg-options", "head=uper"], "head='uper' is unknown; it is upernet, fpn"),
-        (["--cfg-options", "iterations=7"], "iterations=7 is no multiple of eval_interval=3"),
+        (["--cfg-options", "channels=wide"], "channels='wide' is not of type int"),
+        (["--cfg-options", "head=uper"], "head='uper' is unknown; choose upernet or fpn"),
+        (["--cfg-options", "iterations=7"], "iterations=7 is not a multiple of eval_interval=3"),
         (["--cfg-options", "window=32"], "stride=0 is not between 1 and window=32"),
         (["--cfg-options", "global_batch=5"], "global batch 5 is not a multiple of 2 (2 images x 1 processes)"),
         (
             ["--data-root", "/nowhere"],
-            "/nowhere: there is no such folder; name the one of the data set with --data-root",
+            "/nowhere: there is no such folder; set the folder of the data set with --data-root",
         ),
         (["--pretrained", "/nowhere.pth"], "/nowhere.pth: there is no such file"),
-        (["--cfg-options", "backbone=resnet50"], "backbone 'resnet50' is unknown; known are alt_gvt_base"),
-        (["--cfg-options", "drop_path=1.5"], "drop_path=1.5 is not between 0 and 1"),
-        (["--cfg-options", "test_ratios=()"], "test_ratios=(): one factor above 0 or more are needed"),
-        (["--cfg-options", "batch_size=1"], "the BatchNorms of the head need two images of each process or more"),
-        (["--cfg-options", "batch_size=1", "head=fpn"], "the BatchNorms of the head need two images of each process"),
-        (["--cfg-options", "crop_size=(128, 96)"], "--cfg-options crop_size: '(128, 96)' is not of type int"),
-        (["--finetune", "a.pth", "--resume", "b.pth"], "each give the first weights; choose one of them"),
+        (["--cfg-options", "backbone=resnet50"], "backbone 'resnet50' is unknown; choose one of alt_gvt_base"),
+        (["--cfg-options", "drop_path=1.5"], "drop_path=1.5 is not at least 0 and below 1"),
+        (["--cfg-options", "test_ratios=()"], "test_ratios=(): at least one factor is needed"),
+        (["--cfg-options", "batch_size=1"], "the BatchNorms of the head need at least two images per process"),
+        (
+            ["--cfg-options", "batch_size=1", "head=fpn"],
+            "the BatchNorms of the head need at least two images per process",
+        ),
+        (["--cfg-options", "crop_size=(128, 96)"], "crop_size=(128, 96) is not of type int"),
+        (["--finetune", "a.pth", "--resume", "b.pth"], "each set the first weights; choose one of them"),
         (["--save-evry", "3"], "unknown argument --save-evry; did you mean --save-every"),
     ],
 )
@@ -387,7 +390,7 @@ def test_weights_of_another_network_are_refused(trained, ade20k_folder, tmp_path
     classifier = timm.create_model("alt_gvt_tiny", num_classes=3)
     torch.save(classifier.state_dict(), tmp_path / "classifier.pth")
     line = fails(capsys, test_script, FOLDER / UPERNET, tmp_path / "classifier.pth", *options)
-    assert "holds no segmentation network; weights of a backbone alone are for --pretrained" in line
+    assert "does not hold a segmentation network; pass weights of a backbone with --pretrained" in line
     command = [FOLDER / UPERNET, "--pretrained", folder / "checkpoint.pth", "--work-dir", tmp_path / "new", *options]
     assert "contains a whole network, not a classifier; start from it with --finetune" in fails(
         capsys, train_script, *command
@@ -418,17 +421,36 @@ def test_launch_scripts_say_how_they_are_used(script):
 
 
 def test_overlays_show_classes_in_their_colours():
-    image = Image.new("RGB", (200, 100), (100, 100, 100))
-    labels = np.full((100, 200), 255, np.uint8)
+    image = torch.full((3, 100, 200), 100, dtype=torch.uint8)
+    labels = torch.full((100, 200), 255, dtype=torch.uint8)
     labels[:, 50:100], labels[:, 100:150] = 0, 2
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
     picture = draw_overlay(image, {"prediction": labels}, ["a", "b", "c"], colours, ignored=255)
     pixels = np.asarray(picture).astype(int)
     second = 2 * 200 + 8  # the image is enlarged twice, then a gap
-    for x, expected in ((25, (100, 100, 100)), (75, (193, 40, 40)), (125, (40, 40, 193)), (175, (100, 100, 100))):
-        assert np.abs(pixels[18 + 100, second + 2 * x] - expected).max() <= 1
-        assert (pixels[18 + 100, 2 * x] == 100).all()
+    panels = pixels[18 : 18 + 200, : second + 400]
+    assert (panels[:, :400] == 100).all()
+    for x, expected in ((0, (100, 100, 100)), (50, (177, 50, 50)), (100, (50, 50, 177)), (150, (100, 100, 100))):
+        assert (panels[:, second + 2 * x : second + 2 * (x + 50)] == expected).all()
     legend = pixels[:, second + 2 * 200 + 8 :].reshape(-1, 3).tolist()
     assert [255, 0, 0] in legend
     assert [0, 0, 255] in legend
     assert [0, 255, 0] not in legend  # not in the picture
+
+
+def test_the_legend_has_the_classes_of_all_maps():
+    image, maps = torch.zeros(3, 64, 64, dtype=torch.uint8), {}
+    for title, label in (("prediction", 1), ("labels", 2)):
+        maps[title] = torch.full((64, 64), label, dtype=torch.uint8)
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    pixels = np.asarray(draw_overlay(image, maps, ["a", "b", "c"], colours, ignored=255))
+    legend = pixels[:, 3 * (320 + 8) :].reshape(-1, 3).tolist()
+    assert [colour in legend for colour in map(list, colours)] == [False, True, True]
+
+
+def test_an_image_without_labels_stays_as_it_is():
+    image, labels = torch.full((3, 64, 64), 70, dtype=torch.uint8), torch.full((64, 64), 255, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels = np.asarray(draw_overlay(image, {"labels": labels}, ["a"], [(255, 0, 0)], ignored=255))
+    assert (pixels[18 : 18 + 320, 320 + 8 : 320 + 8 + 320] == 70).all()

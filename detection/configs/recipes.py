@@ -1,57 +1,47 @@
-"""The published settings of detection, each a function, and what an experiment is made of.
+"""The published settings of detection as functions, and the fields of an experiment.
 
-A file of this folder is one experiment: `config = mask_rcnn_1x_pvt_setting(backbone="alt_gvt_small")`.
+Each other file of this folder is one experiment: `config = mask_rcnn_1x_pvt_setting(backbone="alt_gvt_small")`.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
-from dense.experiments import check_fields
-from utils import UserError
+from dense.experiments import NonNegative, Positive, Rate, Side, check_fields
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """All that a result depends on; each field can be changed by `--cfg-options field=value`."""
+    """Everything that a result depends on; `--cfg-options field=value` changes a field."""
 
     # The network.
-    backbone: str  # of models/twins.py
-    detector: str  # retinanet or mask_rcnn
-    channels: int = 256  # width of the feature pyramid and the heads
-    head_std: float = 0.01  # standard deviation of the initial weights of RetinaNet's towers
-    proposals: int = 1000  # regions of an image that the heads of Mask R-CNN see
-    roi_samples: int = 512  # of them in training, for the box head
-    drop_path: float = 0.2  # stochastic depth of the backbone's last block
-    pretrained: str = "hub"  # ImageNet weights: a file, hub for the published ones on timm's hub, or nothing
+    backbone: str  # a model of models/twins.py
+    detector: Literal["retinanet", "mask_rcnn"]
+    channels: Positive[int] = 256  # width of the feature pyramid and the heads
+    head_std: Positive[float] = 0.01  # standard deviation of the initial weights of RetinaNet's towers
+    proposals: Positive[int] = 1000  # regions per image that the heads of Mask R-CNN see
+    roi_samples: Positive[int] = 512  # regions per image that the box head is trained on
+    drop_path: Rate = 0.2  # stochastic depth rate of the backbone's last block
+    pretrained: str = "hub"  # ImageNet weights: a file, "hub" for the published ones on timm's hub, or ""
 
-    # The data, and how they are augmented.
-    dataset: str = "coco"  # or shapes
+    # The data, and their augmentation.
+    dataset: Literal["coco", "shapes"] = "coco"
     data_root: str = "data/coco"
-    scale: tuple[int, int] = (1333, 800)  # pixels that the longer and the shorter side of an image fit into
-    many_scales: bool = False  # random scales and crops in training, instead of that scale
-    batch_size: int = 2  # images of one process and batch, at most
-    global_batch: int = 16  # images of one step, of all processes and accumulated batches
+    scale: tuple[Side, Side] = (1333, 800)  # limits of an image's longer and shorter side in pixels
+    many_scales: bool = False  # train with random scales and crops instead of that scale
+    batch_size: Positive[int] = 2  # images per process per batch, at most
+    global_batch: Positive[int] = 16  # images per step, over all processes and accumulated batches
 
-    # AdamW and its schedule: linear warm-up, then a tenth of the rate after each milestone.
-    lr: float = 1e-4
-    weight_decay: float = 1e-4
-    not_decayed: tuple[str, ...] = ()  # parts of the names of parameters without decay
-    epochs: int = 12
-    milestones: tuple[int, ...] = (8, 11)  # epochs
-    warmup_iterations: int = 500
-    warmup_ratio: float = 0.001
+    # AdamW and its schedule: linear warm-up, and decay to a tenth at each milestone.
+    lr: Positive[float] = 1e-4
+    weight_decay: NonNegative[float] = 1e-4
+    not_decayed: tuple[str, ...] = ()  # parts of the names of parameters without weight decay
+    epochs: Positive[int] = 12
+    milestones: tuple[Positive[int], ...] = (8, 11)  # epochs
+    warmup_iterations: NonNegative[int] = 500
+    warmup_ratio: float = 0.001  # factor of the learning rate at iteration 0
 
     def __post_init__(self):
-        check_fields(
-            self,
-            choices={"detector": ("retinanet", "mask_rcnn"), "dataset": ("coco", "shapes")},
-            above_zero=(
-                *("channels", "head_std", "proposals", "roi_samples"),
-                *("batch_size", "global_batch", "epochs", "lr"),
-            ),
-            not_below_zero=("weight_decay", "warmup_iterations"),
-        )
-        if min(self.milestones, default=1) <= 0:
-            raise UserError(f"milestones={self.milestones}: epochs above 0 are needed")
+        check_fields(self)
 
 
 def retinanet_1x_pvt_setting(backbone: str, **changes) -> Experiment:
@@ -70,28 +60,44 @@ def retinanet_3x_ms_setting(backbone: str, **changes) -> Experiment:
 
 
 def mask_rcnn_3x_swin_setting(backbone: str, **changes) -> Experiment:
-    """Mask R-CNN, 36 epochs at many scales; the published runs used fp16 (--amp fp16).
-
-    Differs from the original: the scale of the loss in fp16 adapts itself, from 65,536; there it was always 512.
-    """
+    """Mask R-CNN, 36 epochs at many scales; the published runs used fp16 (--amp fp16)."""
+    # Differs from the original: the loss scale of fp16 starts at 65,536 and adapts, which needs no tuning; the
+    # original's was 512 throughout.
     return Experiment(backbone, "mask_rcnn", **(_MANY_SCALES_3X | changes))
 
 
 def shapes_setting(backbone: str, detector: str, **changes) -> Experiment:
     """A small network on the embedded shapes, in minutes on two CPU cores.
 
-    RetinaNet's towers of four layers need greater initial weights: from 0.01, made for 256 channels and long trainings,
-    it learns the boxes but hardly the classes. 0.06 is sqrt(2 / inputs of a layer), which lets the signal through.
+    RetinaNet's towers of four layers need larger initial weights here. With 0.01, which suits 256 channels and long
+    training, the network learns the boxes but hardly the classes. 0.06 is sqrt(2 / inputs of a layer), which keeps the
+    variance of the activations.
     """
     setting = {
-        **{"channels": 64, "head_std": 0.06, "proposals": 100, "roi_samples": 32, "drop_path": 0.0, "pretrained": ""},
-        **{"dataset": "shapes", "data_root": "", "scale": (96, 96), "batch_size": 8, "global_batch": 8},
-        **{"lr": 1e-3, "weight_decay": 0.01, "epochs": 3, "milestones": (2,), "warmup_iterations": 100},
+        "channels": 64,
+        "head_std": 0.06,
+        "proposals": 100,
+        "roi_samples": 32,
+        "drop_path": 0.0,
+        "pretrained": "",
+        "dataset": "shapes",
+        "data_root": "",
+        "scale": (96, 96),
+        "batch_size": 8,
+        "global_batch": 8,
+        "lr": 1e-3,
+        "weight_decay": 0.01,
+        "epochs": 3,
+        "milestones": (2,),
+        "warmup_iterations": 100,
     }
     return Experiment(backbone, detector, **(setting | changes))
 
 
 _MANY_SCALES_3X = {
-    **{"many_scales": True, "weight_decay": 0.05, "not_decayed": ("norm", "pos_block")},
-    **{"epochs": 36, "milestones": (27, 33)},
+    "many_scales": True,
+    "weight_decay": 0.05,
+    "not_decayed": ("norm", "pos_block"),
+    "epochs": 36,
+    "milestones": (27, 33),
 }

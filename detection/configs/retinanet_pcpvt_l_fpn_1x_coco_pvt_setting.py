@@ -3,7 +3,7 @@
     bash dist_train.sh configs/retinanet_pcpvt_l_fpn_1x_coco_pvt_setting.py 8
     bash dist_test.sh configs/retinanet_pcpvt_l_fpn_1x_coco_pvt_setting.py checkpoint_file 8 --eval mAP
 
-To expect: a published experiment; the paper has the AP of its published settings.
+To expect: a published experiment; the paper reports the AP of the published settings.
 """
 
 from detection.configs.recipes import retinanet_1x_pvt_setting

@@ -3,7 +3,7 @@
     bash dist_train.sh configs/retinanet_pcpvt_s_fpn_3x_ms_coco.py 8
     bash dist_test.sh configs/retinanet_pcpvt_s_fpn_3x_ms_coco.py checkpoint_file 8 --eval mAP
 
-To expect: a published experiment; the paper has the AP of its published settings.
+To expect: a published experiment; the paper reports the AP of the published settings.
 """
 
 from detection.configs.recipes import retinanet_3x_ms_setting

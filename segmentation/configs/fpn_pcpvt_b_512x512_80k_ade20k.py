@@ -3,7 +3,7 @@
     bash dist_train.sh configs/fpn_pcpvt_b_512x512_80k_ade20k.py 8
     bash dist_test.sh configs/fpn_pcpvt_b_512x512_80k_ade20k.py checkpoint_file 8 --eval mIoU
 
-To expect: the paper compares its mIoU with PVT's; no training log of it is at hand.
+To expect: the paper compares its mIoU with PVT's; its training log is not available.
 """
 
 from segmentation.configs.recipes import fpn_pvt_setting

@@ -1,9 +1,9 @@
-"""UPerNet with the tiny alt_gvt_tiny on the embedded shapes, in minutes on two CPU cores; global batch 16.
+"""UPerNet with alt_gvt_tiny on the embedded shapes, in minutes on two CPU cores; global batch 16.
 
     bash dist_train.sh configs/upernet_alt_gvt_tiny_shapes.py 1 --pretrained ../output/shapes/checkpoint_best.pth
     bash dist_test.sh configs/upernet_alt_gvt_tiny_shapes.py checkpoint_file 1 --eval mIoU
 
-The weights to start from are those of the README's first command.
+The pretrained weights are those of the README's first command.
 
 To expect: mIoU 85.9 % (seed 0) after 5 minutes.
 """
