@@ -62,7 +62,7 @@ from models import cpu
 from models.complexity import count_macs, count_parameters
 from models.cpu import Linear
 from models.twins import LocallyGroupedAttention
-from transforms import STATISTICS, RandomCrop, ToImages, adapt_policy
+from transforms import STATISTICS, RandomCrop, adapt_policy
 from utils import UserError
 
 logger = logging.getLogger("twins")
@@ -447,11 +447,9 @@ def build_torchvisions_loader(args: argparse.Namespace) -> DataLoader:
 
 def make_images(name: str, loader: DataLoader) -> None:
     """Go through a loader; ours gives bytes, which the training normalises."""
-    to_images = ToImages()
     for batch in loader:
         if name == "ours":
-            pixels, _, *erased = batch
-            to_images(pixels, *erased)
+            batch[0].normalise()
 
 
 def run_on_images(args: argparse.Namespace) -> list[dict[str, Any]]:

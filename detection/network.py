@@ -35,6 +35,7 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxP
 from core.images import fitted_size, resize_image
 from dense.networks import build_backbone
 from detection.configs.recipes import Experiment
+from transforms import STATISTICS, normalise
 
 RATIOS = (0.5, 1.0, 2.0)  # height over width of the anchors
 PADDING = 32  # images are padded to multiples of this
@@ -115,10 +116,10 @@ class Transform(GeneralizedRCNNTransform):
 
     def __init__(self, scale: tuple[int, int]):
         longer, shorter = max(scale), min(scale)
-        super().__init__(shorter, longer, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], PADDING)
+        super().__init__(shorter, longer, *STATISTICS, PADDING)
 
     def normalize(self, image: Tensor) -> Tensor:
-        return super().normalize(image.float() / 255 if image.dtype == torch.uint8 else image)
+        return normalise(image)
 
     def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
         if self.training:

@@ -401,9 +401,9 @@ def test_help_names_each_group():
         (["--auto-resume", "--eval"], "--auto-resume goes on with a training; name the file to --eval with --resume"),
         (["--save-every", "0"], "argument --save-every: '0' is no whole number of at least 1"),
         (["--eval"], "--eval needs weights: --resume FILE"),
-        (["--data-path", "/nowhere"], "--data-path '/nowhere' is no folder"),
+        (["--data-path", "/nowhere"], "--data-path '/nowhere' is not a folder"),
         ([], "--data-path is missing; name the folder that holds IMNET"),
-        (["--data-set", "SHAPES", "--aa", "nonsense"], "--aa 'nonsense' is no policy of timm"),
+        (["--data-set", "SHAPES", "--aa", "nonsense"], "--aa 'nonsense' is not a policy of timm"),
         (["--data-set", "SHAPES", "--resume", str(ROOT)], "this is a folder; name a file in it"),
         (["--data-set", "SHAPES", "--model", "densenet121"], "model 'densenet121' cannot be built (TypeError"),
         (["--data-set", "SHAPES", "--model", "twins_svt_small.bogus"], "model 'twins_svt_small.bogus' cannot be built"),
@@ -432,7 +432,7 @@ def test_help_names_each_group():
         (["--lr-noise", "0.1", "0.2", "0.3"], "--lr-noise: takes two numbers at most"),
         (["--decay-milestones", "3", "1"], "--decay-milestones 3 1: give them in ascending order"),
         (["--epochs", "1" + "0" * 400], "is no whole number of at least 1"),
-        (["--data-path", "x" * 5000], "is no folder"),
+        (["--data-path", "x" * 5000], "is not a folder"),
         (["--data-set", "SHAPES", "--resume", "x" * 5000], "there is no such file"),
         (["--data-set", "SHAPES", "--output_dir", "x" * 300], "cannot be written to (File name too long)"),
         (["--smoothing", "1"], "argument --smoothing: '1' is no number of at least 0 and at most 0.99"),
@@ -579,7 +579,7 @@ def test_a_bad_address_is_named(monkeypatch, run_in_process):
 
 
 def test_traceback_on_demand():
-    with pytest.raises(ValueError, match="no folder"):
+    with pytest.raises(ValueError, match="not a folder"):
         main.main(["--traceback", "--device", "cpu", "--data-path", "/nowhere"])
 
 
