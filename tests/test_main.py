@@ -402,7 +402,7 @@ def test_help_names_each_group():
         (["--save-every", "0"], "argument --save-every: '0' is no whole number of at least 1"),
         (["--eval"], "--eval needs weights: --resume FILE"),
         (["--data-path", "/nowhere"], "--data-path '/nowhere' is not a folder"),
-        ([], "--data-path is missing; name the folder that holds IMNET"),
+        ([], "--data-path is missing; pass the folder of IMNET"),
         (["--data-set", "SHAPES", "--aa", "nonsense"], "--aa 'nonsense' is not a policy of timm"),
         (["--data-set", "SHAPES", "--resume", str(ROOT)], "this is a folder; name a file in it"),
         (["--data-set", "SHAPES", "--model", "densenet121"], "model 'densenet121' cannot be built (TypeError"),
