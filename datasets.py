@@ -1,7 +1,7 @@
-"""Classification data: ImageNet-like folders, CIFAR-100, iNaturalist and embedded shapes, and their transforms.
+"""Classification data sets: folders as in ImageNet, CIFAR-100, iNaturalist and the embedded shapes.
 
-To add a data set, write a class with `classes` and `__getitem__ -> (image, class index)`, and a line in
-`build_dataset`.
+To add a data set, write a class with `classes` and `__getitem__ -> (image, class index)`, and add its name to
+`DATA_SETS` and a line to `build_dataset`.
 """
 
 import json
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from core import shapes
 from core.images import BadImageError, load_image
 from samplers import SampleKey, SeededSet
-from transforms import View, build_transform
+from transforms import TrainImages, build_eval_transform, build_train_transform
 from utils import UserError
 
 logger = logging.getLogger("twins")
@@ -26,28 +26,28 @@ logger = logging.getLogger("twins")
 DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "SHAPES")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 BAD_IMAGE_POLICIES = ("raise", "skip")
-IGNORED_TARGET = -1  # target of an image that evaluation must not count
-SHAPES_TRAIN, SHAPES_VAL = 10000, 1000  # images
-SHAPES_RADII = (0.33, 0.45)  # share of the image's side: one object, rather large
+IGNORED_TARGET = -1  # target of images that the evaluation does not count
+SHAPES_TRAIN, SHAPES_VAL = 10000, 1000  # number of images
+SHAPES_RADII = (0.33, 0.45)  # smallest and largest radius, as shares of the side of the image
 
 
 def build_dataset(is_train: bool, args) -> Dataset:
-    """Build the training or the validation set that `--data-set` names.
+    """Build the training or validation set of `--data-set`.
 
     Returns:
-        A data set of `(image, class index)` with `classes`, the names of its classes in order.
+        A data set of `(image, class index)` with `classes`, the class names in order.
 
     Raises:
-        UserError: If the data are missing, or not laid out as described in README.md.
+        UserError: If the data are missing or their layout is not that described in README.md.
     """
-    transform = build_transform(is_train, args)
+    transform = build_train_transform(args) if is_train else build_eval_transform(args)
     if args.data_set == "SHAPES":
         return Shapes(is_train, args.input_size, transform)
     if not args.data_path:
-        raise UserError(f"--data-path is missing; name the folder that holds {args.data_set}")
+        raise UserError(f"--data-path is missing; pass the folder of {args.data_set}")
     root = Path(args.data_path)
     if not os.path.isdir(root):
-        raise UserError(f"--data-path {args.data_path!r} is no folder; name the one that holds {args.data_set}")
+        raise UserError(f"--data-path {args.data_path!r} is not a folder; pass the folder of {args.data_set}")
     if args.data_set == "CIFAR":
         return _open_cifar(root, is_train, transform)
     if args.data_set in ("INAT", "INAT19"):
@@ -57,26 +57,26 @@ def build_dataset(is_train: bool, args) -> Dataset:
 
 
 class TrainSet(SeededSet):
-    """A training set asked by `SampleKey`: augmentation depends on (seed, epoch, index, copy) alone.
+    """A training set indexed by `SampleKey`, whose augmentation depends on (seed, epoch, index, copy) alone.
 
-    With `bad_image="skip"` the next readable image takes the place of one that cannot be decoded.
+    With `bad_image="skip"` the next readable image replaces an image that cannot be decoded.
     """
 
     def __init__(self, dataset: Dataset, seed: int, bad_image: str = "raise"):
         super().__init__(dataset, seed)
         self.bad_image = bad_image
 
-    def get(self, key: SampleKey) -> tuple[View, int]:
+    def get(self, key: SampleKey) -> tuple[TrainImages, int]:
         for offset in range(len(self)):
             try:
                 return self.dataset[(key.index + offset) % len(self)]
             except BadImageError as error:
-                _tolerate(error, self.bad_image)
+                _handle_bad_image(error, self.bad_image)
         raise UserError("the training set has no readable image")
 
 
 class EvalSet(Dataset):
-    """An evaluation set. With `bad_image="skip"` an unreadable image gets a target that is not counted."""
+    """An evaluation set. With `bad_image="skip"` unreadable images get the target `IGNORED_TARGET`."""
 
     def __init__(self, dataset: Dataset, bad_image: str = "raise"):
         self.dataset = dataset
@@ -89,12 +89,12 @@ class EvalSet(Dataset):
         try:
             return self.dataset[index]
         except BadImageError as error:
-            _tolerate(error, self.bad_image)
+            _handle_bad_image(error, self.bad_image)
             return self.dataset.transform(Image.new("RGB", (256, 256))), IGNORED_TARGET
 
 
 class Shapes(Dataset):
-    """The embedded data set: one shape an image, drawn on demand at the input size; all classes equally often."""
+    """The embedded data set: one shape per image, drawn on demand at the input size, with balanced classes."""
 
     def __init__(self, is_train: bool, size: int, transform: Callable):
         self.classes = list(shapes.CLASSES)
@@ -113,14 +113,14 @@ class Shapes(Dataset):
 
 
 class INaturalist(Dataset):
-    """iNaturalist 2018 or 2019 as published: {train,val}{year}.json, categories.json and the image folders.
+    """iNaturalist 2018 or 2019 in the published layout: {train,val}{year}.json, categories.json and image folders.
 
     Args:
-        root: Folder of the JSON files; image paths in them are relative to it.
-        is_train: Training or validation part.
-        year: 2018 or 2019.
-        category: Level of the taxonomy to classify by, one of `INAT_CATEGORIES`.
-        transform: Applied to each PIL image.
+        root: Folder of the JSON files, to which their image paths are relative.
+        is_train: True for the training part, False for the validation part.
+        year: Year of the data set, 2018 or 2019.
+        category: Level of the taxonomy that defines the classes, one of `INAT_CATEGORIES`.
+        transform: Transform of the PIL images.
     """
 
     def __init__(self, root: Path, is_train: bool, year: int, category: str, transform: Callable):
@@ -132,7 +132,7 @@ class INaturalist(Dataset):
             return str(taxonomy[int(annotation["category_id"])][category])
 
         try:
-            # Classes are numbered in the order in which the training annotations name them, as DeiT does.
+            # As in DeiT, classes are numbered in the order of their first training annotation.
             self.classes = list(dict.fromkeys(class_name(item) for item in train["annotations"]))
             numbers = {name: number for number, name in enumerate(self.classes)}
             files = {item["id"]: item["file_name"] for item in part["images"]}
@@ -141,8 +141,8 @@ class INaturalist(Dataset):
             ]
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise UserError(
-                f"{root}: the JSON files do not fit together ({type(error).__name__}: {error}); they should be "
-                f"categories.json, train{year}.json and val{year}.json of iNaturalist {year}, with {category!r} given"
+                f"{root}: the JSON files do not match ({type(error).__name__}: {error}); use categories.json, "
+                f"train{year}.json and val{year}.json of iNaturalist {year}, whose categories have {category!r}"
             ) from error
         self.transform = transform
 
@@ -155,19 +155,19 @@ class INaturalist(Dataset):
 
 
 def _open_image_folder(root: Path, is_train: bool, transform: Callable) -> Dataset:
-    """Open `root/train` or `root/val`, one folder a class, after checking that both sides have the same classes."""
+    """Open `root/train` or `root/val`, with one folder per class; both must have the same classes."""
     folder = root / ("train" if is_train else "val")
     classes = {side: _subfolders(root / side) for side in ("train", "val") if (root / side).is_dir()}
     if folder.name not in classes:
-        raise UserError(f"{folder} is missing; {root} should hold train/ and val/ with one folder for each class")
+        raise UserError(f"{folder} is missing; {root} should contain train/ and val/ with one folder per class")
     differing = sorted(set.symmetric_difference(*classes.values())) if len(classes) == 2 else []
     if differing:
         raise UserError(
-            f"{root}: train/ has {len(classes['train'])} classes and val/ {len(classes['val'])}, and "
-            f"{_some(differing)} on one side only; both need the same folders"
+            f"{root}: train/ has {len(classes['train'])} classes and val/ has {len(classes['val'])}; "
+            f"{_shorten(differing)} in one of them only; both need the same folders"
         )
     if not classes[folder.name]:
-        raise UserError(f"{folder} holds no class folders; it should have one folder of images for each class")
+        raise UserError(f"{folder} contains no class folders; it should contain one folder of images per class")
     try:
         dataset = torchvision.datasets.ImageFolder(folder, transform, loader=load_image, allow_empty=True)
     except OSError as error:
@@ -177,7 +177,7 @@ def _open_image_folder(root: Path, is_train: bool, transform: Callable) -> Datas
     filled = set(dataset.targets)
     empty = [name for name, label in dataset.class_to_idx.items() if label not in filled]
     if empty:
-        raise UserError(f"{folder}: no images in the class folder {_some(empty)}; fill it, or remove it on both sides")
+        raise UserError(f"{folder}: no images in {_shorten(empty)}; add some, or remove the class from train/ and val/")
     return dataset
 
 
@@ -186,7 +186,7 @@ def _open_cifar(root: Path, is_train: bool, transform: Callable) -> Dataset:
         return torchvision.datasets.CIFAR100(str(root), train=is_train, transform=transform)
     except RuntimeError as error:
         raise UserError(
-            f"{root}: holds no whole CIFAR-100; fetch it with "
+            f"{root}: does not contain a complete CIFAR-100; download it with "
             f'python -c "from torchvision.datasets import CIFAR100; CIFAR100({str(root)!r}, download=True)"'
         ) from error
 
@@ -195,9 +195,9 @@ def _read_json(path: Path):
     try:
         return json.loads(path.read_text())
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); it comes with the data set") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); the file is part of the data set") from error
     except ValueError as error:
-        raise UserError(f"{path}: is no valid JSON ({error}); fetch it again") from error
+        raise UserError(f"{path}: is not valid JSON ({error}); download it again") from error
 
 
 def _subfolders(folder: Path) -> set[str]:
@@ -207,13 +207,13 @@ def _subfolders(folder: Path) -> set[str]:
         raise UserError(f"{folder}: cannot be read ({error.strerror}); check the permissions") from error
 
 
-def _some(names: Sequence[str], limit: int = 5) -> str:
+def _shorten(names: Sequence[str], limit: int = 5) -> str:
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + rest
 
 
-def _tolerate(error: BadImageError, policy: str) -> None:
-    """Raise the error with its remedy, or say that the image is skipped, as `--bad-image` asks."""
+def _handle_bad_image(error: BadImageError, policy: str) -> None:
+    """Raise the error with a remedy, or log that the image is skipped, depending on `--bad-image`."""
     if policy == "raise":
         raise BadImageError(f"{error}; repair or remove it, or pass --bad-image skip") from error
     logger.warning("skipped: %s", error)

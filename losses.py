@@ -1,4 +1,4 @@
-"""Classification losses: the criterion that fits the targets, and distillation from a teacher."""
+"""Classification losses: cross-entropy for the kind of targets in use, and distillation from a teacher."""
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,8 @@ def choose_criterion(*, soft_targets: bool, smoothing: float) -> nn.Module:
     """Return the cross-entropy for the targets in use.
 
     Args:
-        soft_targets: Targets are distributions, as mixup or CutMix, alone or together, make them. Their label
-            smoothing is in the targets already.
-        smoothing: Label smoothing of class-index targets, 0 to 1.
+        soft_targets: True if targets are distributions, as from mixup and CutMix, which include label smoothing.
+        smoothing: Label smoothing of class-index targets, from 0 to 1.
     """
     if soft_targets:
         return SoftTargetCrossEntropy()
@@ -22,23 +21,23 @@ def choose_criterion(*, soft_targets: bool, smoothing: float) -> nn.Module:
 
 
 class DistillationLoss(nn.Module):
-    """A criterion mixed with the imitation of a teacher (DeiT, https://arxiv.org/abs/2012.12877).
+    """Weighted sum of a criterion and a distillation loss (DeiT, https://arxiv.org/abs/2012.12877).
 
-    Twins has no distillation token, so the class logits themselves imitate the teacher.
+    Twins has no distillation token, so the distillation loss is computed from the class logits.
 
     Args:
-        criterion: Loss of the logits against the targets.
-        teacher: Frozen classifier of the same classes; it sees the same augmented images.
-        kind: `"soft"` for the divergence from the teacher's distribution, `"hard"` for the cross-entropy
-            against the teacher's first choice.
-        alpha: Weight of the teacher's part, 0 to 1.
-        tau: Temperature of the soft distributions.
+        criterion: Loss of the logits and the targets.
+        teacher: Frozen classifier of the same classes; it is given the same augmented images.
+        kind: `"soft"` for the KL divergence from the teacher's distribution, `"hard"` for the cross-entropy with the
+            teacher's predicted class.
+        alpha: Weight of the distillation loss, from 0 to 1.
+        tau: Temperature of the distributions in soft distillation.
     """
 
     def __init__(self, criterion: nn.Module, teacher: nn.Module, kind: str, alpha: float, tau: float):
         super().__init__()
         if kind not in ("soft", "hard"):
-            raise ValueError(f"distillation {kind!r} is unknown; it is 'soft' or 'hard'")
+            raise ValueError(f"distillation {kind!r} is unknown; use 'soft' or 'hard'")
         self.criterion = criterion
         self.teacher = teacher
         self.kind = kind
@@ -46,12 +45,12 @@ class DistillationLoss(nn.Module):
         self.tau = tau
 
     def forward(self, images: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Return the weighted parts, whose sum is the loss.
+        """Return the two weighted losses, whose sum is the total loss.
 
         Args:
-            images: `(B, C, H, W)`, as the student saw them.
-            logits: The student's, `(B, classes)`.
-            targets: As the criterion takes them.
+            images: Images that the student was given, `(B, C, H, W)`.
+            logits: Logits of the student, `(B, classes)`.
+            targets: Targets in the form that the criterion takes.
         """
         with torch.no_grad():
             teacher_logits = self.teacher(images)
@@ -61,7 +60,7 @@ class DistillationLoss(nn.Module):
             student = F.log_softmax(logits / self.tau, dim=1)
             teacher = F.log_softmax(teacher_logits / self.tau, dim=1)
             divergence = F.kl_div(student, teacher, log_target=True, reduction="sum") * self.tau**2
-            distillation = divergence / logits.numel()  # over images and classes, as DeiT does
+            distillation = divergence / logits.numel()  # mean over images and classes, as in DeiT
         return {
             "base": (1 - self.alpha) * self.criterion(logits, targets),
             "distillation": self.alpha * distillation,

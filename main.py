@@ -53,7 +53,7 @@ from engine import evaluate, train_one_epoch
 from losses import DISTILLATION_TYPES, DistillationLoss, choose_criterion
 from models.twins import MIN_INPUT_SIZE
 from samplers import EvalSampler, TrainSampler
-from transforms import ToImages, collate_views
+from transforms import collate_train_images
 from utils import UserError, seed_everything
 
 logger = logging.getLogger("twins")
@@ -453,7 +453,7 @@ def build_train_loader(args: argparse.Namespace, processes: Processes, global_ba
         repeats=3 if args.repeated_aug else 1,
     )
     loading = loader_options(args, processes.device)
-    return DataLoader(dataset, batch_size=args.batch_size, sampler=sampler, collate_fn=collate_views, **loading)
+    return DataLoader(dataset, batch_size=args.batch_size, sampler=sampler, collate_fn=collate_train_images, **loading)
 
 
 def build_model(name: str, nb_classes: int, **kwargs) -> nn.Module:
@@ -487,7 +487,6 @@ def build_teacher(args: argparse.Namespace, nb_classes: int, device: torch.devic
 
 def build_compute_losses(args: argparse.Namespace, nb_classes: int, device: torch.device) -> Callable:
     """Build the function that computes the losses of a batch: mixup, the forward pass, criterion and distillation."""
-    to_images = ToImages(device)
     criterion = choose_criterion(soft_targets=uses_mixup(args), smoothing=args.smoothing)
     mixup = None
     if uses_mixup(args):
@@ -508,8 +507,8 @@ def build_compute_losses(args: argparse.Namespace, nb_classes: int, device: torc
         distillation = DistillationLoss(criterion, teacher, kind, alpha, tau)
 
     def compute_losses(model: nn.Module, batch) -> dict[str, torch.Tensor]:
-        pixels, targets, *erased = batch
-        images = to_images(pixels, *erased)
+        train_images, targets = batch
+        images = train_images.normalise()
         if mixup:
             images, targets = mixup(images, targets)
         logits = model(images)

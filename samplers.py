@@ -1,4 +1,7 @@
-"""The order of samples: training orders, one for any number of processes and from any step, and evaluation shards."""
+"""Samplers of training and evaluation.
+
+The order of training samples does not depend on the number of processes, and can continue from any step.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -10,15 +13,15 @@ from utils import UserError, restored_generators, seed_generators
 
 
 class SampleKey(NamedTuple):
-    """What the training set is asked for. A sample's augmentation depends on this and the seed alone."""
+    """Key of a training sample. Its augmentation depends on the key and the seed alone."""
 
     epoch: int
     index: int
-    copy: int  # which of the repeated augmentations
+    copy: int  # number of the repeated augmentation, from 0
 
 
 class SeededSet(Dataset):
-    """A data set asked by `SampleKey`, under random generators seeded from it and the seed of the run."""
+    """A data set indexed by `SampleKey`; the key and the seed of the run seed the random generators of a sample."""
 
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset = dataset
@@ -31,7 +34,7 @@ class SeededSet(Dataset):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[SampleKey]) -> list:
-        """Return a whole batch, as a loader asks for it: the generators are restored once, which takes longest."""
+        """Return the samples of a batch; the generators are restored once per batch, since that is slow."""
         samples = []
         with restored_generators():
             for key in keys:
@@ -45,13 +48,13 @@ class SeededSet(Dataset):
 
 
 class EpochSampler(Sampler):
-    """What training orders share: the part of a process, and a place to go on from.
+    """Base class of the training samplers: the part of each process, and the step to continue from.
 
     Args:
-        steps: Steps of an epoch.
-        global_batch: Images of one optimizer step, of all processes and accumulated batches together.
-        world_size: Number of processes; divides `global_batch`.
-        rank: This process.
+        steps: Number of steps in an epoch.
+        global_batch: Number of images in an optimizer step, over all processes and accumulated batches.
+        world_size: Number of processes, a divisor of `global_batch`.
+        rank: Index of this process.
         seed: Seed of the order.
     """
 
@@ -66,42 +69,42 @@ class EpochSampler(Sampler):
         self.step = 0
 
     def __len__(self) -> int:
-        """Return the images of this process that are left of the epoch."""
+        """Return the number of images that are left for this process in the epoch."""
         return (self.steps - self.step) * self.global_batch // self.world_size
 
     def set_epoch(self, epoch: int, step: int = 0) -> None:
-        """Choose the epoch whose order comes next, and how many of its steps are done already."""
+        """Set the next epoch and the number of its steps that are already done."""
         self.epoch = epoch
         self.step = step
 
     def nearest_step(self, step: int, global_batch: int) -> int:
-        """Return the step to continue at where `step` steps of an epoch were done with another global batch.
+        """Return the step to continue from after `step` steps of an epoch with another global batch.
 
-        Here it is the one up to which about as many images of the epoch have been seen.
+        The number of images seen in the epoch is about the same.
         """
         return min(step * global_batch // self.global_batch, self.steps)
 
 
 class TrainSampler(EpochSampler):
-    """Hands every process its part of one shuffled order.
+    """Sampler for epochs over the data set: each process gets its part of one shuffled order.
 
-    The order depends on (seed, epoch) alone. Process `rank` takes each `world_size`-th entry, so a step of all
-    processes together covers one run of consecutive entries, whatever their number. An epoch ends at the last
-    whole global batch; what is left over differs from epoch to epoch.
+    The order depends on (seed, epoch) alone. Process `rank` takes every `world_size`-th entry, so a step covers the
+    same images for any number of processes. An epoch ends with the last full global batch; the images that are left
+    out differ between epochs.
 
-    With `repeats` n each drawn image appears n times in a row under different augmentations, and an epoch
-    keeps its length, so it sees 1/n of the images (repeated augmentation, https://arxiv.org/abs/1901.09335).
+    With repeated augmentation (https://arxiv.org/abs/1901.09335) each image appears `repeats` times in a row with
+    different augmentations. The length of an epoch stays the same, so it covers 1 / `repeats` of the images.
 
     Args:
-        num_samples: Images of the data set.
-        global_batch: Images of one optimizer step, of all processes and accumulated batches together.
-        world_size: Number of processes; divides `global_batch`.
-        rank: This process.
+        num_samples: Number of images in the data set.
+        global_batch: Number of images in an optimizer step, over all processes and accumulated batches.
+        world_size: Number of processes, a divisor of `global_batch`.
+        rank: Index of this process.
         seed: Seed of the order.
-        repeats: Augmentations of each drawn image.
+        repeats: Number of augmentations of each image.
 
     Raises:
-        UserError: If there are fewer images than one global batch takes.
+        UserError: If the data set has fewer images than a global batch.
     """
 
     def __init__(
@@ -132,17 +135,18 @@ class TrainSampler(EpochSampler):
 
 
 class EndlessSampler(EpochSampler):
-    """Hands every process its part of an order without end: the data set shuffled anew again and again.
+    """Sampler for training that is counted in steps: each process gets its part of an endless order.
 
-    Made for training that is counted in steps: an "epoch" is a fixed number of steps, wherever in the data set
-    it begins and ends. The order depends on the seed alone; process `rank` takes each `world_size`-th entry.
+    The endless order is one shuffle of the data set after another. An epoch is a fixed number of steps and can begin
+    and end anywhere in a shuffle. The order depends on the seed alone. Process `rank` takes every `world_size`-th
+    entry.
 
     Args:
-        num_samples: Images of the data set.
-        steps: Steps of one epoch.
-        global_batch: Images of one optimizer step, of all processes and accumulated batches together.
-        world_size: Number of processes; divides `global_batch`.
-        rank: This process.
+        num_samples: Number of images in the data set.
+        steps: Number of steps in an epoch.
+        global_batch: Number of images in an optimizer step, over all processes and accumulated batches.
+        world_size: Number of processes, a divisor of `global_batch`.
+        rank: Index of this process.
         seed: Seed of the order.
     """
 
@@ -153,12 +157,14 @@ class EndlessSampler(EpochSampler):
         self.num_samples = num_samples
 
     def nearest_step(self, step: int, global_batch: int) -> int:
-        """Return the same step: the run is counted in steps, and so is its schedule."""
+        """Return the same step, since the run and its schedule are counted in steps."""
         return step
 
     def __iter__(self) -> Iterator[SampleKey]:
-        begin, shuffled, order = self.epoch * self.steps, -1, None
-        start, end = ((begin + step) * self.global_batch for step in (self.step, self.steps))
+        first_step = self.epoch * self.steps
+        start = (first_step + self.step) * self.global_batch
+        end = (first_step + self.steps) * self.global_batch
+        shuffled, order = -1, None
         for position in range(start + self.rank, end, self.world_size):
             round_, index = divmod(position, self.num_samples)
             if round_ != shuffled:
@@ -167,9 +173,9 @@ class EndlessSampler(EpochSampler):
 
 
 class EvalSampler(Sampler[int]):
-    """Hands every process its share of `0 .. num_samples - 1`, each index to exactly one of them.
+    """Sampler for evaluation: each index from 0 to `num_samples - 1` goes to exactly one process.
 
-    Shares differ by at most one; none is padded, so sums over all processes are exact.
+    The shares differ by at most one image and are not padded, so sums over all processes are exact.
     """
 
     def __init__(self, num_samples: int, *, world_size: int = 1, rank: int = 0):

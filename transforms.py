@@ -1,6 +1,12 @@
-"""What happens to an image between the file and the model."""
+"""Image transforms of classification, and the normalisation that all tasks share.
 
+Training uses timm's augmentation, with faster crops, shears and translations. To add an augmentation, add a step to
+`build_train_transform`.
+"""
+
+import random
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +16,7 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import MaybeToTensor, RandomResizedCropAndInterpolation
+from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
@@ -17,71 +24,167 @@ from torchvision.transforms import InterpolationMode
 from utils import UserError
 
 STATISTICS = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
-
 POLICIES = auto_augment.RandAugment, auto_augment.AugMixAugment, auto_augment.AutoAugment
+Resample = Image.Resampling | Sequence[Image.Resampling]  # one interpolation, or several to choose from at random
+Colour = tuple[int, int, int]
 
 
-def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
-    """timm's operation, which the published policy asks for 0 bits now and then; Pillow 13 refuses those."""
-    return auto_augment.posterize(image, bits_to_keep) if bits_to_keep > 0 else Image.new(image.mode, image.size)
+def build_train_transform(args) -> Callable[[Image.Image], "TrainImages"]:
+    """Build the training transform: timm's augmentation of a PIL image, returned as `TrainImages`."""
+    if args.aa != "none":
+        check_policy(args.aa)
+    steps = create_transform(
+        input_size=args.input_size,
+        is_training=True,
+        scale=args.scale,
+        color_jitter=args.color_jitter,
+        auto_augment=None if args.aa == "none" else args.aa,
+        interpolation=args.train_interpolation,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+    ).transforms
+    for step in steps:
+        if isinstance(step, POLICIES):
+            adapt_policy(step)
+    crop = RandomCrop(args.input_size, args.scale, interpolation=args.train_interpolation)
+    if _is_small_cifar(args):
+        crop = transforms.RandomCrop(args.input_size, padding=4)
+    end = next(i for i, step in enumerate(steps) if isinstance(step, MaybeToTensor))
+    erasing = next((step for step in steps[end:] if isinstance(step, RandomErasing)), None)
+    return transforms.Compose([crop, *steps[1:end], ToTrainImages(erasing, args.input_size)])
 
 
-class Movable:
-    """Takes the place of a PIL image for timm's shears and shifts, moving rows or columns in a quarter of the time.
-
-    Values of pixels differ from Pillow's by 1 of 255 at most.
-    """
-
-    def __init__(self, img: Image.Image):
-        self.img = img
-        self.size = img.size
-
-    def transform(self, size, method, data: Sequence[float], resample=None, fillcolor=None) -> Image.Image:
-        """Do what Pillow's images do for `Image.transform`."""
-        if resample != Image.Resampling.BICUBIC or self.img.mode != "RGB" or fillcolor is None:
-            return self.img.transform(size, method, data, resample=resample, fillcolor=fillcolor)
-        _, xy, x, yx, _, y = data  # what is at (i, j) comes from (i + xy j + x, yx i + j + y)
-        if (yx, y) == (0, 0):
-            return move_rows(self.img, xy * (np.arange(size[1]) + 0.5) + x, fillcolor)
-        transposed = self.img.transpose(Image.Transpose.TRANSPOSE)
-        moved = move_rows(transposed, yx * (np.arange(size[0]) + 0.5) + y, fillcolor)
-        return moved.transpose(Image.Transpose.TRANSPOSE)
+def build_eval_transform(args) -> Callable[[Image.Image], Tensor]:
+    """Build the evaluation transform, from a PIL image to a normalised tensor `(3, size, size)`."""
+    # Shapes are drawn at the input size and reach the border, so they are not cropped.
+    crops = args.data_set != "SHAPES" and not _is_small_cifar(args)
+    size = int(args.input_size / args.eval_crop_ratio) if crops else args.input_size
+    return transforms.Compose(
+        [
+            transforms.Resize(size, interpolation=InterpolationMode.BICUBIC),
+            transforms.CenterCrop(args.input_size),
+            transforms.ToTensor(),
+            normalise,
+        ]
+    )
 
 
-def move_rows(img: Image.Image, shifts: np.ndarray, fill: tuple[int, int, int]) -> Image.Image:
-    """Move each row of an RGB image to the left by its own number of pixels, with Pillow's bicubic interpolation."""
-    width, height = img.size
-    whole = np.floor(shifts).astype(np.int64)
-    margin = np.abs(whole).max() + 3  # in the colours of the edge, so that each row's new pixels are a slice
-    wide = np.empty((height, width + 2 * margin), np.uint32)  # for four bytes move as fast as one
-    wide[:, margin:-margin] = np.frombuffer(img.tobytes("raw", "RGBX"), np.uint32).reshape(height, width)
-    wide[:, :margin], wide[:, -margin:] = wide[:, margin, None], wide[:, -margin - 1, None]
-    slices = np.lib.stride_tricks.sliding_window_view(wide.ravel(), width + 3)
-    near = slices[wide.shape[1] * np.arange(height) + margin + whole - 1]
-    near = torch.from_numpy(near.view(np.uint8)).float()  # (H, 4 (W + 3)): from the pixel before to the second behind
-    t = torch.from_numpy((shifts - whole).astype(np.float32))[:, None]
-    moved = torch.zeros(height, 4 * width)
-    for i, weight in enumerate((-t + 2 * t**2 - t**3, 1 - 2 * t**2 + t**3, t + t**2 - t**3, t**3 - t**2)):
-        moved.addcmul_(near[:, 4 * i : 4 * (i + width)], weight)
-    moved = moved.clamp_(0, 255).byte().numpy().view(np.uint32)
-    places = np.arange(width) + 0.5 + shifts[:, None]
-    moved = np.where((places < 0) | (places >= width), np.array([*fill, 0], np.uint8).view(np.uint32), moved)
-    return Image.frombytes("RGB", img.size, moved, "raw", "RGBX")
+def _is_small_cifar(args) -> bool:
+    """Return True if images of CIFAR keep their size; training then shifts them instead of cropping them."""
+    return args.data_set == "CIFAR" and args.input_size <= 32
 
 
-def adapt_policy(policy: Callable) -> None:
-    """Have the shears and shifts of a policy of timm work on `Movable` images, and posterising on any number of bits.
+# -------------------------------------------------------------------------------------------------- normalisation
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Normalise images by the mean and standard deviation of ImageNet.
 
     Args:
-        policy: A RandAugment, AugMixAugment or AutoAugment; nothing else in the process is changed.
+        images: Images `(..., 3, H, W)`, uint8 or float32 from 0 to 1.
+
+    Returns:
+        New float32 images, in the memory format of the input.
     """
-    operations = policy.ops if hasattr(policy, "ops") else [each for pair in policy.policy for each in pair]
-    for operation in operations:
-        if operation.name.startswith(("Shear", "Translate")):
-            operation.aug_fn = _on_movable(operation.aug_fn)
-        elif operation.name.startswith("Posterize"):
-            operation.aug_fn = posterize
+    mean, std = _statistics_on(images.device)
+    if images.stride(-3) == 1:  # Channels last: one operand per row is 4 times as fast on a CPU as one per pixel.
+        width = images.shape[-1]
+        mean, std = (values.movedim(0, -1).repeat(1, width, 1).movedim(-1, 0) for values in (mean, std))
+    images = images.float().div_(255).sub_(mean) if images.dtype == torch.uint8 else images - mean
+    return images.div_(std)
+
+
+@cache  # Copying to a GPU waits until the GPU is idle, so it is done once.
+@torch.inference_mode(False)  # Training uses the same tensors as inference.
+def _statistics_on(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in STATISTICS)
+    return mean, std
+
+
+# ------------------------------------------------------------------------------------------------ training images
+
+
+class TrainImages(NamedTuple):
+    """A training image, or a batch of them, as bytes and the normalised values of the erased pixels.
+
+    Bytes pass between processes faster than floats; the values that random erasing draws do not fit into bytes.
+
+    Attributes:
+        pixels: RGB values, uint8 `(H, W, 3)`, or `(B, H, W, 3)` in a batch.
+        erased: Indices of the erased pixels among all pixels, int64 `(N,)`.
+        values: Normalised values of the erased pixels, float32 `(3, N)`.
+    """
+
+    pixels: Tensor
+    erased: Tensor
+    values: Tensor
+
+    def normalise(self) -> Tensor:
+        """Return normalised images `(B, 3, H, W)` in channels-last memory format."""
+        images = normalise(self.pixels.movedim(-1, -3))
+        images.movedim(-3, -1).view(-1, 3)[self.erased] = self.values.T
+        return images
+
+
+class ToTrainImages:
+    """Convert a PIL image to `TrainImages`, with parts erased by timm's RandomErasing.
+
+    timm writes the erased parts into a normalised image; here it writes them into a canvas of NaN, to find them there.
+
+    Args:
+        erasing: timm's RandomErasing; None to disable.
+        size: Side length of the images in pixels.
+    """
+
+    def __init__(self, erasing: RandomErasing | None, size: int):
+        self.erasing = erasing
+        self.canvas = torch.full((3, size, size), torch.nan)
+
+    def __call__(self, image: Image.Image) -> TrainImages:
+        if self.erasing is not None:
+            self.erasing(self.canvas)
+        canvas = self.canvas.flatten(1).numpy()
+        erased = np.flatnonzero(~np.isnan(canvas[0]))
+        values = canvas.take(erased, axis=1)
+        if len(erased):
+            self.canvas.fill_(torch.nan)
+        return TrainImages(*map(torch.from_numpy, (np.array(image), erased, values)))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.erasing})"
+
+
+def collate_train_images(samples: Sequence[tuple[TrainImages, int]]) -> tuple[TrainImages, Tensor]:
+    """Return samples `(image, target)` as a batch `(images, targets)`."""
+    pixels, targets = default_collate([(image.pixels, target) for image, target in samples])
+    size = pixels[0, ..., 0].numel()
+    erased = torch.cat([i * size + image.erased for i, (image, _) in enumerate(samples)])
+    values = torch.cat([image.values for image, _ in samples], dim=1)
+    return TrainImages(pixels, erased, values), targets
+
+
+# ---------------------------------------------------------------------------------------------------------- crops
+
+
+class RandomCrop(RandomResizedCropAndInterpolation):
+    """timm's random crop of a PIL image, resized by torch in a quarter of Pillow's time.
+
+    The position and size of a crop are drawn as timm draws them. Pixel values differ by at most 3 of 255 from those of
+    Pillow before version 13. Pillow 13 resizes the columns of some images first, and differs by up to 8 at sharp edges.
+    """
+
+    def __call__(self, img: Image.Image) -> Image.Image:
+        if self.interpolation not in (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC):
+            return super().__call__(img)
+        top, left, height, width = self.get_params(img, self.scale, self.ratio)
+        pixels = np.array(img.crop((left, top, left + max(1, width), top + max(1, height))))
+        images = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # channels last, which is resized without a copy
+        images = F.interpolate(images, size=self.size, mode=self.interpolation.value, antialias=True)
+        return Image.fromarray(images[0].permute(1, 2, 0).numpy())
+
+
+# -------------------------------------------------------------------------------- operations of timm's policies
 
 
 def check_policy(name: str) -> None:
@@ -94,146 +197,123 @@ def check_policy(name: str) -> None:
     try:
         build(name, {})
     except (AssertionError, ValueError, LookupError) as error:
-        raise UserError(f"--aa {name!r} is no policy of timm; use one such as rand-m9-mstd0.5-inc1") from error
+        raise UserError(f"--aa {name!r} is not a policy of timm; use one such as rand-m9-mstd0.5-inc1") from error
 
 
-def _on_movable(change: Callable) -> Callable:
-    return lambda img, *args, **kwargs: change(Movable(img), *args, **kwargs)
+def adapt_policy(policy: Callable) -> None:
+    """Replace the operations of a policy that are listed in `OPERATIONS`; other policies keep timm's.
 
-
-class RandomCrop(RandomResizedCropAndInterpolation):
-    """timm's random crop of a PIL image, resized by torch in a quarter of Pillow's time.
-
-    Where crops lie is drawn exactly as timm draws it. Values of pixels are those of Pillow before 13 but for 3 of 255.
-    Pillow 13 resizes some images by columns first, which makes more of a difference at sharp edges (8 in shapes).
+    Args:
+        policy: A RandAugment, AugMixAugment or AutoAugment of timm.
     """
-
-    modes = {InterpolationMode.BILINEAR: "bilinear", InterpolationMode.BICUBIC: "bicubic"}  # noqa: RUF012
-
-    def __call__(self, img: Image.Image) -> Image.Image:
-        mode = self.modes.get(self.interpolation) if isinstance(self.interpolation, InterpolationMode) else None
-        if mode is None:  # rarely used; Pillow has them all
-            return super().__call__(img)
-        top, left, height, width = self.get_params(img, self.scale, self.ratio)
-        pixels = np.array(img.crop((left, top, left + max(1, width), top + max(1, height))))
-        images = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # known to be channels-last, so resized as it lies
-        images = F.interpolate(images, size=self.size, mode=mode, antialias=True)
-        return Image.fromarray(images[0].permute(1, 2, 0).numpy())
+    operations = policy.ops if hasattr(policy, "ops") else [operation for pair in policy.policy for operation in pair]
+    for operation in operations:
+        operation.aug_fn = OPERATIONS.get(operation.name, operation.aug_fn)
 
 
-class View(NamedTuple):
-    """A training image: bytes, which are quick to hand from process to process, and what random erasing wrote into it.
+def shear_x(image: Image.Image, factor: float, fillcolor: Colour, resample: Resample) -> Image.Image:
+    """Shift each row to the left by `factor` times its distance from the top."""
+    return _shift_rows(image, factor, 0, fillcolor, resample)
 
-    Attributes:
-        pixels: uint8 `(H, W, 3)`, RGB.
-        erased: Parts as `((top, left), values)`, the values normalised floats `(3, height, width)`.
+
+def shear_y(image: Image.Image, factor: float, fillcolor: Colour, resample: Resample) -> Image.Image:
+    """Shift each column up by `factor` times its distance from the left."""
+    return _shift_columns(image, factor, 0, fillcolor, resample)
+
+
+def translate_x(image: Image.Image, pixels: float, fillcolor: Colour, resample: Resample) -> Image.Image:
+    """Shift an image to the left."""
+    return _shift_rows(image, 0, pixels, fillcolor, resample)
+
+
+def translate_y(image: Image.Image, pixels: float, fillcolor: Colour, resample: Resample) -> Image.Image:
+    """Shift an image up."""
+    return _shift_columns(image, 0, pixels, fillcolor, resample)
+
+
+def translate_x_rel(image: Image.Image, share: float, fillcolor: Colour, resample: Resample) -> Image.Image:
+    """Shift an image to the left by a share of its width."""
+    return _shift_rows(image, 0, share * image.width, fillcolor, resample)
+
+
+def translate_y_rel(image: Image.Image, share: float, fillcolor: Colour, resample: Resample) -> Image.Image:
+    """Shift an image up by a share of its height."""
+    return _shift_columns(image, 0, share * image.height, fillcolor, resample)
+
+
+def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
+    """Keep the highest bits of each value; 0 bits, which timm's policies can draw and Pillow 13 refuses, give black."""
+    return auto_augment.posterize(image, bits_to_keep) if bits_to_keep > 0 else Image.new(image.mode, image.size)
+
+
+OPERATIONS = {
+    "ShearX": shear_x,
+    "ShearY": shear_y,
+    "TranslateX": translate_x,
+    "TranslateY": translate_y,
+    "TranslateXRel": translate_x_rel,
+    "TranslateYRel": translate_y_rel,
+    "Posterize": posterize,
+    "PosterizeIncreasing": posterize,
+    "PosterizeOriginal": posterize,
+}
+
+
+def _shift_rows(image: Image.Image, slope: float, offset: float, fillcolor: Colour, resample: Resample) -> Image.Image:
+    """Shift row i to the left by `slope * (i + 0.5) + offset` pixels."""
+    resample = _choose_resample(resample)
+    if not _can_move_rows(image, fillcolor, resample):
+        matrix = (1, slope, offset, 0, 1, 0)
+        return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=fillcolor)
+    return move_rows(image, slope * (np.arange(image.height) + 0.5) + offset, fillcolor)
+
+
+def _shift_columns(
+    image: Image.Image, slope: float, offset: float, fillcolor: Colour, resample: Resample
+) -> Image.Image:
+    """Shift column i up by `slope * (i + 0.5) + offset` pixels."""
+    resample = _choose_resample(resample)
+    if not _can_move_rows(image, fillcolor, resample):
+        matrix = (1, 0, 0, slope, 1, offset)
+        return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=fillcolor)
+    transposed = image.transpose(Image.Transpose.TRANSPOSE)
+    moved = move_rows(transposed, slope * (np.arange(image.width) + 0.5) + offset, fillcolor)
+    return moved.transpose(Image.Transpose.TRANSPOSE)
+
+
+def _choose_resample(resample: Resample) -> Image.Resampling:
+    """Return the interpolation, chosen at random as timm does if there are several."""
+    return random.choice(resample) if isinstance(resample, (list, tuple)) else resample
+
+
+def _can_move_rows(image: Image.Image, fillcolor: Colour | None, resample: Image.Resampling) -> bool:
+    return resample == Image.Resampling.BICUBIC and image.mode == "RGB" and fillcolor is not None
+
+
+def move_rows(image: Image.Image, shifts: np.ndarray, fill: Colour) -> Image.Image:
+    """Shift each row of an RGB image with bicubic interpolation, in a quarter of Pillow's time.
+
+    Pixel values differ from Pillow's by at most 1 of 255.
+
+    Args:
+        image: RGB image.
+        shifts: Shift of each row to the left in pixels, `(H,)`.
+        fill: Colour of the pixels from outside the image.
     """
-
-    pixels: torch.Tensor
-    erased: list[tuple[tuple[int, int], torch.Tensor]]
-
-
-class ToView:
-    """Turn a PIL image into a `View`; `eraser` is timm's RandomErasing or None."""
-
-    def __init__(self, eraser: RandomErasing | None):
-        self.eraser = eraser
-
-    def __call__(self, img: Image.Image) -> View:
-        erased = Erased(img.height, img.width)
-        if self.eraser is not None:
-            self.eraser(erased)
-        return View(torch.from_numpy(np.array(img)), erased.parts)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.eraser})"
-
-
-class Erased:
-    """Takes the place of a normalised image for timm's RandomErasing, and keeps what is written into it."""
-
-    dtype = torch.float32
-
-    def __init__(self, height: int, width: int):
-        self.shape = torch.Size((3, height, width))
-        self.parts = []
-
-    def size(self) -> torch.Size:
-        return self.shape
-
-    def __setitem__(self, place: tuple[slice, slice, slice], values: torch.Tensor) -> None:
-        _, rows, columns = place
-        values = values.expand(3, rows.stop - rows.start, columns.stop - columns.start)
-        self.parts.append(((rows.start, columns.start), values))
-
-
-Batch = tuple[torch.Tensor, torch.Tensor, list[tuple[int, ...]], torch.Tensor]
-
-
-def collate_views(samples: Sequence[tuple[View, int]]) -> Batch:
-    """Return a batch of views.
-
-    Returns:
-        Bytes `(B, H, W, 3)`; targets `(B,)`; image, top, left, height and width of each erased part; and the values of
-        all those parts in a row.
-    """
-    pixels, targets = default_collate([(view.pixels, target) for view, target in samples])
-    parts = [(i, *part) for i, (view, _) in enumerate(samples) for part in view.erased]
-    places = [(i, *corner, *values.shape[1:]) for i, corner, values in parts]
-    values = torch.cat([torch.empty(0), *(values.flatten() for _, _, values in parts)])
-    return pixels, targets, places, values
-
-
-class ToImages:
-    """Turn batches of `collate_views` into normalised images `(B, 3, H, W)` in channels-last memory, on a device."""
-
-    def __init__(self, device: torch.device | str = "cpu"):
-        self.mean, self.std = (255 * torch.tensor(values, device=device) for values in STATISTICS)
-
-    def __call__(self, pixels: torch.Tensor, places: Sequence[tuple[int, ...]], values: torch.Tensor) -> torch.Tensor:
-        width = pixels.shape[2]  # by whole rows, for a last dimension of three takes a CPU four times as long
-        images = pixels.flatten(2).float().sub_(self.mean.repeat(width)).div_(self.std.repeat(width))
-        images = images.view(pixels.shape).permute(0, 3, 1, 2)
-        sizes = [3 * height * width for *_, height, width in places]
-        for (i, top, left, height, width), part in zip(places, values.split(sizes), strict=True):
-            images[i, :, top : top + height, left : left + width] = part.view(3, height, width)
-        return images
-
-
-def build_transform(is_train: bool, args) -> Callable:
-    """Build the transform of an image to a `View` in training, else to a normalised tensor `(3, size, size)`."""
-    shifts = args.data_set == "CIFAR" and args.input_size <= 32  # small images are shifted, not cropped
-    if is_train:
-        if args.aa != "none":
-            check_policy(args.aa)
-        transform = create_transform(
-            input_size=args.input_size,
-            is_training=True,
-            scale=args.scale,
-            color_jitter=args.color_jitter,
-            auto_augment=None if args.aa == "none" else args.aa,
-            interpolation=args.train_interpolation,
-            re_prob=args.reprob,
-            re_mode=args.remode,
-            re_count=args.recount,
-        )
-        crop = RandomCrop(args.input_size, args.scale, interpolation=args.train_interpolation)
-        changes = transform.transforms
-        for change in changes:
-            if isinstance(change, POLICIES):
-                adapt_policy(change)
-        end = next(i for i, change in enumerate(changes) if isinstance(change, MaybeToTensor))
-        erasers = [change for change in changes[end:] if isinstance(change, RandomErasing)]
-        first = transforms.RandomCrop(args.input_size, padding=4) if shifts else crop
-        return transforms.Compose([first, *changes[1:end], ToView(*erasers or [None])])
-    # Shapes are drawn at the input size, objects up to the border, so nothing of them is cut off.
-    crops = not shifts and args.data_set != "SHAPES"
-    size = int(args.input_size / args.eval_crop_ratio) if crops else args.input_size
-    return transforms.Compose(
-        [
-            transforms.Resize(size, interpolation=InterpolationMode.BICUBIC),
-            transforms.CenterCrop(args.input_size),
-            transforms.ToTensor(),
-            transforms.Normalize(*STATISTICS),
-        ]
-    )
+    width, height = image.size
+    whole = np.floor(shifts).astype(np.int64)
+    margin = np.abs(whole).max() + 3  # repeats the border, so that a shifted row is a slice
+    wide = np.empty((height, width + 2 * margin), np.uint32)  # one element per pixel is faster than four bytes
+    wide[:, margin:-margin] = np.frombuffer(image.tobytes("raw", "RGBX"), np.uint32).reshape(height, width)
+    wide[:, :margin], wide[:, -margin:] = wide[:, margin, None], wide[:, -margin - 1, None]
+    slices = np.lib.stride_tricks.sliding_window_view(wide.ravel(), width + 3)
+    near = slices[wide.shape[1] * np.arange(height) + margin + whole - 1]
+    near = torch.from_numpy(near.view(np.uint8)).float()  # (H, 4 (W + 3)): one pixel before, two pixels after each row
+    t = torch.from_numpy((shifts - whole).astype(np.float32))[:, None]
+    moved = near[:, : 4 * width] * (-t + 2 * t**2 - t**3)
+    for i, weight in enumerate((1 - 2 * t**2 + t**3, t + t**2 - t**3, t**3 - t**2), start=1):
+        moved.addcmul_(near[:, 4 * i : 4 * (i + width)], weight)
+    moved = moved.clamp_(0, 255).byte().numpy().view(np.uint32)
+    sources = np.arange(width) + 0.5 + shifts[:, None]
+    moved = np.where((sources < 0) | (sources >= width), np.array([*fill, 0], np.uint8).view(np.uint32), moved)
+    return Image.frombytes("RGB", image.size, moved, "raw", "RGBX")

@@ -41,7 +41,7 @@ from core.launch import run_script
 from core.meters import show_progress
 from core.options import COUNT, POSITIVE_INT, ArgumentParser
 from main import build_train_loader, get_args_parser
-from transforms import STATISTICS, ToImages, posterize
+from transforms import STATISTICS, posterize
 from utils import UserError
 
 logger = logging.getLogger("twins")
@@ -217,9 +217,8 @@ def build_torchvisions_loader(args: argparse.Namespace) -> DataLoader:
 
 def load_our_images(loader: DataLoader) -> None:
     """Load all images of our loader and normalise them; it gives bytes."""
-    to_images = ToImages()
-    for pixels, _targets, *erased in loader:
-        to_images(pixels, *erased)
+    for images, _targets in loader:
+        images.normalise()
 
 
 def load_images(loader: DataLoader) -> None:

@@ -1,4 +1,4 @@
-"""Image files, sizes and colours, as all three tasks have them."""
+"""Image files, sizes and colours, for all three tasks."""
 
 import colorsys
 import errno
@@ -14,39 +14,39 @@ from utils import UserError, make_folder, write_atomically
 
 
 class BadImageError(UserError):
-    """An image file that cannot be decoded."""
+    """Error for an image file that cannot be decoded."""
 
 
 def load_image(path: str) -> Image.Image:
-    """Decode an image file to RGB; see `decode_image` for what is raised."""
+    """Decode an image file to RGB; raises the errors of `decode_image`."""
     return decode_image(path, "RGB")
 
 
 def decode_image(path: str, mode: str | None = None) -> Image.Image:
-    """Decode an image file, to a mode of Pillow or as it is stored.
+    """Decode an image file, and convert it to a mode of Pillow unless `mode` is None.
 
     Raises:
         BadImageError: If the file is missing or cannot be decoded.
-        UserError: If the disk or the permissions are at fault.
+        UserError: If the disk or the permissions prevent reading.
     """
     try:
-        with Image.open(io.BytesIO(Path(path).read_bytes())) as image:  # quicker than many small reads
+        with Image.open(io.BytesIO(Path(path).read_bytes())) as image:  # faster than many small reads
             image.load()
             return image.convert(mode) if mode not in (None, image.mode) else image
-    except Exception as error:  # decoders raise many kinds of errors on damaged files
+    except Exception as error:  # decoders raise many types of errors for damaged files
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
             raise UserError(f"{path}: cannot be read ({error.strerror}); check the disk and the permissions") from error
-        reason = "it is not in a known format" if isinstance(error, Image.UnidentifiedImageError) else error
+        reason = "its format is unknown" if isinstance(error, Image.UnidentifiedImageError) else error
         raise BadImageError(f"{path}: cannot be read as an image ({reason})") from error
 
 
 def fitted_size(size: Sequence[int], scale: tuple[int, int], ratio: float = 1.0) -> tuple[int, int]:
-    """Return the height and width of an image that is made to fit into a scale, keeping its proportions.
+    """Return the height and width of an image after resizing it to fit into a scale, with its aspect ratio kept.
 
     Args:
-        size: Its height and width.
-        scale: Pixels of the longer and the shorter side, in either order.
-        ratio: Factor on the scale.
+        size: Height and width of the image.
+        scale: Maximum length of the longer and the shorter side in pixels, in either order.
+        ratio: Factor by which the scale is multiplied.
     """
     longer, shorter = (int(side * ratio) for side in sorted(scale, reverse=True))
     factor = min(longer / max(size), shorter / min(size))
@@ -54,18 +54,18 @@ def fitted_size(size: Sequence[int], scale: tuple[int, int], ratio: float = 1.0)
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize an image `(3, H, W)`, uint8 or float, bilinearly; as in the original, nothing is smoothed."""
+    """Resize an image `(3, H, W)`, uint8 or float, bilinearly and without antialiasing, as in the original."""
     return F.interpolate(image[None], size=size, mode="bilinear", align_corners=False)[0]
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Write an image as `path` with `.png` behind it, whole or not at all."""
+    """Write an image to `path` with `.png` appended, atomically."""
     make_folder(path.parent)
     write_atomically(path.with_name(f"{path.name}.png"), lambda file: image.save(file, format="PNG"))
 
 
 def make_colours(count: int) -> list[tuple[int, ...]]:
-    """Return distinct RGB colours: hues a golden section of the circle apart, in three shades."""
+    """Return distinct RGB colours, with hues spaced by the golden ratio and three shades."""
     shades = ((0.85, 0.95), (0.55, 0.8), (1.0, 0.6))  # saturation, value
     hsv = [(i * 0.618034 % 1, *shades[i % 3]) for i in range(count)]
     return [tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(*colour)) for colour in hsv]

@@ -259,7 +259,7 @@ def peak_memory(device: torch.device) -> int:
 def _count_images(batch: Any) -> int:
     """Return the number of images of a batch: the length of its first entry."""
     first = next(iter(batch.values())) if isinstance(batch, dict) else batch[0]
-    return len(first)
+    return _count_images(first) if isinstance(first, tuple) else len(first)
 
 
 def _to_host(flag: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

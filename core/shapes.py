@@ -1,8 +1,7 @@
-"""The embedded data set: scenes of simple shapes, drawn on demand, the same on every machine.
+"""The embedded data set: scenes of simple shapes, drawn on demand and identical on every machine.
 
-Ten classes of shapes in random colours, sizes, rotations and positions on random backgrounds. A scene holds
-one object or several and knows its class, mask and box for each, so all three tasks train on it without a
-file or a network.
+There are ten classes of shapes, with random colours, sizes, rotations and positions on random backgrounds. A scene has
+one or more objects, with their classes, masks and boxes, so all three tasks can train without files or a network.
 
     scene = draw_scene(seed=(0, 7), size=64)
     scene.image, scene.labels, scene.masks, scene.boxes
@@ -16,21 +15,21 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 Point = tuple[float, float]
-Cell = tuple[float, float, float]  # left, top and side of a square part of the image, as shares of its side
+Cell = tuple[float, float, float]  # left, top and side of a square part of an image, as shares of the image's side
 WHOLE: Cell = (0.0, 0.0, 1.0)
 
-SUPERSAMPLING = 2  # pixels are drawn this many times finer a side, then averaged
-MIN_CONTRAST = 175  # least distance of an object's colour to the background's, in 0-255 RGB; up to 208 can be had
+SUPERSAMPLING = 2  # scenes are drawn at this multiple of their size, then averaged
+MIN_CONTRAST = 175  # minimum distance between object and background colours in 0-255 RGB; at most 208 is possible
 
 
 @dataclass(frozen=True)
 class Scene:
-    """A drawn image and its objects, those drawn later lying on top.
+    """A drawn image and its objects; later objects cover earlier ones.
 
     Attributes:
-        image: RGB image of `size` x `size` pixels.
-        labels: Class of each object, an index into `CLASSES`.
-        masks: Visible pixels of each object, bool `(objects, size, size)`.
+        image: RGB image, `size` x `size` pixels.
+        labels: Classes of the objects, as indices into `CLASSES`.
+        masks: Visible pixels of the objects, bool `(objects, size, size)`.
     """
 
     image: Image.Image
@@ -39,7 +38,7 @@ class Scene:
 
     @property
     def boxes(self) -> np.ndarray:
-        """Boxes around the visible pixels, float32 `(objects, 4)` as x1, y1, x2, y2 in pixels."""
+        """Boxes around the visible pixels, float32 `(objects, 4)`: x1, y1, x2, y2 in pixels."""
         boxes = np.zeros((len(self.labels), 4), np.float32)
         for box, mask in zip(boxes, self.masks, strict=True):
             ys, xs = np.nonzero(mask)
@@ -51,13 +50,13 @@ class Scene:
 def draw_scene(
     seed: int | Sequence[int], size: int, *, labels: Sequence[int] | None = None, radii: Point = (0.2, 0.42)
 ) -> Scene:
-    """Draw the scene that belongs to a seed.
+    """Draw the scene of a seed.
 
     Args:
-        seed: Non-negative integer or integers; the same ones give the same scene.
-        size: Pixels a side.
-        labels: Classes of the objects to draw, in this order; one object of a random class by default.
-        radii: Least and greatest radius of an object, as a share of `size`.
+        seed: One or more non-negative integers; the same seed gives the same scene.
+        size: Side length in pixels.
+        labels: Classes of the objects, in drawing order; by default one object of a random class.
+        radii: Smallest and largest radius of an object, as shares of `size`.
     """
     rng = np.random.default_rng(seed)
     if labels is None:
@@ -66,7 +65,7 @@ def draw_scene(
 
 
 def draw_quarters(seed: int | Sequence[int], size: int) -> Scene:
-    """Draw the scene of one to four objects that belongs to a seed, each in a quarter of the image of its own."""
+    """Draw the scene of a seed with one to four objects, each in a different quarter of the image."""
     rng = np.random.default_rng(seed)
     cells = [(x, y, 0.5) for x in (0.0, 0.5) for y in (0.0, 0.5)]
     chosen = rng.permutation(len(cells))[: rng.integers(1, len(cells) + 1)]
@@ -75,7 +74,7 @@ def draw_quarters(seed: int | Sequence[int], size: int) -> Scene:
 
 
 def _draw(rng: np.random.Generator, size: int, labels: Sequence[int], cells: Sequence[Cell], radii: Point) -> Scene:
-    """Draw a scene, each object in its cell; `radii` are shares of the cell's side."""
+    """Draw a scene with one object per cell; `radii` are shares of the cell's side."""
     background = np.clip(rng.uniform(0, 255, 3) + rng.uniform(-50, 50, (2, 3)), 0, 255)
     image = _draw_background(rng, size, background)
     masks = np.zeros((len(labels), size, size), bool)
@@ -103,7 +102,7 @@ def _draw_background(rng: np.random.Generator, size: int, colours: np.ndarray) -
 
 
 def _draw_object(rng: np.random.Generator, size: int, name: str, cell: Cell, radii: Point) -> Image.Image:
-    """Draw one shape at a random place in its cell, size and rotation: its coverage of each pixel, 0-255."""
+    """Draw a shape with random position, size and rotation; return its coverage of each pixel, 0-255."""
     left, top, share = cell
     radius = rng.uniform(*radii)
     x, y = rng.uniform(radius, 1 - radius, 2) * share + (left, top)
@@ -113,13 +112,13 @@ def _draw_object(rng: np.random.Generator, size: int, name: str, cell: Cell, rad
     cos, sin = side * radius * math.cos(angle), side * radius * math.sin(angle)
     mask = Image.new("L", (side, side))
     draw = ImageDraw.Draw(mask)
-    for points, fill in zip(OUTLINES[name], (255, 0), strict=False):  # the outline, then the hole if there is one
+    for points, fill in zip(OUTLINES[name], (255, 0), strict=False):  # the outline, then the hole if it has one
         draw.polygon([(side * x + u * cos - v * sin, side * y + u * sin + v * cos) for u, v in points], fill=fill)
     return mask.reduce(SUPERSAMPLING)
 
 
 def _contrasting_colour(rng: np.random.Generator, background: np.ndarray) -> tuple[int, int, int]:
-    """Draw a colour that stands out from both background colours."""
+    """Draw a colour at a distance of at least `MIN_CONTRAST` from both background colours."""
     while True:
         colour = rng.uniform(0, 255, 3)
         if np.linalg.norm(background - colour, axis=1).min() >= MIN_CONTRAST:
@@ -148,7 +147,7 @@ def _heart(points: int = 36) -> list[Point]:
     ]
 
 
-# Outline and, for some, the hole, within the unit circle.
+# The outline of each class within the unit circle and, for some classes, the hole.
 OUTLINES: dict[str, tuple[list[Point], ...]] = {
     "disc": (_circle(0.9),),
     "ring": (_circle(), _circle(0.6)),

@@ -36,6 +36,7 @@ from detection.heads import (
     TwinsRoIHeads,
     match_anchors,
 )
+from transforms import STATISTICS, normalise
 
 
 def build_detector(experiment: Experiment, num_classes: int, pretrained: bool) -> nn.Module:
@@ -113,10 +114,10 @@ class Transform(GeneralizedRCNNTransform):
 
     def __init__(self, scale: tuple[int, int]):
         longer, shorter = max(scale), min(scale)
-        super().__init__(shorter, longer, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225], PADDING)
+        super().__init__(shorter, longer, *STATISTICS, PADDING)
 
     def normalize(self, image: Tensor) -> Tensor:
-        return super().normalize(image.float() / 255 if image.dtype == torch.uint8 else image)
+        return normalise(image)
 
     def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
         if self.training:

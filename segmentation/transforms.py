@@ -6,7 +6,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -15,6 +14,7 @@ from core.images import fitted_size, resize_image
 from models.twins import MIN_INPUT_SIZE
 from segmentation.data import Sample
 from segmentation.network import IGNORED_LABEL
+from transforms import normalise
 from utils import UserError
 
 MAX_CLASS_SHARE = 0.75  # of the labelled pixels of a training crop
@@ -123,12 +123,6 @@ def distort_colours(image: Tensor) -> Tensor:
     if not contrast_first:
         picture = _distort_contrast(picture)
     return pil_to_tensor(picture)
-
-
-def normalise(image: Tensor) -> Tensor:
-    """Normalise a uint8 image `(3, H, W)` by ImageNet's mean and deviation."""
-    mean, std = (torch.tensor(each).view(3, 1, 1) for each in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    return image.float().div_(255).sub_(mean).div_(std)
 
 
 def _distort_contrast(picture: Image.Image) -> Image.Image:

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import models  # noqa: F401  registers our models
 from core.checkpoint import TrainState
 from core.distributed import Processes, parallelise
-from core.meters import EpochMeter
+from core.meters import EpochMeter, _count_images
 from core.options import TrainSettings
 from core.signals import Interrupted, signals_noted
 from engine import evaluate, to_device, train_one_epoch
@@ -431,6 +431,13 @@ def test_nested_batches_are_moved():
 class Batch(NamedTuple):
     images: torch.Tensor
     sizes: list[int]
+
+
+def test_images_of_nested_batches_are_counted():
+    images, targets = torch.ones(5, 3), torch.ones(5)
+    assert _count_images((Batch(images, [3]), targets)) == 5
+    for batch in ([images, targets], {"images": images, "targets": targets}, ([images[0]] * 5, targets)):
+        assert _count_images(batch) == 5
 
 
 def test_named_tuples_are_moved():

@@ -402,9 +402,9 @@ def test_help_names_each_group():
         ),
         (["--save-every", "0"], "argument --save-every: '0' is not a whole number of at least 1"),
         (["--eval"], "--eval needs weights: --resume FILE"),
-        (["--data-path", "/nowhere"], "--data-path '/nowhere' is no folder"),
-        ([], "--data-path is missing; name the folder that holds IMNET"),
-        (["--data-set", "SHAPES", "--aa", "nonsense"], "--aa 'nonsense' is no policy of timm"),
+        (["--data-path", "/nowhere"], "--data-path '/nowhere' is not a folder"),
+        ([], "--data-path is missing; pass the folder of IMNET"),
+        (["--data-set", "SHAPES", "--aa", "nonsense"], "--aa 'nonsense' is not a policy of timm"),
         (["--data-set", "SHAPES", "--resume", str(ROOT)], "this is a folder; name a file in it"),
         (["--data-set", "SHAPES", "--model", "densenet121"], "model 'densenet121' cannot be built (TypeError"),
         (["--data-set", "SHAPES", "--model", "twins_svt_small.bogus"], "model 'twins_svt_small.bogus' cannot be built"),
@@ -433,7 +433,7 @@ def test_help_names_each_group():
         (["--lr-noise", "0.1", "0.2", "0.3"], "--lr-noise: takes at most two numbers"),
         (["--decay-milestones", "3", "1"], "--decay-milestones 3 1: give them in ascending order"),
         (["--epochs", "1" + "0" * 400], "is not a whole number of at least 1"),
-        (["--data-path", "x" * 5000], "is no folder"),
+        (["--data-path", "x" * 5000], "is not a folder"),
         (["--data-set", "SHAPES", "--resume", "x" * 5000], "there is no such file"),
         (["--data-set", "SHAPES", "--output_dir", "x" * 300], "cannot be written to (File name too long)"),
         (["--smoothing", "1"], "argument --smoothing: '1' is not a number of at least 0 and at most 0.99"),
@@ -581,7 +581,7 @@ def test_a_bad_rendezvous_is_named(monkeypatch, run_in_process):
 
 
 def test_traceback_on_demand():
-    with pytest.raises(ValueError, match="no folder"):
+    with pytest.raises(ValueError, match="not a folder"):
         main.main(["--traceback", "--device", "cpu", "--data-path", "/nowhere"])
 
 
