@@ -19,7 +19,7 @@ from core.signals import Interrupted, stop_if_requested, stop_requested
 from utils import UserError
 
 
-def train_one_epoch(
+def train_one_epoch(  # noqa: C901  the whole training step in one place
     model: nn.Module,
     compute_losses: Callable[[nn.Module, Any], Losses],
     data_loader: Iterable,

@@ -11,14 +11,11 @@ Bad input ends with a one-line error message and a non-zero exit code; --traceba
 import argparse
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import timm
 import torch
 from timm.data import Mixup
 from timm.models import get_arch_name
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.utils.data import DataLoader
@@ -27,6 +24,7 @@ import models
 from core.checkpoint import TrainState
 from core.distributed import Processes, parallelise
 from core.launch import one_line, run_script
+from core.optimizer import build_optimizer, build_scheduler, describe_peak_lr, note_schedule
 from core.options import (
     COUNT,
     NON_NEGATIVE,
@@ -45,7 +43,7 @@ from core.options import (
     number,
     train_settings,
 )
-from core.recipes import NOT_IN_RECIPES, PUBLISHED, RECIPES, differences, get_recipe, published_name
+from core.recipes import RECIPES, get_recipe, note_published, note_recipe
 from core.run import Run, choose_accumulation, describe_batch
 from core.run_folder import BEST_CHECKPOINT, BEST_EMA_CHECKPOINT
 from datasets import BAD_IMAGE_POLICIES, DATA_SETS, IGNORED_TARGET, INAT_CATEGORIES, EvalSet, TrainSet, build_dataset
@@ -59,18 +57,12 @@ from utils import UserError, seed_everything
 logger = logging.getLogger("twins")
 
 
-# ---------------------------------------------------------------------------------------------------- arguments
-
 MODEL_NAMES = "{pcpvt,alt_gvt}_{tiny,small,base,large}"
 
 
-def get_args_parser() -> ArgumentParser:
+def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per option
     """Return the parser, whose defaults are the published recipe."""
-    parser = ArgumentParser(
-        prog="main.py",
-        usage="python main.py [options]",
-        description=__doc__,
-    )
+    parser = ArgumentParser(prog="main.py", usage="python main.py [options]", description=__doc__)
 
     parser.add_argument(
         "--recipe",
@@ -113,11 +105,7 @@ def get_args_parser() -> ArgumentParser:
         help="maintain, evaluate and save an exponential moving average (EMA) of the weights",
     )
     group.add_argument(
-        "--model-ema-decay",
-        default=0.99996,
-        type=SHARE,
-        metavar="RATE",
-        help="decay of the EMA per step, 0 to 1",
+        "--model-ema-decay", default=0.99996, type=SHARE, metavar="RATE", help="decay of the EMA per step, 0 to 1"
     )
     group.add_argument(
         "--grad-checkpointing",
@@ -408,6 +396,15 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--auto-resume continues a training run; name the weights to evaluate with --resume")
     if len([source for source in (args.pretrained, args.finetune, args.resume) if source]) > 1:
         parser.error("--pretrained, --finetune and --resume each set the initial weights; choose one of them")
+    for option in ("model", "teacher_model"):
+        name = getattr(args, option)
+        if not timm.is_model(get_arch_name(name)):
+            near = nearest(name, timm.list_models(), cutoff=0.4)
+            parser.error(f"--{option.replace('_', '-')} {name!r} is unknown{near}")
+
+
+def check_ranges(parser: ArgumentParser, args: argparse.Namespace) -> None:
+    """Reject several numbers that are not in ascending order."""
     for option in ("scale", "cutmix_minmax", "lr_noise"):
         limits = getattr(args, option) or []
         if len(limits) > 2:
@@ -417,19 +414,11 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"--{option.replace('_', '-')} {limits[0]} {limits[1]}: give the smaller number first")
     if args.decay_milestones != sorted(args.decay_milestones):
         parser.error(f"--decay-milestones {' '.join(map(str, args.decay_milestones))}: give them in ascending order")
-    for option in ("model", "teacher_model"):
-        name = getattr(args, option)
-        if not timm.is_model(get_arch_name(name)):
-            near = nearest(name, timm.list_models(), cutoff=0.4)
-            parser.error(f"--{option.replace('_', '-')} {name!r} is unknown{near}")
 
 
 def uses_mixup(args: argparse.Namespace) -> bool:
     """Return True if mixup or CutMix is on, which makes targets soft."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-
-
-# ------------------------------------------------------------------------------------------------ building blocks
 
 
 def build_val_loader(args: argparse.Namespace, processes: Processes) -> DataLoader:
@@ -517,48 +506,6 @@ def build_compute_losses(args: argparse.Namespace, nb_classes: int, device: torc
     return compute_losses
 
 
-def build_optimizer(args: argparse.Namespace, model: nn.Module, global_batch: int) -> torch.optim.Optimizer:
-    """Build the optimizer; biases, norms, other 1-D parameters and the PEGs have no weight decay."""
-    options = {"lr": peak_lr(args, global_batch), "weight_decay": args.weight_decay, "momentum": args.momentum}
-    if args.opt_eps is not None:
-        options["eps"] = args.opt_eps
-    if args.opt_betas is not None:
-        options["betas"] = tuple(args.opt_betas)
-    check_optimizer(args.opt, options)
-    return create_optimizer_v2(model, opt=args.opt, layer_decay=args.layer_decay, **options)
-
-
-def check_optimizer(name: str, options: dict[str, Any]) -> None:
-    """Reject an optimizer or its options if they cannot train a model."""
-    betas = options.get("betas", ())
-    given = f"--opt {name}"
-    if betas:
-        given += f" --opt-betas {' '.join(map(str, betas))}"
-    parameter = nn.Parameter(torch.zeros(2, 2))
-    try:
-        others = {option: value for option, value in options.items() if option != "betas"}
-        default = create_optimizer_v2([parameter], opt=name, **others).param_groups[0].get("betas", ())
-        if betas and len(betas) != len(default):
-            raise UserError(f"{given}: this optimizer has {len(default)} betas; give as many, or omit the option")
-        optimizer = create_optimizer_v2([parameter], opt=name, **options)
-    except UserError:
-        raise
-    except Exception as error:  # optimizers raise many kinds of errors
-        raise UserError(f"{given} cannot be built: {one_line(error)}; choose another one, such as adamw") from error
-    if getattr(optimizer, "is_second_order", False):
-        raise UserError(f"{given}: second-order optimizers are not supported; choose another one, such as adamw")
-
-
-def peak_lr(args: argparse.Namespace, global_batch: int) -> float:
-    """Return the peak learning rate, which the warm-up ends at."""
-    return args.lr if args.unscale_lr else args.lr * global_batch / 512
-
-
-def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer):
-    """Build the learning-rate schedule, which is stepped with the epoch number after each epoch, as in the original."""
-    return create_scheduler(args, optimizer)[0]
-
-
 def build_state(args: argparse.Namespace, model: nn.Module, sampler: TrainSampler, device: torch.device) -> TrainState:
     """Build the training state: optimizer, schedule, gradient scaler and moving average of the model."""
     optimizer = build_optimizer(args, model, sampler.global_batch)
@@ -589,9 +536,6 @@ def check_classes(args: argparse.Namespace, classes: Sequence[str]) -> int:
     if args.nb_classes not in (None, len(classes)):
         raise UserError(f"--nb-classes {args.nb_classes}: the data have {len(classes)} classes; omit the option")
     return len(classes)
-
-
-# ----------------------------------------------------------------------------------------------------------- runs
 
 
 def run_evaluation(args: argparse.Namespace, processes: Processes) -> None:
@@ -680,9 +624,6 @@ def evaluate_state(
     return figures
 
 
-# ------------------------------------------------------------------------------------------------------- messages
-
-
 def announce(
     args: argparse.Namespace, processes: Processes, state: TrainState, nb_classes: int, accumulation: int
 ) -> None:
@@ -691,40 +632,17 @@ def announce(
     amp_dtype = choose_amp(args.amp, processes.device) or torch.float32
     what = f"{args.model}: {state.n_parameters} parameters, {nb_classes} classes"
     logger.info("%s, %s on %s", what, amp_dtype, processes.device)
-    scaling = "" if args.unscale_lr else f" ({args.lr:g} x {global_batch} / 512)"
-    lr = f"{peak_lr(args, global_batch):g}{scaling}"
+    lr = describe_peak_lr(args, global_batch)
     logger.info("%s", describe_batch(args.batch_size, accumulation, lr, state.sampler.steps))
-    if args.recipe:
-        changed = differences(args, get_recipe(args.recipe, args.model))
-        logger.info("recipe %s%s", args.recipe, f", changed: {', '.join(changed)}" if changed else "")
-    if args.warmup_epochs >= args.epochs:
-        logger.info("note: the warm-up of %d epochs is not over in this run of %d", args.warmup_epochs, args.epochs)
-    if peak_lr(args, global_batch) <= args.min_lr:
-        logger.info(
-            "note: the peak learning rate is not above --min-lr %g; raise --lr, or use --unscale-lr", args.min_lr
-        )
-    changed = differences_from_published(args, global_batch)
-    if changed:
-        logger.info("note: differs from the recipe of the published %s: %s", args.model, ", ".join(changed))
-
-
-def differences_from_published(args: argparse.Namespace, global_batch: int) -> list[str]:
-    """Return the options that differ from the recipe of the published model; an empty list for other models."""
-    name = published_name(args.model)
-    if name not in PUBLISHED:
-        return []
     defaults = vars(get_args_parser().parse_args([]))
-    recipe = {option: value for option, value in defaults.items() if option not in NOT_IN_RECIPES} | PUBLISHED[name]
-    return differences(argparse.Namespace(**vars(args) | {"global_batch": global_batch}), recipe)
+    for note in note_recipe(args) + note_schedule(args, global_batch) + note_published(args, global_batch, defaults):
+        logger.info("%s", note)
 
 
 def report_evaluation(stats: dict[str, float], what: str = "network") -> None:
     """Log the metrics in the two lines of the original."""
     logger.info("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats))
     logger.info("Accuracy of the %s on the %d test images: %.1f%%", what, stats["images"], stats["acc1"])
-
-
-# ----------------------------------------------------------------------------------------------------------- main
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -738,6 +656,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(str(error))
         args = parser.parse_args(argv)
     check_args(parser, args)
+    check_ranges(parser, args)
     return args
 
 

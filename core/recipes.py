@@ -83,3 +83,26 @@ def differences(args: argparse.Namespace, recipe: dict[str, Any]) -> list[str]:
         for name, value in recipe.items()
         if getattr(args, name) != value
     ]
+
+
+def differences_from_published(args: argparse.Namespace, global_batch: int, defaults: dict[str, Any]) -> list[str]:
+    """Return the options that differ from the recipe of the published model; an empty list for other models."""
+    name = published_name(args.model)
+    if name not in PUBLISHED:
+        return []
+    recipe = {option: value for option, value in defaults.items() if option not in NOT_IN_RECIPES} | PUBLISHED[name]
+    return differences(argparse.Namespace(**vars(args) | {"global_batch": global_batch}), recipe)
+
+
+def note_recipe(args: argparse.Namespace) -> list[str]:
+    """Return a note on the recipe in use and the options that override it."""
+    if not args.recipe:
+        return []
+    changed = differences(args, get_recipe(args.recipe, args.model))
+    return [f"recipe {args.recipe}" + (f", changed: {', '.join(changed)}" if changed else "")]
+
+
+def note_published(args: argparse.Namespace, global_batch: int, defaults: dict[str, Any]) -> list[str]:
+    """Return a note if the options differ from those of the published model."""
+    changed = differences_from_published(args, global_batch, defaults)
+    return [f"note: differs from the recipe of the published {args.model}: {', '.join(changed)}"] if changed else []

@@ -37,6 +37,7 @@ logger = logging.getLogger("twins")
 
 
 def get_parser() -> ArgumentParser:
+    """Return the parser of test.py."""
     parser = get_test_parser(__doc__)
     group = parser.add_argument_group("test")
     group.add_argument(

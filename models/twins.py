@@ -256,7 +256,7 @@ class Twins(nn.Module):
 
     output_fmt = "NHWC"  # layout of `forward_features`, read by timm
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  the hyperparameters of a network
         self,
         in_chans: int = 3,
         num_classes: int = 1000,

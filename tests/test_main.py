@@ -14,15 +14,15 @@ import torch
 from timm.optim import create_optimizer_v2
 
 import main
+from core.optimizer import check_optimizer
 from core.options import choose_amp
-from core.recipes import NOT_IN_RECIPES, PUBLISHED, SHAPES
+from core.recipes import NOT_IN_RECIPES, PUBLISHED, SHAPES, differences_from_published
 from core.run import choose_accumulation
 from main import (
     build_optimizer,
     build_scheduler,
     build_state,
     check_args,
-    differences_from_published,
     get_args_parser,
     parse_args,
 )
@@ -300,18 +300,18 @@ def test_accumulation_follows_the_global_batch():
 
 def test_differences_from_the_published_recipe():
     args = parse("--model", "alt_gvt_small", "--drop-path", 0.2, "--data-path", "x", "--batch-size", 256)
-    assert differences_from_published(args, 2048) == []
-    assert differences_from_published(args, 1024) == ["global-batch 1024 (recipe: 2048)"]
+    assert differences_from_published(args, 2048, vars(parse())) == []
+    assert differences_from_published(args, 1024, vars(parse())) == ["global-batch 1024 (recipe: 2048)"]
     args = parse("--model", "pcpvt_large_v0", "--mixup", 0.5, "--data-set", "SHAPES")
-    differing = " ".join(differences_from_published(args, 1024))
+    differing = " ".join(differences_from_published(args, 1024, vars(parse())))
     for part in ("drop-path 0.1 (recipe: 0.5)", "mixup 0.5 (recipe: 0.8)", "data-set SHAPES (recipe: IMNET)"):
         assert part in differing
-    assert differences_from_published(parse("--model", "alt_gvt_tiny", "--lr", 1), 64) == []
+    assert differences_from_published(parse("--model", "alt_gvt_tiny", "--lr", 1), 64, vars(parse())) == []
 
 
 def test_the_published_command_equals_the_published_recipe():
     command = "--model alt_gvt_base --batch-size 128 --data-path path_to_imagenet --dist-eval --drop-path 0.3"
-    assert differences_from_published(parse(*command.split()), 8 * 128) == []
+    assert differences_from_published(parse(*command.split()), 8 * 128, vars(parse())) == []
 
 
 def test_recipes_are_defaults_that_options_override(monkeypatch, tmp_path, run_in_process):
@@ -542,7 +542,7 @@ def test_every_optimizer_of_timm_is_accepted():
         except Exception:  # it needs another package
             continue
         if name != "adahessian":
-            main.check_optimizer(name, {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.05})
+            check_optimizer(name, {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.05})
 
 
 def test_internal_errors_of_our_models_keep_their_traceback(monkeypatch):
