@@ -54,10 +54,8 @@ from samplers import EvalSampler, TrainSampler
 from transforms import collate_train_images
 from utils import UserError, seed_everything
 
+MODEL_HELP = "{pcpvt,alt_gvt}_{tiny,small,base,large}, or a timm model"
 logger = logging.getLogger("twins")
-
-
-MODEL_NAMES = "{pcpvt,alt_gvt}_{tiny,small,base,large}"
 
 
 def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per option
@@ -71,7 +69,7 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
         "published: global batch, drop path and warm-up of the released weights of --model",
     )
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="alt_gvt_base", metavar="NAME", help=f"{MODEL_NAMES}, or a timm model")
+    group.add_argument("--model", default="alt_gvt_base", metavar="NAME", help=MODEL_HELP)
     group.add_argument(
         "--pretrained",
         action="store_true",

@@ -72,7 +72,7 @@ MUTATIONS = [
              ("test_options.py::test_checkpointing_and_compiling_are_enabled",)),
     Mutation("--compile", "core/options.py", "        model.compile()\n", "",
              ("test_options.py::test_checkpointing_and_compiling_are_enabled",)),
-    Mutation("--opt", "main.py", "create_optimizer_v2(model, opt=args.opt,", 'create_optimizer_v2(model, opt="adamw",', (options("opt"),)),
+    Mutation("--opt", "core/optimizer.py", "create_optimizer_v2(model, opt=args.opt,", 'create_optimizer_v2(model, opt="adamw",', (options("opt"),)),
     Mutation("--opt-eps", "core/optimizer.py", 'options["eps"] = args.opt_eps', "pass", (options("opt_eps"),)),
     Mutation("--opt-betas", "core/optimizer.py", 'options["betas"] = tuple(args.opt_betas)', "pass", (options("opt_betas"),)),
     Mutation("--weight-decay", "core/optimizer.py", '"weight_decay": args.weight_decay', '"weight_decay": 0.05', (options("weight_decay"),)),
