@@ -310,9 +310,7 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
         choices=DISTILLATION_TYPES,
         help="learn from a teacher's class probabilities (soft) or predicted class (hard)",
     )
-    group.add_argument(
-        "--teacher-model", default="regnety_160", metavar="NAME", help=f"teacher model: {MODEL_NAMES}, or a timm model"
-    )
+    group.add_argument("--teacher-model", default="regnety_160", metavar="NAME", help=f"teacher model: {MODEL_HELP}")
     group.add_argument("--teacher-path", metavar="FILE", help="weights of the teacher")
     group.add_argument(
         "--distillation-alpha",
