@@ -1,4 +1,4 @@
-"""The training loop of all three tasks and the evaluation of classifiers."""
+"""The training steps of all three tasks and the evaluation of classifiers."""
 
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
@@ -27,13 +27,14 @@ def train_one_epoch(  # noqa: C901  the whole training step in one place
     settings: TrainSettings,
     run: Run,
 ) -> dict[str, float]:
-    """Train for an epoch or the rest of it, in steps of `settings.accumulation` batches.
+    """Train for one epoch, or for the rest of a resumed one, in steps of `settings.accumulation` batches.
 
     Args:
-        model: Model of the state, wrapped in DistributedDataParallel if there are several processes.
-        compute_losses: Function `(model, batch) -> {name: scalar}`. The sum of the scalars is minimised.
+        model: `state.model`, wrapped in DistributedDataParallel if there are several processes.
+        compute_losses: Function `(model, batch) -> {name: scalar}`. The sum is minimised, and logged as `loss`, which
+            none of several scalars may be called.
         data_loader: Remaining batches of the epoch; their number is a multiple of `settings.accumulation`.
-        state: Optimizer, schedule, scaler, moving average and meter, updated in each step.
+        state: State of the run; each step updates all of it except `epoch`, `best` and `history`.
         settings: Mixed precision, accumulation, clipping and intervals.
         run: Run that saves checkpoints: every `settings.save_every` steps, at the end, and before a stop.
 
@@ -42,7 +43,7 @@ def train_one_epoch(  # noqa: C901  the whole training step in one place
 
     Raises:
         NonFiniteError: On all processes, if the loss of any process or the gradient is not finite.
-        Interrupted: On all processes, after the step in which any process received a signal to stop.
+        Interrupted: On all processes, after the step (on a GPU up to four later) in which any was asked to stop.
     """
     model.train()
     meter, optimizer, scaler, accumulation = state.meter, state.optimizer, state.scaler, settings.accumulation
@@ -58,7 +59,7 @@ def train_one_epoch(  # noqa: C901  the whole training step in one place
         for micro_step in range(accumulation):
             batch = to_device(next(batches), settings.device)
             if not guard.finite:
-                continue  # the remaining batches of a skipped step are loaded, but not computed
+                continue  # the other batches of a skipped step are drawn, but not used
             with gradient_sync(model, is_last=micro_step == accumulation - 1):
                 with settings.autocast():
                     losses = compute_losses(model, batch)
@@ -94,7 +95,7 @@ def clip_gradients(state: TrainState, max_norm: float, guard: StepGuard) -> None
     """Unscale and clip the gradients, and check that they are finite."""
     state.scaler.unscale_(state.optimizer)
     norm = nn.utils.clip_grad_norm_(state.parameters(), max_norm)
-    if not state.scaler.is_enabled():  # the scaler itself skips steps of infinite gradients
+    if not state.scaler.is_enabled():  # the scaler itself skips steps with non-finite gradients
         guard.check(norm, "gradient")
 
 

@@ -59,14 +59,14 @@ logger = logging.getLogger("twins")
 
 
 def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per option
-    """Return the parser, whose defaults are the published recipe."""
+    """Return the parser. Its defaults are the published recipe, but for what --recipe published sets per model."""
     parser = ArgumentParser(prog="main.py", usage="python main.py [options]", description=__doc__)
 
     parser.add_argument(
         "--recipe",
         choices=RECIPES,
-        help="set of defaults, which options given explicitly override. shapes: the tiny model on the embedded shapes; "
-        "published: global batch, drop path and warm-up of the released weights of --model",
+        help="set of defaults, which other options override. shapes: the tiny model on the embedded shapes; "
+        "published: global batch, drop path and warm-up that the released weights of --model were trained with",
     )
     group = parser.add_argument_group("model")
     group.add_argument("--model", default="alt_gvt_base", metavar="NAME", help=MODEL_HELP)
@@ -143,14 +143,13 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
         default=0.05,
         type=NON_NEGATIVE,
         metavar="RATE",
-        help="weight decay; not applied to biases, norms and PEGs",
+        help="weight decay; not applied to biases, norms and positional encoding generators (PEGs)",
     )
     group.add_argument(
         "--layer-decay",
         type=SHARE,
         metavar="RATE",
-        help="layer-wise learning-rate decay: ratio of the learning rate of a layer to that of the next one, 0 to 1 "
-        "(default: 1)",
+        help="layer-wise decay: learning rate of each layer divided by that of the layer after it, 0 to 1 (default: 1)",
     )
     group.add_argument(
         "--clip-grad",
@@ -240,7 +239,7 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
         default=0.4,
         type=NON_NEGATIVE,
         metavar="X",
-        help="strength of the colour jitter; timm ignores it if --aa is on",
+        help="strength of the colour jitter; ignored unless --aa none",
     )
     group.add_argument(
         "--aa",
@@ -262,7 +261,7 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
         "--repeated-aug",
         action=argparse.BooleanOptionalAction,
         default=False,
-        help="repeated augmentation: use each sampled image three times, differently augmented",
+        help="repeated augmentation: use each image three times in a row, with different augmentations",
     )
     group.add_argument("--reprob", default=0.25, type=SHARE, metavar="P", help="probability of random erasing, 0 to 1")
     group.add_argument(
@@ -400,13 +399,14 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def check_ranges(parser: ArgumentParser, args: argparse.Namespace) -> None:
-    """Reject several numbers that are not in ascending order."""
+    """Reject ranges and milestones that are not in ascending order."""
     for option in ("scale", "cutmix_minmax", "lr_noise"):
         limits = getattr(args, option) or []
         if len(limits) > 2:
             parser.error(f"--{option.replace('_', '-')}: takes at most two numbers")
-        is_empty = option == "cutmix_minmax" and len(set(limits)) == 1
-        if limits != sorted(limits) or is_empty:
+        if option == "cutmix_minmax" and len(set(limits)) == 1:
+            parser.error(f"--cutmix-minmax {limits[0]} {limits[1]}: give two different numbers")
+        if limits != sorted(limits):
             parser.error(f"--{option.replace('_', '-')} {limits[0]} {limits[1]}: give the smaller number first")
     if args.decay_milestones != sorted(args.decay_milestones):
         parser.error(f"--decay-milestones {' '.join(map(str, args.decay_milestones))}: give them in ascending order")
@@ -600,7 +600,7 @@ def build_trained_model(args: argparse.Namespace, nb_classes: int, new: bool) ->
 
 
 def evaluation_options(args: argparse.Namespace, processes: Processes) -> dict:
-    """Return the options of `engine.evaluate`, which are the same for all models of a run."""
+    """Return the options of `engine.evaluate`, the same for the model and its moving average."""
     amp_dtype = choose_amp(args.amp, processes.device)
     return {"amp_dtype": amp_dtype, "sharded": args.dist_eval, "ignore_index": IGNORED_TARGET}
 
@@ -616,7 +616,7 @@ def evaluate_state(
     for prefix, (what, model) in evaluated.items():
         stats = evaluate(model, val_loader, processes.device, **evaluation_options(args, processes))
         report_evaluation(stats, what)
-        figures |= {f"{prefix}_{name}": stats[name] for name in ("loss", "acc1", "acc5")}
+        figures |= {f"{prefix}_{name}": value for name, value in stats.items() if name != "images"}
     return figures
 
 
@@ -642,7 +642,7 @@ def report_evaluation(stats: dict[str, float], what: str = "network") -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the options; --recipe changes the defaults."""
+    """Parse the options, with --recipe twice: the second time the values of the recipe are the defaults."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
     if args.recipe:

@@ -39,7 +39,8 @@ class TrainState:
     Attributes:
         model: Model without DistributedDataParallel or any other wrapper.
         optimizer: Optimizer of the model.
-        lr_scheduler: Learning-rate schedule of timm.
+        lr_scheduler: Learning-rate schedule with `step_update(step)`, `step(epoch)` and `state_dict()`, as timm's have.
+            It must depend on the step and the epoch alone, since a resumed run only tells it these.
         scaler: Gradient scaler, disabled unless the run uses fp16.
         sampler: `EpochSampler` of the training set, see samplers.py.
         model_ema: Moving average of the model, timm's `ModelEmaV3`; None if there is none.

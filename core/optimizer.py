@@ -13,7 +13,7 @@ from utils import UserError
 
 
 def peak_lr(args: argparse.Namespace, global_batch: int) -> float:
-    """Return the peak learning rate, which the warm-up ends at."""
+    """Return the peak learning rate, reached at the end of the warm-up."""
     return args.lr if args.unscale_lr else args.lr * global_batch / 512
 
 

@@ -7,8 +7,8 @@ from timm.models import get_arch_name
 
 from utils import UserError
 
-# Recipe of each released model, where it differs from the defaults. The single published command of the original does
-# not reproduce most of them. The peak learning rate is --lr x global batch / 512.
+# Recipe of each released model, where it differs from the defaults. The single published command of the original
+# does not reproduce most of these weights. The peak learning rate is --lr x global batch / 512.
 PUBLISHED = {
     "pcpvt_small": {"global_batch": 1280, "drop_path": 0.2},
     "pcpvt_base": {"global_batch": 1024, "drop_path": 0.3},

@@ -17,7 +17,7 @@ from utils import UserError
 
 logger = logging.getLogger("twins")
 
-# Options that may differ between the starts of a run without a log line.
+# Options whose change on a resume is not logged.
 # fmt: off
 FREE_OPTIONS = {
     "resume", "auto_resume", "finetune", "pretrained", "output_dir", "save_every", "keep",
@@ -31,8 +31,8 @@ class Run:
     """A training run: its folder, its checkpoints, its epochs, and its graceful shutdown.
 
         with Run(options) as run:
-            state = ...  # initial weights are only needed if `run.is_new`
-            run.resume(state)
+            state = ...  # initial weights only if `run.is_new`; `resume` replaces them otherwise
+            run.resume(state, same=("model", "opt"))
             for epoch in run.epochs(300, {"test_acc1": "checkpoint_best.pth"}):
                 train_stats = train_one_epoch(..., state, settings, run)
                 run.finish_epoch(train_stats, test_stats)
@@ -196,7 +196,7 @@ class Run:
         content = self.state.to_checkpoint(self.options)
 
         def write() -> None:
-            for name in best:  # the best first: after a kill in between, the evaluation is repeated and nothing is lost
+            for name in best:  # the best first: after a kill between the two, the resumed run repeats the evaluation
                 self.folder.save_best(content, name)
             self.folder.save(content)
 

@@ -55,7 +55,7 @@ class IterationSchedule:
 
     def step_update(self, iteration: int) -> None:
         """Set the learning rates of an iteration."""
-        # As in a resumed run: the constructor sets the rates of the iteration after the last one.
+        # The constructor sets the rates of iteration `last_epoch + 1`.
         LambdaLR(self.optimizer, self.factor, last_epoch=iteration - 1)
 
     def step(self, epoch: int) -> None:
