@@ -1,7 +1,7 @@
 """Classification data sets: folders as in ImageNet, CIFAR-100, iNaturalist and the embedded shapes.
 
-To add a data set, write a class with `classes` and `__getitem__ -> (image, class index)`, and add its name to
-`DATA_SETS` and a line to `build_dataset`.
+To add a data set, write a class with `classes` and `__getitem__ -> (image, class index)`, and add a line to
+`DATA_SETS` at the end of this file.
 """
 
 import json
@@ -23,7 +23,6 @@ from utils import UserError
 
 logger = logging.getLogger("twins")
 
-DATA_SETS = ("IMNET", "CIFAR", "INAT", "INAT19", "SHAPES")
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
 BAD_IMAGE_POLICIES = ("raise", "skip")
 IGNORED_TARGET = -1  # target of images that the evaluation does not count
@@ -41,19 +40,20 @@ def build_dataset(is_train: bool, args) -> Dataset:
         UserError: If the data are missing or their layout is not that described in README.md.
     """
     transform = build_train_transform(args) if is_train else build_eval_transform(args)
-    if args.data_set == "SHAPES":
-        return Shapes(is_train, args.input_size, transform)
+    return DATA_SETS[args.data_set](args, is_train, transform)
+
+
+def data_root(args) -> Path:
+    """Return the folder of `--data-path`.
+
+    Raises:
+        UserError: If it is not given or not a folder.
+    """
     if not args.data_path:
         raise UserError(f"--data-path is missing; pass the folder of {args.data_set}")
-    root = Path(args.data_path)
-    if not os.path.isdir(root):
+    if not os.path.isdir(args.data_path):
         raise UserError(f"--data-path {args.data_path!r} is not a folder; pass the folder of {args.data_set}")
-    if args.data_set == "CIFAR":
-        return _open_cifar(root, is_train, transform)
-    if args.data_set in ("INAT", "INAT19"):
-        year = 2018 if args.data_set == "INAT" else 2019
-        return INaturalist(root, is_train, year, args.inat_category, transform)
-    return _open_image_folder(root, is_train, transform)
+    return Path(args.data_path)
 
 
 class TrainSet(SeededSet):
@@ -181,6 +181,10 @@ def _open_image_folder(root: Path, is_train: bool, transform: Callable) -> Datas
     return dataset
 
 
+def _open_inaturalist(args, is_train: bool, transform: Callable, year: int) -> Dataset:
+    return INaturalist(data_root(args), is_train, year, args.inat_category, transform)
+
+
 def _open_cifar(root: Path, is_train: bool, transform: Callable) -> Dataset:
     try:
         return torchvision.datasets.CIFAR100(str(root), train=is_train, transform=transform)
@@ -217,3 +221,13 @@ def _handle_bad_image(error: BadImageError, policy: str) -> None:
     if policy == "raise":
         raise BadImageError(f"{error}; repair or remove it, or pass --bad-image skip") from error
     logger.warning("skipped: %s", error)
+
+
+# Names of --data-set to functions `(args, is_train, transform)` that open the training or validation set.
+DATA_SETS = {
+    "IMNET": lambda args, is_train, transform: _open_image_folder(data_root(args), is_train, transform),
+    "CIFAR": lambda args, is_train, transform: _open_cifar(data_root(args), is_train, transform),
+    "INAT": lambda args, is_train, transform: _open_inaturalist(args, is_train, transform, 2018),
+    "INAT19": lambda args, is_train, transform: _open_inaturalist(args, is_train, transform, 2019),
+    "SHAPES": lambda args, is_train, transform: Shapes(is_train, args.input_size, transform),
+}

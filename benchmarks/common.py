@@ -109,7 +109,7 @@ def set_threads(threads: int) -> None:
         torch.set_num_threads(threads)
 
 
-def show_progress(message: str) -> None:
+def print_progress(message: str) -> None:
     """Print a progress message on standard error; the results go to standard output."""
     print(message, file=sys.stderr, flush=True)
 
@@ -129,7 +129,7 @@ def time_in_turns(
         Seconds per call in each turn, for each function.
     """
     if what:
-        show_progress(f"{what}: warm-up")
+        print_progress(f"{what}: warm-up")
     repeats = []
     for step in steps:
         for _ in range(2):  # the first call compiles, selects kernels and fills caches
@@ -141,7 +141,7 @@ def time_in_turns(
     shown = time.perf_counter()
     for turn in range(1, turns + 1):
         if what and time.perf_counter() - shown >= PROGRESS_SECONDS:
-            show_progress(f"{what}: turn {turn} of {turns}")
+            print_progress(f"{what}: turn {turn} of {turns}")
             shown = time.perf_counter()
         for step, repeat, step_times in zip(steps, repeats, times, strict=True):
             step_times.append(time_calls(step, repeat, device) / repeat)

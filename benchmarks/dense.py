@@ -19,7 +19,7 @@ import torch
 from timm.layers import set_fused_attn
 from torch import Tensor, nn
 
-from benchmarks.common import add_script_options, build_parser, run_in_new_process, show_progress
+from benchmarks.common import add_script_options, build_parser, print_progress, run_in_new_process
 from core.distributed import Processes
 from core.launch import run_script
 from core.meters import peak_memory
@@ -88,7 +88,7 @@ def measure_segmentor(mode: str, experiment: Experiment, device: torch.device) -
         what, step = "inference, 1 image of 512x2048", build_inference(model, device)
     times = []
     for number in range(1, STEPS + 1):
-        show_progress(f"{what}: {number} of {STEPS}")
+        print_progress(f"{what}: {number} of {STEPS}")
         start = time.perf_counter()
         step()
         if device.type == "cuda":

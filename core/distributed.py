@@ -25,11 +25,6 @@ class Processes:
     rank: int = 0
     world_size: int = 1
 
-    @property
-    def is_main(self) -> bool:
-        """True on the process of rank 0."""
-        return self.rank == 0
-
 
 def init_processes(device: str = "auto", dist_url: str = "env://", patience: float = 600) -> Processes:
     """Choose the device and, if there are several processes, initialise the process group.

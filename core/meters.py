@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -223,7 +223,7 @@ class StepLog:
         self.window_start, self.window_waiting, self.window_images = now, 0.0, 0
 
 
-def show_progress(batches: Iterable, what: str, seconds: float = 20.0) -> Iterator:
+def show_progress(batches: Collection, what: str, seconds: float = 20.0) -> Iterator:
     """Iterate over the batches and log the progress every `seconds` seconds."""
     start = logged = time.perf_counter()
     for done, batch in enumerate(batches, 1):

@@ -10,12 +10,12 @@ from utils import UserError
 # Recipe of each released model, where it differs from the defaults. The single published command of the original
 # does not reproduce most of these weights. The peak learning rate is --lr x global batch / 512.
 PUBLISHED = {
-    "pcpvt_small": {"global_batch": 1280, "drop_path": 0.2},
-    "pcpvt_base": {"global_batch": 1024, "drop_path": 0.3},
-    "pcpvt_large": {"global_batch": 1024, "drop_path": 0.5},
-    "alt_gvt_small": {"global_batch": 2048, "drop_path": 0.2},
-    "alt_gvt_base": {"global_batch": 1024, "drop_path": 0.3},
-    "alt_gvt_large": {"global_batch": 1024, "drop_path": 0.5, "warmup_epochs": 20},
+    "pcpvt_small": {"batch_size": 160, "global_batch": 1280, "drop_path": 0.2},
+    "pcpvt_base": {"batch_size": 128, "global_batch": 1024, "drop_path": 0.3},
+    "pcpvt_large": {"batch_size": 128, "global_batch": 1024, "drop_path": 0.5},
+    "alt_gvt_small": {"batch_size": 256, "global_batch": 2048, "drop_path": 0.2},
+    "alt_gvt_base": {"batch_size": 128, "global_batch": 1024, "drop_path": 0.3},
+    "alt_gvt_large": {"batch_size": 128, "global_batch": 1024, "drop_path": 0.5, "warmup_epochs": 20},
 }
 # The tiny model on the embedded shapes; it takes two to three minutes on two CPU cores.
 SHAPES = {
@@ -90,7 +90,7 @@ def differences_from_published(args: argparse.Namespace, global_batch: int, defa
     name = published_name(args.model)
     if name not in PUBLISHED:
         return []
-    recipe = {option: value for option, value in defaults.items() if option not in NOT_IN_RECIPES} | PUBLISHED[name]
+    recipe = {option: value for option, value in (defaults | PUBLISHED[name]).items() if option not in NOT_IN_RECIPES}
     return differences(argparse.Namespace(**vars(args) | {"global_batch": global_batch}), recipe)
 
 

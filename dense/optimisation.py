@@ -18,7 +18,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, not_decayed: Sequenc
     """
     groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in model.named_parameters():
-        groups[any(part in name for part in not_decayed)]["params"].append(parameter)
+        group = groups[1] if any(part in name for part in not_decayed) else groups[0]
+        group["params"].append(parameter)
     return [group for group in groups if group["params"]]
 
 

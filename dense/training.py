@@ -143,8 +143,8 @@ def run_training(
     if sum(option is not None for option in (args.pretrained, args.finetune, args.resume)) > 1:
         raise UserError("--pretrained, --finetune and --resume each set the first weights; choose one of them")
     experiment = build_experiment(args, kind)
-    args.output_dir = args.output_dir or f"work_dirs/{Path(args.config).stem}"
-    with Run({**vars(args), **dataclasses.asdict(experiment)}) as run:
+    output_dir = args.output_dir or f"work_dirs/{Path(args.config).stem}"
+    with Run(vars(args) | dataclasses.asdict(experiment) | {"output_dir": output_dir}) as run:
         device = processes.device
         batch_size = process_batch(experiment, processes)
         accumulation = choose_accumulation(batch_size, experiment.global_batch, processes.world_size)

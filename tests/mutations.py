@@ -207,7 +207,7 @@ MUTATIONS = [
     # Both dense tasks.
     Mutation("weight_decay of the dense tasks", "dense/optimisation.py", '"params": [], "weight_decay": weight_decay}', '"params": [], "weight_decay": 0.0}',
              (field("segmentation", "weight_decay"), field("detection", "weight_decay"))),
-    Mutation("not_decayed", "dense/optimisation.py", "groups[any(part in name for part in not_decayed)]", "groups[0]",
+    Mutation("not_decayed", "dense/optimisation.py", "groups[1] if any(part in name for part in not_decayed) else groups[0]", "groups[0]",
              (field("segmentation", "not_decayed"), "test_dense.py::test_norms_and_positional_encodings_are_not_decayed")),
     Mutation("lr of the dense tasks", "dense/training.py", "lr=experiment.lr,", "lr=1e-3,", (field("segmentation", "lr"), field("detection", "lr"))),
     Mutation("limits of fields", "dense/experiments.py", "if not limit.holds(number):", "if False:", ("test_dense.py::test_bad_changes_are_refused",)),

@@ -329,6 +329,15 @@ def test_recipes_are_defaults_that_options_override(monkeypatch, tmp_path, run_i
     assert "recipe shapes, changed: input-size 32 (recipe: 64), epochs 1 (recipe: 5), batch-size 4" in output
 
 
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("processes", [1, 2, 4, 8])
+def test_the_published_recipe_needs_no_batch_size(name, processes):
+    args = parse_args(["--recipe", "published", "--model", name])
+    accumulation = choose_accumulation(args.batch_size, args.global_batch, processes)
+    assert args.batch_size * processes * accumulation == PUBLISHED[name]["global_batch"]
+    assert differences_from_published(args, args.global_batch, vars(parse())) == []
+
+
 def test_every_option_is_in_recipes_or_excluded():
     assert NOT_IN_RECIPES | set(SHAPES) | set(PUBLISHED["alt_gvt_large"]) <= set(vars(parse()))
     fixed = set(vars(parse())) - NOT_IN_RECIPES
