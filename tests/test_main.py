@@ -16,7 +16,7 @@ from timm.optim import create_optimizer_v2
 import main
 from core.optimizer import check_optimizer
 from core.options import choose_amp
-from core.recipes import NOT_IN_RECIPES, PUBLISHED, SHAPES, differences_from_published
+from core.recipes import PUBLISHED
 from core.run import choose_accumulation
 from main import (
     build_optimizer,
@@ -24,7 +24,6 @@ from main import (
     build_state,
     check_args,
     get_args_parser,
-    parse_args,
 )
 from samplers import TrainSampler
 from tests.conftest import (
@@ -296,53 +295,6 @@ def test_accumulation_follows_the_global_batch():
     assert choose_accumulation(batch_size=4, global_batch=32, world_size=2) == 4
     with pytest.raises(ValueError, match=r"global batch 20 is not a multiple of 8 \(4 images x 2 .*; choose 16"):
         choose_accumulation(batch_size=4, global_batch=20, world_size=2)
-
-
-def test_differences_from_the_published_recipe():
-    args = parse("--model", "alt_gvt_small", "--drop-path", 0.2, "--data-path", "x", "--batch-size", 256)
-    assert differences_from_published(args, 2048, vars(parse())) == []
-    assert differences_from_published(args, 1024, vars(parse())) == ["global-batch 1024 (recipe: 2048)"]
-    args = parse("--model", "pcpvt_large_v0", "--mixup", 0.5, "--data-set", "SHAPES")
-    differing = " ".join(differences_from_published(args, 1024, vars(parse())))
-    for part in ("drop-path 0.1 (recipe: 0.5)", "mixup 0.5 (recipe: 0.8)", "data-set SHAPES (recipe: IMNET)"):
-        assert part in differing
-    assert differences_from_published(parse("--model", "alt_gvt_tiny", "--lr", 1), 64, vars(parse())) == []
-
-
-def test_the_published_command_equals_the_published_recipe():
-    command = "--model alt_gvt_base --batch-size 128 --data-path path_to_imagenet --dist-eval --drop-path 0.3"
-    assert differences_from_published(parse(*command.split()), 8 * 128, vars(parse())) == []
-
-
-def test_recipes_are_defaults_that_options_override(monkeypatch, tmp_path, run_in_process):
-    args = vars(parse_args(["--recipe", "shapes", "--lr", "1e-3", "--no-unscale-lr"]))
-    expected = vars(parse()) | SHAPES | {"recipe": "shapes", "lr": 1e-3, "unscale_lr": False}
-    assert args == expected
-    args = vars(parse_args(["--recipe", "published", "--model", "alt_gvt_large", "--warmup-epochs", "3"]))
-    assert (args["global_batch"], args["drop_path"], args["warmup_epochs"]) == (1024, 0.5, 3)
-    _, error = run_in_process("--recipe", "published", "--model", "resnet18")
-    assert "--recipe published: --model resnet18 is not one of pcpvt_small" in error
-    monkeypatch.setattr("datasets.SHAPES_TRAIN", 8)
-    monkeypatch.setattr("datasets.SHAPES_VAL", 4)
-    small = ["--input-size", "32", "--batch-size", "4", "--epochs", "1", "--device", "cpu", "--num_workers", "0"]
-    output, _ = run_in_process("--recipe", "shapes", *small)
-    assert "recipe shapes, changed: input-size 32 (recipe: 64), epochs 1 (recipe: 5), batch-size 4" in output
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-@pytest.mark.parametrize("processes", [1, 2, 4, 8])
-def test_the_published_recipe_needs_no_batch_size(name, processes):
-    args = parse_args(["--recipe", "published", "--model", name])
-    accumulation = choose_accumulation(args.batch_size, args.global_batch, processes)
-    assert args.batch_size * processes * accumulation == PUBLISHED[name]["global_batch"]
-    assert differences_from_published(args, args.global_batch, vars(parse())) == []
-
-
-def test_every_option_is_in_recipes_or_excluded():
-    assert NOT_IN_RECIPES | set(SHAPES) | set(PUBLISHED["alt_gvt_large"]) <= set(vars(parse()))
-    fixed = set(vars(parse())) - NOT_IN_RECIPES
-    assert {"lr", "aa", "drop_path", "finetune", "data_set", "opt_betas", "recount", "mixup_mode"} <= fixed
-    assert not fixed & {"output_dir", "seed", "device"}
 
 
 def test_choice_of_mixed_precision(monkeypatch):
