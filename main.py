@@ -421,9 +421,8 @@ def build_val_loader(args: argparse.Namespace, processes: Processes) -> DataLoad
     """Build the loader of the validation set; with --dist-eval, of this process's part of it."""
     dataset = EvalSet(build_dataset(False, args), args.bad_image)
     share = {"world_size": processes.world_size, "rank": processes.rank} if args.dist_eval else {}
-    sampler = EvalSampler(len(dataset), **share)
-    loading = loader_options(args, processes.device)
-    return DataLoader(dataset, batch_size=int(1.5 * args.batch_size), sampler=sampler, **loading)
+    options = {"batch_size": int(1.5 * args.batch_size), **loader_options(args, processes.device)}
+    return DataLoader(dataset, sampler=EvalSampler(len(dataset), **share), **options)
 
 
 def build_train_loader(args: argparse.Namespace, processes: Processes, global_batch: int) -> DataLoader:
@@ -609,11 +608,11 @@ def evaluate_state(
     state: TrainState, val_loader: DataLoader, args: argparse.Namespace, processes: Processes
 ) -> dict[str, float]:
     """Evaluate the model and its moving average, if there is one; return the metrics as test_* and test_ema_*."""
-    evaluated = {"test": ("network", state.model)}
+    evaluated = [("test", "network", state.model)]
     if state.model_ema is not None:
-        evaluated["test_ema"] = ("moving average", state.model_ema.module)
+        evaluated.append(("test_ema", "moving average", state.model_ema.module))
     figures = {}
-    for prefix, (what, model) in evaluated.items():
+    for prefix, what, model in evaluated:
         stats = evaluate(model, val_loader, processes.device, **evaluation_options(args, processes))
         report_evaluation(stats, what)
         figures |= {f"{prefix}_{name}": value for name, value in stats.items() if name != "images"}
@@ -626,12 +625,12 @@ def announce(
     """Log the model, the batch sizes, and the differences from the recipe and from the published one."""
     global_batch = state.sampler.global_batch
     amp_dtype = choose_amp(args.amp, processes.device) or torch.float32
-    what = f"{args.model}: {state.n_parameters} parameters, {nb_classes} classes"
-    logger.info("%s, %s on %s", what, amp_dtype, processes.device)
+    counts = f"{state.n_parameters} parameters, {nb_classes} classes"
+    logger.info("%s: %s, %s on %s", args.model, counts, amp_dtype, processes.device)
     lr = describe_peak_lr(args, global_batch)
     logger.info("%s", describe_batch(args.batch_size, accumulation, lr, state.sampler.steps))
-    defaults = vars(get_args_parser().parse_args([]))
-    for note in note_recipe(args) + note_schedule(args, global_batch) + note_published(args, global_batch, defaults):
+    notes = note_recipe(args) + note_schedule(args, global_batch)
+    for note in notes + note_published(args, global_batch, defaults=vars(get_args_parser().parse_args([]))):
         logger.info("%s", note)
 
 
@@ -659,8 +658,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; see `core.launch.run_script` for exit codes and errors."""
     args = parse_args(argv)
-    run = run_evaluation if args.eval else run_training
-    run_script("main.py", run, args, kept=bool(args.output_dir))
+    run_script("main.py", run_evaluation if args.eval else run_training, args, kept=bool(args.output_dir))
 
 
 if __name__ == "__main__":

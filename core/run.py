@@ -160,6 +160,8 @@ class Run:
         self.first_epoch, self.first_step, self.start = state.epoch, state.meter.step, time.perf_counter()
         if self.folder:
             on_main(self._write_start)
+        else:
+            logger.info("note: nothing is saved; pass --output_dir to save checkpoints and the log")
         while state.epoch < total:
             yield state.epoch
         self._log_summary()

@@ -117,7 +117,8 @@ class Transform(GeneralizedRCNNTransform):
         super().__init__(shorter, longer, *STATISTICS, PADDING)
 
     def normalize(self, image: Tensor) -> Tensor:
-        return normalise(image)
+        images = normalise(image)
+        return images.to(image.dtype) if image.is_floating_point() else images  # half precision stays so
 
     def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
         if self.training:
