@@ -10,6 +10,7 @@ from torch import nn
 import utils
 from core.distributed import gather, get_rank, get_world_size
 from core.meters import EpochMeter
+from models.complexity import count_module_parameters
 from utils import UserError
 
 FORMAT = 2  # version of the format that this code writes; checkpoints of format 1 have no version entry
@@ -64,7 +65,7 @@ class TrainState:
     @property
     def n_parameters(self) -> int:
         """Number of parameters of the model."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
+        return count_module_parameters(self.model)
 
     def parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the optimizer updates."""
