@@ -447,7 +447,7 @@ def build_model(name: str, nb_classes: int, **kwargs) -> nn.Module:
         UserError: If the weights cannot be downloaded, or timm cannot build the model with these arguments.
     """
     try:
-        return timm.create_model(name, num_classes=nb_classes, **kwargs)
+        return models.cpu.accelerate(timm.create_model(name, num_classes=nb_classes, **kwargs))
     except Exception as error:  # timm and the hub raise many kinds of errors
         reason = f"{type(error).__name__}: {one_line(error)}"
         if kwargs.get("pretrained"):

@@ -30,6 +30,7 @@ from dense.networks import build_backbone
 from detection.configs.recipes import mask_rcnn_1x_pvt_setting, retinanet_1x_pvt_setting
 from detection.network import build_detector
 from models.complexity import Macs, count_module_macs, count_module_parameters
+from models.cpu import accelerate
 from segmentation.configs.recipes import Experiment
 from segmentation.network import Segmentor, build_segmentor
 
@@ -81,7 +82,7 @@ def measure_segmentor(mode: str, experiment: Experiment, device: torch.device) -
         experiment: Experiment whose network is measured.
         device: Device of the network.
     """
-    model = build_untrained_segmentor(experiment).to(device, memory_format=torch.channels_last)
+    model = accelerate(build_untrained_segmentor(experiment)).to(device, memory_format=torch.channels_last)
     if mode == "train":
         what, step = "training step, 2 images of 512x512", build_training_step(model, device)
     else:
@@ -195,7 +196,7 @@ def measure_backbone_memory(name: str, device: torch.device) -> int:
         set_fused_attn(False)
         backbone = timm.create_model(name).to(device).train()
     else:
-        backbone = build_backbone(name, "", window_padding="zero").to(device).train()
+        backbone = accelerate(build_backbone(name, "", window_padding="zero")).to(device).train()
     image = torch.randn(1, 3, 800, 1333, device=device)
     before = peak_memory(device)
     maps = backbone.forward_intermediates(image, intermediates_only=True)

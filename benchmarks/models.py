@@ -42,7 +42,7 @@ from core.launch import run_script
 from core.meters import peak_memory
 from core.options import POSITIVE_INT, ArgumentParser, add_compute_options, add_process_options, choose_amp
 from models.complexity import count_macs, count_parameters
-from models.cpu import Linear
+from models.cpu import accelerate
 from utils import UserError
 
 logger = logging.getLogger("twins")
@@ -147,6 +147,8 @@ def build_model(name: str, setting: Setting) -> nn.Module:
     # In timm's models the padding takes part in attention; ours must do the same for outputs to agree.
     padding = {"window_padding": "zero"} if name.startswith("alt_gvt") else {}
     model = timm.create_model(name, features_only=setting.features, **padding)
+    if not name.startswith("twins_"):
+        accelerate(model)
     if setting.grad_checkpointing:
         try:
             (model.model if setting.features else model).set_grad_checkpointing()
@@ -180,7 +182,7 @@ def measure_peak(setting: Setting) -> float:
     side = 8192 if setting.device.type == "cuda" else 2048
     dtype = setting.amp_dtype or torch.float32
     x = torch.randn(side, side, device=setting.device, dtype=dtype)
-    layer = Linear(side, side, device=setting.device, dtype=dtype)
+    layer = accelerate(nn.Linear(side, side, device=setting.device, dtype=dtype))
     with torch.inference_mode():
         times = time_in_turns([lambda: x @ x, lambda: layer(x)], 5, setting.device)
     return 2 * side**3 / min(map(min, times))

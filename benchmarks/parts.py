@@ -6,17 +6,19 @@ Both ways have the same result; they are timed in turns.
 """
 
 import argparse
+import copy
 import logging
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from timm.layers import Mlp
 from timm.models.twins import LocallyGroupedAttn
+from torch import nn
 
 from benchmarks.common import (
     add_measurement_options,
@@ -31,8 +33,8 @@ from benchmarks.pipeline import PHOTO_SIZE, draw_photo
 from core.distributed import Processes
 from core.launch import run_script
 from core.options import ArgumentParser
-from models import cpu
-from models.twins import LocallyGroupedAttention
+from models.cpu import accelerate
+from models.layers import LocallyGroupedAttention
 from transforms import RandomCrop, adapt_policy
 
 logger = logging.getLogger("twins")
@@ -58,21 +60,23 @@ def build_parts() -> list[Part]:
 
 
 def _linear_part() -> Part:
-    x, layer = torch.randn(8 * 14 * 14, 320), cpu.Linear(320, 1280)
-    arguments = x, layer.weight, layer.bias
+    x, layer = torch.randn(8 * 14 * 14, 320), nn.Linear(320, 1280)
+    fast = accelerate(copy.deepcopy(layer))
     what = "linear layer by oneDNN; PCPVT-S, third stage, 320 to 1280"
-    return Part(what, lambda: F.linear(*arguments), lambda: cpu.linear(*arguments))
+    return Part(what, lambda: layer(x), lambda: fast(x))
 
 
 def _mlp_part() -> Part:
-    x, mlp = torch.randn(8 * 56 * 56, 64), cpu.Mlp(64, 512)
+    x, mlp = torch.randn(8 * 56 * 56, 64), Mlp(64, 512)
+    fast = accelerate(copy.deepcopy(mlp))
     what = "GELU inside the product, and the MLP in parts; PCPVT-S, first stage"
-    return Part(what, lambda: mlp.fc2(F.gelu(mlp.fc1(x))), lambda: mlp(x))
+    return Part(what, lambda: mlp(x), lambda: fast(x))
 
 
 def _windows_part() -> Part:
     ours, timms = LocallyGroupedAttention(64, num_heads=2, window_size=7), LocallyGroupedAttn(64, num_heads=2, ws=7)
     timms.qkv, timms.proj = ours.qkv, ours.proj
+    accelerate(ours)  # the shared layers
     x = torch.randn(8, 56 * 56, 64)
     what = "windows in the batch dimension, for fused attention; SVT-S, first stage"
     return Part(what, lambda: timms(x, (56, 56)), lambda: ours(x.view(8, 56, 56, 64)))

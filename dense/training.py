@@ -29,6 +29,7 @@ from dense.experiments import load_experiment
 from dense.networks import HUB
 from dense.optimisation import IterationSchedule, parameter_groups
 from engine import train_one_epoch
+from models.cpu import accelerate
 from samplers import EpochSampler
 from utils import UserError, seed_everything
 
@@ -151,7 +152,7 @@ def run_training(
         settings = train_settings(args, device, accumulation)
         seed_everything(args.seed)  # the same initial weights in all processes
         task = build_task(args, experiment, processes, run.is_new)
-        model = synchronise_norms(task.model, processes).to(device, memory_format=torch.channels_last)
+        model = synchronise_norms(accelerate(task.model), processes).to(device, memory_format=torch.channels_last)
         if args.grad_checkpointing:
             model.backbone.set_grad_checkpointing()
         state = build_state(args, experiment, model, task.lr_factor, task.sampler, device)

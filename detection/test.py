@@ -31,6 +31,7 @@ from detection.network import build_detector
 from detection.pictures import draw_detections
 from detection.train import KINDS, build_eval_loader
 from detection.weights import load_detector
+from models.cpu import accelerate
 from utils import UserError, make_folder
 
 logger = logging.getLogger("twins")
@@ -73,7 +74,7 @@ def run_test(args: argparse.Namespace, processes: Processes) -> None:
     dataset = loader.dataset
     model = build_detector(experiment, len(dataset.classes), pretrained=False)
     logger.info("%s", load_detector(model, args.checkpoint))
-    model.to(processes.device)
+    accelerate(model).to(processes.device)
     compile_if_asked(model, args.compile)
     show = build_painter(dataset, args.show_dir, args.show_score_thr) if args.show_dir else None
     with signals_noted():

@@ -1,36 +1,53 @@
 """Linear layers and MLPs that are faster than torch's on a CPU, with the same results and gradients and less memory.
 
-In float32 on a CPU, torch multiplies matrices with MKL, which reached less than half of the throughput of AVX-512 on
-AMD processors, and each GELU is a separate pass over memory. The layers of this file use oneDNN, through the operator
-that torch.compile uses. An MLP computes its wide hidden layer in parts that fit into the cache. For the backward pass
-it only saves the hidden layer before the GELU and recomputes the GELU. README.md has the measurements.
+    models.cpu.accelerate(model)
 
-In all other cases (GPUs, other data types, autocast, small layers, export, torch.func) the layers call torch's.
-`set_enabled(False)` does this always, for tools that look for torch's layers and operations.
+switches them on in a model, whose layers are otherwise `nn.Linear` and timm's `Mlp`. In float32 on a CPU, torch
+multiplies matrices with MKL, which reached less than half of the throughput of AVX-512 on AMD processors, and each GELU
+is a separate pass over memory. The layers of this file use oneDNN, through the operator that torch.compile uses. An MLP
+computes its wide hidden layer in parts that fit into the cache. For the backward pass it only saves the hidden layer
+before the GELU and recomputes the GELU. README.md has the measurements.
+
+Accelerated layers still compute as torch's wherever the results could differ or a tool looks at them: on GPUs, in other
+data types, under autocast, in small layers, with parameters or parts that were replaced, with hooks, while a graph is
+traced or exported, under torch.func, and under dispatch modes and the profiler, which count torch's operations.
 """
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Mlp as TimmMlp
 from torch import Tensor, nn
-from torch.utils.flop_counter import register_flop_formula
+from torch.autograd import profiler
+from torch.nn.modules import module as nn_module
 
 PART_BYTES = 4 << 20  # size of a part of the hidden layer of an MLP; 2 to 8 MiB are equally fast
 LEAST_PRODUCTS = 1 << 21  # multiply-accumulates; in smaller layers the overhead of the call exceeds the gain
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    """Return True if a module has forward or backward hooks."""
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return any(hooks)
+def accelerate(model: nn.Module, enabled: bool = True) -> nn.Module:
+    """Switch the fast computation of all linear layers and MLPs of a model on or off, in place.
+
+    The names of the parameters stay. Without oneDNN the model does not change.
+
+    Args:
+        model: Any model, on any device.
+        enabled: False to get the layers of torch and timm back, for tools that look for their types.
+
+    Returns:
+        The model.
+    """
+    classes = {nn.Linear: Linear, TimmMlp: Mlp} if enabled else {Linear: nn.Linear, Mlp: TimmMlp}
+    if AVAILABLE:
+        for layer in model.modules():
+            layer.__class__ = classes.get(type(layer), type(layer))
+    return model
 
 
 def _is_available() -> bool:
     """Return True if torch has oneDNN and all private functions that this file calls."""
     x = torch.ones(1, 1)
     try:  # call each of them as the code below does
-        torch._C._functorch.peek_interpreter_stack()
-        int(torch.autograd.forward_ad._current_level)
+        _is_observed()
         _has_hooks(nn.Identity())
         torch.ops.mkldnn._linear_pointwise(x, x, x[0], "gelu", [], "none")
         return torch.backends.mkldnn.is_available()
@@ -38,36 +55,42 @@ def _is_available() -> bool:
         return False
 
 
-AVAILABLE = _is_available()
-_enabled = AVAILABLE
+def _has_hooks(layer: nn.Module) -> bool:
+    """Return True if a layer has forward or backward hooks of its own."""
+    hooks = layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks
+    return any(hooks)
 
 
-def set_enabled(enabled: bool) -> None:
-    """Enable or disable the computation of this file; when disabled, all layers call torch's."""
-    global _enabled
-    _enabled = enabled and AVAILABLE
-
-
-def _is_fast(x: Tensor, weight: Tensor) -> bool:
-    """Return True if this file computes the layer `(..., in) -> (..., out)` with a weight `(out, in)`."""
+def _is_observed() -> bool:
+    """Return True if operations are traced, transformed or counted, or modules have global hooks."""
     return (
-        _enabled
+        torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None  # torch.func
+        or torch.autograd.forward_ad._current_level >= 0  # forward-mode differentiation
+        or torch._C._len_torch_dispatch_stack() > 0  # among others FlopCounterMode
+        or profiler._is_profiler_enabled
+        or nn_module._has_any_global_hook()
+    )
+
+
+AVAILABLE = _is_available()
+
+
+def _is_fast(x: Tensor, layer: nn.Linear) -> bool:
+    """Return True if this file computes a layer `(..., in) -> (..., out)` for this input."""
+    weight = layer.weight
+    return (
+        type(x) is Tensor
+        and type(weight) is type(layer.bias) is nn.Parameter  # not quantised, parametrised, or without a bias
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.shape[-1] == weight.shape[1]  # otherwise torch raises its error
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()
-        and (torch.compiler.is_compiling() or _is_worth_it(x, weight))  # a compiled graph must not depend on the size
-    )
-
-
-def _is_worth_it(x: Tensor, weight: Tensor) -> bool:
-    """Return True if a layer is large enough, and neither traced nor transformed."""
-    return (
-        not torch.jit.is_tracing()
-        and x.numel() * weight.shape[0] >= LEAST_PRODUCTS
-        and torch._C._functorch.peek_interpreter_stack() is None  # torch.func
-        and torch.autograd.forward_ad._current_level < 0  # forward-mode differentiation
+        and not _has_hooks(layer)
+        and (  # a compiled graph must not depend on the size
+            torch.compiler.is_compiling() or (x.numel() * weight.shape[0] >= LEAST_PRODUCTS and not _is_observed())
+        )
     )
 
 
@@ -75,7 +98,7 @@ class Linear(nn.Linear):
     """Linear layer, `(..., in_features)` -> `(..., out_features)`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.bias is None or not _is_fast(x, self.weight):
+        if not _is_fast(x, self):
             return super().forward(x)
         return linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias).view(*x.shape[:-1], -1)
 
@@ -83,25 +106,23 @@ class Linear(nn.Linear):
 class Mlp(TimmMlp):
     """MLP with one hidden layer and an exact GELU, `(..., C)` -> the same shape."""
 
-    def __init__(self, dim: int, hidden: int, drop: float = 0.0):
-        super().__init__(dim, hidden, drop=drop)
-        self.fc1, self.fc2 = Linear(dim, hidden), Linear(hidden, dim)
-
     def forward(self, x: Tensor) -> Tensor:
-        # The device is the fastest check. is_plain() comes before fc1.weight, which a replaced layer may not have.
-        if not (_enabled and x.is_cpu and self.is_plain() and _is_fast(x, self.fc1.weight)):
+        if not (self.is_plain() and _is_fast(x, self.fc1)):
             return super().forward(x)
         arguments = x.reshape(-1, x.shape[-1]), self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias
         output = mlp_training(*arguments)[0] if torch.is_grad_enabled() else mlp(*arguments)
-        return output.view(x.shape)
+        return output.view(*x.shape[:-1], -1)
 
     def is_plain(self) -> bool:
-        """Return True if no layer is replaced or has hooks, and no dropout is active."""
+        """Return True if no part is replaced, patched or has hooks, and no dropout is active."""
         parts = {self.fc1: Linear, self.act: nn.GELU, self.norm: nn.Identity, self.fc2: Linear}
+        drops = self.drop1, self.drop2
         return (
-            all(type(part) is kind and not _has_hooks(part) for part, kind in parts.items())
+            all(type(part) is kind for part, kind in parts.items())
+            and not any("forward" in vars(part) or _has_hooks(part) for part in (*parts, *drops))
+            and type(self.fc2.weight) is type(self.fc2.bias) is nn.Parameter
             and self.act.approximate == "none"
-            and not any((self.training and drop.p > 0) or _has_hooks(drop) for drop in (self.drop1, self.drop2))
+            and not (self.training and any(drop.p > 0 for drop in drops))
         )
 
 
@@ -162,7 +183,7 @@ linear.register_autograd(_differentiate_linear, setup_context=_save_for_linear)
 
 @torch.library.custom_op("twins::mlp", mutates_args=(), device_types="cpu")
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-    """Return `gelu(x @ weight1.T + bias1) @ weight2.T + bias2`, `(tokens, C) -> (tokens, C)`; not differentiable."""
+    """Return `gelu(x @ weight1.T + bias1) @ weight2.T + bias2`, `(tokens, in) -> (tokens, out)`; not differentiable."""
     parts = _split(x, hidden=len(weight1))
     return _cat([_multiply(_multiply(part, weight1, bias1, "gelu"), weight2, bias2) for part in parts])
 
@@ -241,21 +262,3 @@ def _split(x: Tensor, hidden: int) -> tuple[Tensor, ...]:
 def _cat(parts: list[Tensor]) -> Tensor:
     """Concatenate parts of tokens; a single part is returned without a copy."""
     return torch.cat(parts) if len(parts) > 1 else parts[0]
-
-
-# --------------------------------------------------------------------------------------------------------- counting
-
-
-def _count_linear(x_shape: torch.Size, weight_shape: torch.Size, *_, **__) -> int:
-    return 2 * x_shape[0] * weight_shape.numel()
-
-
-def _count_mlp(x_shape: torch.Size, weight1_shape: torch.Size, *_, **__) -> int:
-    return 4 * x_shape[0] * weight1_shape.numel()
-
-
-# For torch's FlopCounterMode.
-register_flop_formula(torch.ops.twins.linear)(_count_linear)
-register_flop_formula(torch.ops.twins.linear_backward)(lambda _, *shapes, **__: 2 * _count_linear(*shapes))
-register_flop_formula([torch.ops.twins.mlp, torch.ops.twins.mlp_training])(_count_mlp)
-register_flop_formula(torch.ops.twins.mlp_backward)(lambda _, x, __, *shapes, **___: 2 * _count_mlp(x, *shapes))

@@ -1,4 +1,4 @@
-"""Twins-PCPVT and Twins-SVT: layers, the backbone `Twins`, and entry points.
+"""Twins-PCPVT and Twins-SVT: the backbone `Twins` and entry points; `models/layers.py` has the layers.
 
 Papers: Twins (Chu et al., NeurIPS 2021, https://arxiv.org/abs/2104.13840) and, for the positional
 encoding generator, CPVT (Chu et al., ICLR 2023, https://arxiv.org/abs/2102.10882).
@@ -17,211 +17,27 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import register_notrace_function, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_model_deprecations
 from timm.models._features import feature_take_indices
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
-from models.cpu import Linear, Mlp
+from .layers import (
+    WINDOW_PADDINGS,
+    Block,
+    GlobalSubsampledAttention,
+    LocallyGroupedAttention,
+    PatchEmbed,
+    PositionalEncodingGenerator,
+    Stage,
+)
 
 MIN_INPUT_SIZE = 32  # side length in pixels: the stride of the last stage
-WINDOW_PADDINGS = ("mask", "zero")
 
 
 class TwinsError(ValueError):
     """Weights, images or arguments that do not fit the models of this package. The message has the remedy."""
-
-
-def conv_channels_last(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
-    """Apply a convolution to channels-last tokens: `(B, H, W, C)` -> `(B, H', W', C')`, without a copy."""
-    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-
-
-def _cat(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
-    """Concatenate tensors; a single one is returned without a copy."""
-    return torch.cat(parts, dim=dim) if len(parts) > 1 else parts[0]
-
-
-def _is_known_multiple(side: int, window: int) -> bool:
-    """Return True if a side is a multiple of the window. In a graph compiled for many sizes this is unknown: False."""
-    if not torch.compiler.is_compiling():
-        return side % window == 0
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
-
-    return statically_known_true(side % window == 0)
-
-
-class PatchEmbed(nn.Module):
-    """Patch embedding with patches of side p, `(B, H, W, C_in)` -> `(B, H // p, W // p, C)`."""
-
-    def __init__(self, in_chans: int, embed_dim: int, patch_size: int):
-        super().__init__()
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
-        self.norm = nn.LayerNorm(embed_dim)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(conv_channels_last(self.proj, x))
-
-
-class PositionalEncodingGenerator(nn.Module):
-    """PEG of CPVT: depthwise 3x3 convolution with a residual, `(B, H, W, C)` -> the same shape."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.proj = nn.Sequential(nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + conv_channels_last(self.proj[0], x)
-
-
-class LocallyGroupedAttention(nn.Module):
-    """LSA of Twins-SVT: attention inside windows of `window_size` x `window_size` tokens.
-
-    If a side of the map is not a multiple of the window, the last windows extend beyond the right or lower border.
-    With `window_padding="mask"` the padding takes no part in attention: these windows are just smaller. With `"zero"`
-    it takes part as zero vectors. Without padding both are the same.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        window_size: int,
-        window_padding: str = "mask",
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-    ):
-        super().__init__()
-        self.num_heads = num_heads
-        self.window_size = window_size
-        self.window_padding = window_padding
-        self.attn_drop = attn_drop
-        self.qkv = Linear(dim, dim * 3)
-        self.proj = Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map `(B, H, W, C)` to the same shape."""
-        _, H, W, _ = x.shape
-        size = self.window_size
-        if _is_known_multiple(H, size) and _is_known_multiple(W, size):
-            x = self.attend(x)
-        elif torch.compiler.is_compiling():
-            x = self.attend_by_index(x)
-        elif self.window_padding == "zero":
-            x = self.attend(F.pad(x, (0, 0, 0, -W % size, 0, -H % size)))[:, :H, :W]
-        else:
-            # Differs from the original: its mask is wrong where only one side is padded.
-            bands = [
-                _cat([self.attend(part) for part in self.split(band, dim=2)], dim=2) for band in self.split(x, dim=1)
-            ]
-            x = _cat(bands, dim=1)
-        return self.proj_drop(x)
-
-    def split(self, x: torch.Tensor, dim: int) -> list[torch.Tensor]:
-        """Split a map into the whole windows and the rest, without empty parts."""
-        remainder = x.shape[dim] % self.window_size
-        parts = x.split([x.shape[dim] - remainder, remainder], dim=dim)
-        return [part for part in parts if part.shape[dim] > 0]
-
-    def attend(self, x: torch.Tensor) -> torch.Tensor:
-        """Attend inside windows of a map `(B, H, W, C)`, whose sides are multiples of the window or smaller than it."""
-        B, H, W, C = x.shape
-        height, width = min(H, self.window_size), min(W, self.window_size)
-        rows, cols = H // height, W // width
-        # Rearranging into windows before the projection to q, k and v moves a third of the memory.
-        x = x.reshape(B, rows, height, cols, width, C).transpose(2, 3).reshape(-1, height * width, C)
-        x = self.attend_windows(x).reshape(B, rows, cols, height, width, C)
-        return x.transpose(2, 3).reshape(B, H, W, C)
-
-    def attend_by_index(self, x: torch.Tensor) -> torch.Tensor:
-        """Attend inside windows of a map `(B, H, W, C)`, in a single compiled graph for all sizes."""
-        B, H, W, C = x.shape
-        size, device = self.window_size, x.device
-        rows, cols = (H + size - 1) // size, (W + size - 1) // size
-        place = torch.arange(rows * cols * size**2, device=device)  # index of a token, in the order of windows
-        window, token = place // size**2, place % size**2
-        band = window // cols
-        row, col = band * size + token // size, (window - band * cols) * size + token % size
-        inside = (row < H) & (col < W)
-        x = x.reshape(B, H * W, C).index_select(1, row.clamp(max=H - 1) * W + col.clamp(max=W - 1))
-        if self.window_padding == "zero":
-            x, real = x * inside[:, None], None
-        else:
-            real = inside.repeat(B).view(-1, 1, 1, size**2)
-        x = self.attend_windows(x.view(-1, size**2, C), real).view(B, -1, C)
-        place = torch.arange(H * W, device=device)  # index of a token, in the order of rows
-        row = place // W
-        col = place - row * W
-        place = (row // size * cols + col // size) * size**2 + row % size * size + col % size
-        return x.index_select(1, place).view(B, H, W, C)
-
-    def attend_windows(self, x: torch.Tensor, real: torch.Tensor | None = None) -> torch.Tensor:
-        """Attend inside windows.
-
-        Args:
-            x: Tokens `(windows, tokens, C)`.
-            real: Mask `(windows, 1, 1, tokens)`, False for padding; None if all tokens take part.
-        """
-        _, tokens, C = x.shape
-        qkv = self.qkv(x).view(-1, tokens, 3, self.num_heads, C // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (windows, heads, tokens, C / heads) each
-        dropout = self.attn_drop if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=real, dropout_p=dropout)
-        return self.proj(x.transpose(1, 2).reshape(-1, tokens, C))
-
-
-class GlobalSubsampledAttention(nn.Module):
-    """GSA of Twins, the spatial-reduction attention of PVT: keys and values come from a subsampled map.
-
-    The map is subsampled by a convolution with kernel and stride `sr_ratio`. With `sr_ratio=1` this is plain attention.
-    """
-
-    def __init__(self, dim: int, num_heads: int, sr_ratio: int = 1, attn_drop: float = 0.0, proj_drop: float = 0.0):
-        super().__init__()
-        self.num_heads = num_heads
-        self.sr_ratio = sr_ratio
-        self.attn_drop = attn_drop
-        self.q = Linear(dim, dim)
-        self.kv = Linear(dim, dim * 2)
-        self.proj = Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-        if sr_ratio > 1:
-            self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio)
-            self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map `(B, H, W, C)` to the same shape."""
-        B, H, W, C = x.shape
-        head_dim = C // self.num_heads
-        q = self.q(x).reshape(B, H * W, self.num_heads, head_dim).transpose(1, 2)  # (B, heads, H * W, C / heads)
-        if self.sr_ratio > 1:
-            x = self.norm(conv_channels_last(self.sr, x))  # (B, H // sr, W // sr, C)
-        # (B, keys, 2, heads, C / heads) -> two of (B, heads, keys, C / heads)
-        k, v = self.kv(x).reshape(B, -1, 2, self.num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        dropout = self.attn_drop if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
-        x = x.transpose(1, 2).reshape(B, H, W, C)
-        return self.proj_drop(self.proj(x))
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block, `(B, H, W, C)` -> the same shape. `attn` is LSA or GSA."""
-
-    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, proj_drop: float = 0.0, drop_path: float = 0.0):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_drop)
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class Twins(nn.Module):
@@ -248,6 +64,8 @@ class Twins(nn.Module):
         attn_drop_rate: Dropout rate of the attention weights.
         drop_path_rate: Stochastic depth rate of the last block; the rate grows linearly from 0 over all blocks.
         img_size: Side length of the images, or height and width. It is only checked; the network takes any size.
+        device: Device of the parameters; None for torch's default.
+        dtype: Data type of the parameters; None for torch's default.
 
     Raises:
         TwinsError: If `window_padding` or `global_pool` is unknown, if the number of channels is not a multiple of the
@@ -274,6 +92,8 @@ class Twins(nn.Module):
         attn_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         img_size: int | tuple[int, int] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
         if window_padding not in WINDOW_PADDINGS:
@@ -282,7 +102,8 @@ class Twins(nn.Module):
             if dim % heads:
                 raise TwinsError(f"{heads} attention heads do not divide an embedding of {dim} channels")
         if img_size is not None:
-            _check_image_size(*((img_size, img_size) if isinstance(img_size, int) else img_size))
+            check_image_size(*((img_size, img_size) if isinstance(img_size, int) else img_size))
+        self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = _check_pool(global_pool)
         self.embed_dims = tuple(embed_dims)
@@ -302,7 +123,7 @@ class Twins(nn.Module):
         self.patch_embeds = nn.ModuleList(map(PatchEmbed, in_dims, embed_dims, patch_sizes))
         self.pos_block = nn.ModuleList(map(PositionalEncodingGenerator, embed_dims))
         self.blocks = nn.ModuleList(
-            nn.ModuleList(
+            Stage(
                 Block(dim, make_attention(stage, index), mlp_ratios[stage], proj_drop_rate, next(drop_paths))
                 for index in range(depths[stage])
             )
@@ -316,9 +137,16 @@ class Twins(nn.Module):
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.feature_info = [
-            {"module": f"blocks.{i}", "num_chs": dim, "reduction": 4 * 2**i} for i, dim in enumerate(embed_dims)
+            {"module": self._last_module(i), "num_chs": dim, "reduction": 4 * 2**i} for i, dim in enumerate(embed_dims)
         ]
         self.apply(_init_weights)
+        self.to(device=device, dtype=dtype)
+
+    def _last_module(self, stage: int) -> str:
+        """Return the name of the module that gives the output of a stage, for timm's feature extractors."""
+        if self.stage_norm:
+            return f"norm_list.{stage}"
+        return f"blocks.{stage}" if len(self.blocks[stage]) > 1 else f"pos_block.{stage}"
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.forward_head(self.forward_features(x))
@@ -445,23 +273,21 @@ class Twins(nn.Module):
 
     def _to_channels_last(self, x: torch.Tensor) -> torch.Tensor:
         """Check the images and view them as `(B, H, W, in_chans)`."""
-        _check_image_size(x.shape[-2], x.shape[-1])
+        check_image_size(x.shape[-2], x.shape[-1])
         return x.permute(0, 2, 3, 1)
 
     def _forward_stage(self, x: torch.Tensor, stage: int) -> torch.Tensor:
         """Map tokens `(B, H, W, C_in)` of the previous stage to tokens `(B, H', W', C)` of this one."""
         x = self.patch_embeds[stage](x)
-        for index, block in enumerate(self.blocks[stage]):
-            if self.grad_checkpointing and self.training:
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-            if index == 0:
-                x = self.pos_block[stage](x)
+        x = self.blocks[stage](x, self.pos_block[stage], self.grad_checkpointing and self.training)
         return self.norm_list[stage](x) if self.stage_norm else x
 
 
-def _check_image_size(height: int, width: int) -> None:
+@register_notrace_function
+def check_image_size(height: int, width: int) -> None:
+    """Raise a TwinsError for images that are too small. FX does not trace functions with an underscore separately."""
+    if torch.jit.is_tracing():
+        return  # the sizes of the graph are open
     if height < MIN_INPUT_SIZE or width < MIN_INPUT_SIZE:
         raise TwinsError(
             f"images of {height}x{width} pixels are too small for Twins, whose last stage has stride "
@@ -491,7 +317,7 @@ def _cfg(**kwargs) -> dict:
         "num_classes": 1000,
         "input_size": (3, 224, 224),
         "min_input_size": (3, MIN_INPUT_SIZE, MIN_INPUT_SIZE),
-        "pool_size": None,
+        "pool_size": (7, 7),
         "crop_pct": 0.875,  # as in the published evaluation; the entries of timm have 0.9
         "interpolation": "bicubic",
         "mean": IMAGENET_DEFAULT_MEAN,

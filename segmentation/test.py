@@ -26,6 +26,7 @@ from core.launch import run_script
 from core.options import ArgumentParser, choose_amp, compile_if_asked
 from core.signals import signals_noted
 from dense.training import build_experiment, describe, get_test_parser
+from models.cpu import accelerate
 from segmentation.configs.recipes import Experiment
 from segmentation.metrics import evaluate
 from segmentation.network import IGNORED_LABEL, build_segmentor
@@ -70,7 +71,7 @@ def run_test(args: argparse.Namespace, processes: Processes) -> None:
     write = build_writer(dataset, args.out, args.show_dir)
     model = build_segmentor(experiment, len(classes), pretrained=False)
     logger.info("%s", load_segmentor(model, args.checkpoint))
-    model.to(processes.device)
+    accelerate(model).to(processes.device)
     compile_if_asked(model, args.compile)
     with signals_noted():
         matrix = evaluate(

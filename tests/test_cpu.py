@@ -7,12 +7,12 @@ import sys
 import pytest
 import timm
 import torch
-from timm.layers import Mlp as TimmMlp
+from timm.layers import Mlp
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import cpu
-from models.cpu import Linear, Mlp
+from models.cpu import accelerate
 from tests.conftest import ROOT
 
 
@@ -35,25 +35,11 @@ def calls(monkeypatch):
     return made
 
 
-def run_plain(function):
-    """Return the result of a function with the fast layers disabled."""
-    before = cpu._enabled
-    cpu.set_enabled(False)
-    try:
-        return function()
-    finally:
-        cpu.set_enabled(before)
-
-
 def build(kind: str) -> tuple[nn.Module, nn.Module]:
     """Return a fast layer, and the layer of torch or timm with the same parameters."""
     torch.manual_seed(0)
-    if kind == "linear":
-        ours, peer = Linear(24, 40), nn.Linear(24, 40)
-    else:
-        ours, peer = Mlp(24, 96), TimmMlp(24, 96)
-    peer.load_state_dict(ours.state_dict())
-    return ours, peer
+    peer = nn.Linear(24, 40) if kind == "linear" else Mlp(24, 96)
+    return accelerate(copy.deepcopy(peer)), peer
 
 
 def run_backward(layer: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
@@ -128,7 +114,7 @@ def test_other_data_types_are_computed_by_torch(kind):
 
 
 def test_dropout_is_computed_by_torch():
-    layer = Mlp(24, 96, drop=0.5).train()
+    layer = accelerate(Mlp(24, 96, drop=0.5)).train()
     x = torch.randn(5, 24)
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
@@ -197,21 +183,102 @@ def test_small_layers_and_errors_are_left_to_torch(calls, monkeypatch):
         ours.double()(torch.randn(500, 24))
 
 
-def test_operations_are_counted():
-    model = timm.create_model("alt_gvt_tiny")
+def count_flops(model: nn.Module) -> int:
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(1, 3, 64, 64)).sum().backward()
+        with torch.no_grad():
+            model(torch.randn(1, 3, 64, 64))
+    return counter.get_total_flops()
 
-    def count() -> int:
-        with FlopCounterMode(display=False) as counter:
-            model(torch.randn(1, 3, 64, 64)).sum().backward()
-            with torch.no_grad():
-                model(torch.randn(1, 3, 64, 64))
-        return counter.get_total_flops()
 
-    assert count() == run_plain(count)
+def profile_flops(model: nn.Module) -> int:
+    with torch.profiler.profile(with_flops=True) as profiler, torch.no_grad():
+        model(torch.randn(1, 3, 64, 64))
+    return sum(event.flops for event in profiler.key_averages())
+
+
+@pytest.mark.parametrize("count", [count_flops, profile_flops])
+def test_operations_are_counted(count, calls):
+    model = timm.create_model("alt_gvt_tiny").eval()
+    expected = count(model)
+    assert expected > 1e7
+    assert count(accelerate(model)) == expected
+    assert not calls
+
+
+def test_models_have_the_layers_of_torch_and_timm_unless_accelerated(calls):
+    model = timm.create_model("alt_gvt_tiny", num_classes=5)
+    plain = {name: type(module) for name, module in model.named_modules()}
+    names = list(model.state_dict())
+    assert list(plain.values()).count(nn.Linear) == 31
+    assert list(plain.values()).count(Mlp) == 7
+    model(torch.randn(1, 3, 64, 64))
+    assert not calls
+    assert accelerate(model) is model
+    assert not {nn.Linear, Mlp} & set(map(type, model.modules()))
+    assert list(model.state_dict()) == names
+    model(torch.randn(1, 3, 64, 64))
+    assert calls
+    accelerate(model, enabled=False)
+    assert {name: type(module) for name, module in model.named_modules()} == plain
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+def parametrise(layer: nn.Linear) -> None:
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+
+
+def replace_weight(layer: nn.Linear) -> None:
+    weight = layer.weight.detach() * 2
+    del layer.weight
+    layer.weight = weight
+
+
+def patch_forward(layer: nn.Linear) -> None:
+    layer.forward = lambda x: 2 * nn.functional.linear(x, layer.weight, layer.bias)
+
+
+@pytest.mark.parametrize("change", [parametrise, replace_weight, patch_forward])
+@pytest.mark.parametrize("part", ["", "fc1", "fc2"])
+def test_changed_layers_are_computed_by_torch(change, part, calls):
+    ours, peer = build("mlp" if part else "linear")
+    for layer in (ours, peer):
+        change(layer.get_submodule(part))
+    x = torch.randn(5, 24)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), peer(x))
+    assert len(calls) == (1 if part else 0)  # the other layer of the MLP is fast
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_layers_with_global_hooks_are_computed_by_torch(kind, calls):
+    ours, _ = build(kind)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
+    try:
+        ours(torch.randn(5, 24))
+    finally:
+        handle.remove()
+    assert type(ours) in seen
+    assert not calls
+
+
+def test_all_linear_layers_of_a_model_can_be_quantised():
+    model = timm.create_model("alt_gvt_tiny").eval()
+    quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
+    assert sum(isinstance(module, torch.ao.nn.quantized.dynamic.Linear) for module in quantised.modules()) == 31
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(quantised(images), model(images), rtol=0.1, atol=0.02)
 
 
 PRIVATE = [
     "torch._C._functorch.peek_interpreter_stack",
+    "torch._C._len_torch_dispatch_stack",
+    "torch.autograd.profiler._is_profiler_enabled",
     "torch.autograd.forward_ad._current_level",
     "torch.ops.mkldnn._linear_pointwise",
 ]
@@ -220,11 +287,10 @@ import timm, torch  # before the removal, because they may call the function whe
 {removal}
 import models
 from models import cpu
-model = timm.create_model("alt_gvt_tiny", num_classes=3)
+model = cpu.accelerate(timm.create_model("alt_gvt_tiny", num_classes=3))
 model(torch.randn(2, 3, 64, 64)).sum().backward()
-cpu.set_enabled(True)
 model.eval()(torch.randn(2, 3, 64, 64))
-print(cpu.AVAILABLE, cpu._enabled)
+print(cpu.AVAILABLE, type(model.blocks[0][0].mlp) is cpu.Mlp)
 """
 
 
@@ -246,11 +312,10 @@ def test_models_equal_those_with_layers_of_torch(name):
     model = timm.create_model(name, num_classes=5)
     images = torch.randn(2, 3, 96, 70)
 
-    def step() -> list[torch.Tensor]:
-        model.zero_grad()
+    def step(model: nn.Module) -> list[torch.Tensor]:
         output = model(images)
         output.square().sum().backward()
         return [output, *(parameter.grad for parameter in model.parameters())]
 
-    for a, b in zip(step(), run_plain(step), strict=True):
+    for a, b in zip(step(accelerate(copy.deepcopy(model))), step(model), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -13,7 +13,7 @@ from timm.layers import DropPath
 
 import models  # noqa: F401  registers our models
 from models.complexity import count_macs
-from models.twins import LocallyGroupedAttention
+from models.layers import LocallyGroupedAttention
 from tests import golden_rule
 
 DATA = Path(__file__).parent / "data"
@@ -259,95 +259,6 @@ def second_stage_input(normed, x: torch.Tensor) -> torch.Tensor:
         return normed.model._forward_stage(x, 1)
     finally:
         normed.model.norm_list[1] = norm
-
-
-def step(model, images: torch.Tensor, parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Return the output of a model and, in training mode, the gradients of its parameters."""
-    if not model.training:
-        with torch.no_grad():
-            return {"output": model(images)}
-    output = model(images)
-    gradients = torch.autograd.grad(output.square().sum(), parameters.values())
-    return {"output": output, **dict(zip(parameters, gradients, strict=True))}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("name", TINY)
-def test_compile_without_graph_breaks(name, train):
-    model = timm.create_model(name, num_classes=3).train(train)
-    parameters = dict(model.named_parameters())
-    images = image(2, 64, 96)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    expected = step(model, images, parameters)
-    for key, value in step(compiled, images, parameters).items():
-        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("padding", ["mask", "zero"])
-def test_one_compiled_graph_for_all_sizes(padding, train):
-    """The sizes have maps that are multiples of the window and others; all maps have several windows."""
-    torch._dynamo.reset()
-    model = timm.create_model("alt_gvt_tiny", num_classes=3, window_padding=padding).train(train)
-    parameters = dict(model.named_parameters())
-    graphs = []
-
-    def count(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(model, backend=count, fullgraph=True, dynamic=True)
-    for images in (image(2, 256, 288), image(3, 448, 330), image(2, 448, 448)):
-        expected = step(model, images, parameters)
-        for key, value in step(compiled, images, parameters).items():
-            torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-5)
-    assert len(graphs) == 1
-
-
-SIZES = [(2, 96, 128), (3, 64, 224), (1, 160, 97)]  # batch, height, width
-DYNAMIC = ({0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TINY)
-def test_export(name):
-    model = timm.create_model(name, num_classes=3).eval()
-    exported = torch.export.export(model, (image(*SIZES[0]),), dynamic_shapes=DYNAMIC).module()
-    for size in SIZES:
-        with torch.no_grad():
-            torch.testing.assert_close(exported(image(*size)), model(image(*size)), rtol=0, atol=1e-4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TINY)
-def test_trace(name):
-    model = timm.create_model(name, num_classes=3).eval()
-    traced = torch.jit.trace(model, image(1, 96, 70))
-    images = image(2, 96, 70)
-    with torch.no_grad():
-        torch.testing.assert_close(traced(images), model(images), rtol=0, atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TINY)
-def test_onnx_export(name, tmp_path):
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
-    from onnx.reference import ReferenceEvaluator
-
-    model = timm.create_model(name, num_classes=3).eval()
-    path = tmp_path / "twins.onnx"
-    options = {"dynamo": True, "verbose": False, "dynamic_shapes": DYNAMIC}
-    torch.onnx.export(model, (image(*SIZES[0]),), str(path), **options)
-    onnx.checker.check_model(str(path))
-    exported = onnx.load(str(path))
-    run = ReferenceEvaluator(exported).run
-    for size in SIZES:
-        (found,) = run(None, {exported.graph.input[0].name: image(*size).numpy()})
-        with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(found), model(image(*size)), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

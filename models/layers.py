@@ -1,0 +1,253 @@
+"""Layers of Twins: patch embedding, PEG, the two attentions LSA and GSA, and the transformer block.
+
+Tokens are channels-last, `(B, H, W, C)`, so that convolutions, norms and linear layers use the same memory layout.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, Mlp, register_notrace_module, use_fused_attn
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+WINDOW_PADDINGS = ("mask", "zero")
+
+
+def conv_channels_last(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    """Apply a convolution to channels-last tokens: `(B, H, W, C)` -> `(B, H', W', C')`, without a copy."""
+    return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+def _cat(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """Concatenate tensors; a single one is returned without a copy."""
+    return torch.cat(parts, dim=dim) if len(parts) > 1 else parts[0]
+
+
+def _is_captured() -> bool:
+    """Return True while torch records a graph, which must serve images of all sizes."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _is_known_multiple(side: int, window: int) -> bool:
+    """Return True if a side is a multiple of the window. In a captured graph for many sizes this is unknown: False."""
+    if not torch.compiler.is_compiling():
+        return not torch.jit.is_tracing() and side % window == 0
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import
+
+    return statically_known_true(side % window == 0)
+
+
+class PatchEmbed(nn.Module):
+    """Patch embedding with patches of side p, `(B, H, W, C_in)` -> `(B, H // p, W // p, C)`."""
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=patch_size, stride=patch_size)
+        self.norm = nn.LayerNorm(embed_dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(conv_channels_last(self.proj, x))
+
+
+class PositionalEncodingGenerator(nn.Module):
+    """PEG of CPVT: depthwise 3x3 convolution with a residual, `(B, H, W, C)` -> the same shape."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.proj = nn.Sequential(nn.Conv2d(dim, dim, kernel_size=3, padding=1, groups=dim))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + conv_channels_last(self.proj[0], x)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries to keys and values, by torch's fused function or, if timm disables it, in steps.
+
+    Args:
+        dim: Number of channels.
+        num_heads: Number of attention heads.
+        attn_drop: Dropout rate of the attention weights.
+        proj_drop: Dropout rate of the output.
+    """
+
+    def __init__(self, dim: int, num_heads: int, attn_drop: float = 0.0, proj_drop: float = 0.0):
+        super().__init__()
+        self.num_heads = num_heads
+        self.fused_attn = use_fused_attn()
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the weighted sums of the values, `(B, heads, queries, C / heads)`.
+
+        Args:
+            q: Queries `(B, heads, queries, C / heads)`.
+            k: Keys `(B, heads, keys, C / heads)`.
+            v: Values of the same shape.
+            real: Mask `(B, 1, 1, keys)`, False for keys that take no part; None if all do.
+        """
+        if self.fused_attn:
+            dropout = self.attn_drop.p if self.attn_drop.training else 0.0
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=real, dropout_p=dropout)
+        weights = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # (B, heads, queries, keys)
+        if real is not None:
+            weights = weights.masked_fill(~real, -torch.inf)
+        return self.attn_drop(weights.softmax(dim=-1)) @ v
+
+
+@register_notrace_module  # the windows depend on the size
+class LocallyGroupedAttention(Attention):
+    """LSA of Twins-SVT: attention inside windows of `window_size` x `window_size` tokens.
+
+    If a side of the map is not a multiple of the window, the last windows extend beyond the right or lower border.
+    With `window_padding="mask"` the padding takes no part in attention: these windows are just smaller. With `"zero"`
+    it takes part as zero vectors. Without padding both are the same.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int,
+        window_padding: str = "mask",
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ):
+        super().__init__(dim, num_heads, attn_drop, proj_drop)
+        self.window_size = window_size
+        self.window_padding = window_padding
+        self.qkv = nn.Linear(dim, dim * 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `(B, H, W, C)` to the same shape."""
+        _, H, W, _ = x.shape
+        size = self.window_size
+        if _is_known_multiple(H, size) and _is_known_multiple(W, size):
+            x = self.attend_map(x)
+        elif _is_captured() or not self.fused_attn:  # in steps all windows at once, so that tools see all weights
+            x = self.attend_by_index(x)
+        elif self.window_padding == "zero":
+            x = self.attend_map(F.pad(x, (0, 0, 0, -W % size, 0, -H % size)))[:, :H, :W]
+        else:
+            # Differs from the original: its mask is wrong where only one side is padded.
+            bands = []
+            for band in self.split(x, dim=1):
+                bands.append(_cat([self.attend_map(part) for part in self.split(band, dim=2)], dim=2))
+            x = _cat(bands, dim=1)
+        return self.proj_drop(x)
+
+    def split(self, x: torch.Tensor, dim: int) -> list[torch.Tensor]:
+        """Split a map into the whole windows and the rest, without empty parts."""
+        remainder = x.shape[dim] % self.window_size
+        parts = x.split([x.shape[dim] - remainder, remainder], dim=dim)
+        return [part for part in parts if part.shape[dim] > 0]
+
+    def attend_map(self, x: torch.Tensor) -> torch.Tensor:
+        """Attend inside windows of a map `(B, H, W, C)`, whose sides are multiples of the window or smaller than it."""
+        B, H, W, C = x.shape
+        height, width = min(H, self.window_size), min(W, self.window_size)
+        rows, cols = H // height, W // width
+        # Rearranging into windows before the projection to q, k and v moves a third of the memory.
+        x = x.reshape(B, rows, height, cols, width, C).transpose(2, 3).reshape(-1, C)
+        x = self.attend_windows(x, height * width).reshape(B, rows, cols, height, width, C)
+        return x.transpose(2, 3).reshape(B, H, W, C)
+
+    def attend_by_index(self, x: torch.Tensor) -> torch.Tensor:
+        """Attend inside windows of a map `(B, H, W, C)`, in a single captured graph for all sizes.
+
+        The tokens of all images stay in one dimension: a dimension for the windows of an image would give graphs of
+        their own to maps of a single window.
+        """
+        B, H, W, C = x.shape
+        size, device = self.window_size, x.device
+        rows, cols = (H + size - 1) // size, (W + size - 1) // size
+        place = torch.arange(B * rows * cols * size**2, device=device)  # index of a token, in the order of windows
+        window, token = place // size**2, place % size**2
+        band = window // cols  # row of windows, counted through all images
+        image = band // rows
+        row, col = (band - image * rows) * size + token // size, (window - band * cols) * size + token % size
+        inside = (row < H) & (col < W)
+        x = x.reshape(-1, C).index_select(0, (image * H + row.clamp(max=H - 1)) * W + col.clamp(max=W - 1))
+        if self.window_padding == "zero":
+            x, real = x * inside[:, None], None
+        else:
+            real = inside.view(-1, 1, 1, size**2)
+        x = self.attend_windows(x, size**2, real)
+        place = torch.arange(B * H * W, device=device)  # index of a token, in the order of rows
+        line = place // W  # row of tokens, counted through all images
+        image = line // H
+        row, col = line - image * H, place - line * W
+        window = (image * rows + row // size) * cols + col // size
+        return x.index_select(0, window * size**2 + row % size * size + col % size).view(B, H, W, C)
+
+    def attend_windows(self, x: torch.Tensor, tokens: int, real: torch.Tensor | None = None) -> torch.Tensor:
+        """Attend inside windows.
+
+        Args:
+            x: Tokens `(windows * tokens, C)`.
+            tokens: Number of tokens per window.
+            real: Mask `(windows, 1, 1, tokens)`, False for padding; None if all tokens take part.
+        """
+        C = x.shape[-1]
+        qkv = self.qkv(x).view(-1, tokens, 3, self.num_heads, C // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (windows, heads, tokens, C / heads) each
+        x = self.attend(q, k, v, real)
+        return self.proj(x.transpose(1, 2).reshape(-1, C))
+
+
+class GlobalSubsampledAttention(Attention):
+    """GSA of Twins, the spatial-reduction attention of PVT: keys and values come from a subsampled map.
+
+    The map is subsampled by a convolution with kernel and stride `sr_ratio`. With `sr_ratio=1` this is plain attention.
+    """
+
+    def __init__(self, dim: int, num_heads: int, sr_ratio: int = 1, attn_drop: float = 0.0, proj_drop: float = 0.0):
+        super().__init__(dim, num_heads, attn_drop, proj_drop)
+        self.sr_ratio = sr_ratio
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, dim * 2)
+        if sr_ratio > 1:
+            self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio)
+            self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map `(B, H, W, C)` to the same shape."""
+        B, H, W, C = x.shape
+        head_dim = C // self.num_heads
+        q = self.q(x).reshape(B, H * W, self.num_heads, head_dim).transpose(1, 2)  # (B, heads, H * W, C / heads)
+        if self.sr_ratio > 1:
+            x = self.norm(conv_channels_last(self.sr, x))  # (B, H // sr, W // sr, C)
+        # (B, keys, 2, heads, C / heads) -> two of (B, heads, keys, C / heads)
+        k, v = self.kv(x).reshape(B, -1, 2, self.num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        x = self.attend(q, k, v).transpose(1, 2).reshape(B, H, W, C)
+        return self.proj_drop(self.proj(x))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, `(B, H, W, C)` -> the same shape. `attn` is LSA or GSA."""
+
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, proj_drop: float = 0.0, drop_path: float = 0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop)
+        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Stage(nn.ModuleList):
+    """The blocks of a stage, with the PEG after the first one."""
+
+    def forward(self, x: torch.Tensor, peg: nn.Module, checkpointing: bool = False) -> torch.Tensor:
+        """Map tokens `(B, H, W, C)` to the same shape; `checkpointing` recomputes each block in the backward pass."""
+        for index, block in enumerate(self):
+            x = checkpoint(block, x, use_reentrant=False) if checkpointing else block(x)
+            if index == 0:
+                x = peg(x)
+        return x

@@ -1,0 +1,206 @@
+"""Tests of captured graphs: compiled, exported, traced and symbolically traced models, at sizes other than captured."""
+
+import pytest
+import timm
+import torch
+from timm.layers import set_fused_attn
+from timm.utils import AttentionExtract
+
+import models  # noqa: F401  registers our models
+from tests.test_models import TINY, image
+
+# Sizes of which maps are multiples of the window and others are not, in both directions and in one; and maps of one
+# window and of several, in each stage.
+SIZES = [(64, 96), (160, 160), (224, 224), (225, 230), (256, 256), (480, 640)]
+SMALL = (32, 32)  # the last map has one token; torch gives sides of length one a graph of their own
+MODELS = [
+    ("pcpvt_tiny", {}),
+    ("alt_gvt_tiny", {"window_padding": "mask"}),
+    ("alt_gvt_tiny", {"window_padding": "zero"}),
+]
+DYNAMIC = ({0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},)
+
+
+def build(name: str, kwargs: dict) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=3, **kwargs).eval()
+
+
+@torch.no_grad()
+def check_sizes(captured, model: torch.nn.Module, sizes: list[tuple[int, int]]) -> None:
+    """Check that a captured model and the model itself have the same outputs, for batches of 1 and 3 images."""
+    for batch in (3, 1):
+        for size in sizes:
+            images = image(batch, *size)
+            torch.testing.assert_close(captured(images), model(images), rtol=0, atol=1e-5)
+
+
+def step(model, images: torch.Tensor, parameters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Return the output of a model and, in training mode, the gradients of its parameters."""
+    if not model.training:
+        with torch.no_grad():
+            return {"output": model(images)}
+    output = model(images)
+    gradients = torch.autograd.grad(output.square().sum(), parameters.values())
+    return {"output": output, **dict(zip(parameters, gradients, strict=True))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", TINY)
+def test_compile_without_graph_breaks(name, train):
+    model = timm.create_model(name, num_classes=3).train(train)
+    parameters = dict(model.named_parameters())
+    images = image(2, 64, 96)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    expected = step(model, images, parameters)
+    for key, value in step(compiled, images, parameters).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def graphs():
+    """List for the captured graphs. Equal sides of the first image stay two sizes."""
+    torch._dynamo.reset()
+    with torch.fx.experimental._config.patch(use_duck_shape=False):
+        yield []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("padding", "train"), [("mask", False), ("mask", True), ("zero", False)])
+def test_one_compiled_graph_for_all_sizes(padding, train, graphs):
+    model = build("alt_gvt_tiny", {"window_padding": padding}).train(train)
+    parameters = dict(model.named_parameters())
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=count, fullgraph=True, dynamic=True)
+    for number, sizes in ((1, [(224, 224), *SIZES]), (2, [SMALL])):
+        for size in sizes:
+            images = image(3, *size)
+            expected = step(model, images, parameters)
+            for key, value in step(compiled, images, parameters).items():
+                torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-5)
+        assert len(graphs) == number
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kwargs"), MODELS)
+def test_one_exported_program_for_all_sizes(name, kwargs):
+    model = build(name, kwargs)
+    exported = torch.export.export(model, (image(2, 224, 224),), dynamic_shapes=DYNAMIC).module()
+    check_sizes(exported, model, SIZES)
+    with pytest.raises(AssertionError, match="Guard failed"):
+        exported(image(2, *SMALL))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padding", ["mask", "zero"])
+def test_one_ahead_of_time_compiled_program_for_all_sizes(padding, tmp_path):
+    dims = {"embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4), "depths": (1, 1, 2, 1)}
+    model = build("alt_gvt_tiny", {"window_padding": padding, **dims})
+    exported = torch.export.export(model, (image(2, 224, 224),), dynamic_shapes=DYNAMIC)
+    path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "twins.pt2"))
+    check_sizes(torch._inductor.aoti_load_package(path), model, SIZES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "kwargs"), MODELS)
+def test_one_trace_for_all_sizes(name, kwargs):
+    model = build(name, kwargs)
+    check_sizes(torch.jit.trace(model, image(1, 160, 160)), model, [SMALL, *SIZES])
+
+
+ONNX_SIZES = [(2, 96, 128), (3, 64, 224), (1, 160, 97), (1, 256, 256)]  # batch, height, width
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
+def test_onnx_export(name, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    from onnx.reference import ReferenceEvaluator
+
+    model = timm.create_model(name, num_classes=3).eval()
+    path = tmp_path / "twins.onnx"
+    options = {"dynamo": True, "verbose": False, "dynamic_shapes": DYNAMIC}
+    torch.onnx.export(model, (image(*ONNX_SIZES[0]),), str(path), **options)
+    onnx.checker.check_model(str(path))
+    exported = onnx.load(str(path))
+    run = ReferenceEvaluator(exported).run
+    for size in ONNX_SIZES:
+        (found,) = run(None, {exported.graph.input[0].name: image(*size).numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), model(image(*size)), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("stage_norm", [False, True])
+@pytest.mark.parametrize("name", TINY)
+def test_feature_extractors_of_timm(name, stage_norm):
+    images = image(2, 64, 97)
+    maps = {}
+    for kind in ("getter", "hook", "fx"):
+        torch.manual_seed(0)
+        extractor = timm.create_model(name, features_only=True, feature_cls=kind, stage_norm=stage_norm).eval()
+        with torch.no_grad():
+            maps[kind] = extractor(images)
+    for kind in ("hook", "fx"):  # channels-last, as timm's own extractors give them
+        for found, expected in zip(maps[kind], maps["getter"], strict=True):
+            assert torch.equal(found.permute(0, 3, 1, 2), expected)
+
+
+@pytest.fixture
+def attention_in_steps():
+    set_fused_attn(False)
+    yield
+    set_fused_attn(True)
+
+
+@pytest.mark.parametrize(("name", "kwargs"), MODELS)
+def test_attention_in_steps_equals_fused_attention(name, kwargs, attention_in_steps):
+    in_steps = build(name, kwargs)
+    set_fused_attn(True)
+    fused = build(name, kwargs)
+    images = image(2, 96, 70)
+    gradients = []
+    for model in (in_steps, fused):
+        torch.manual_seed(0)
+        model.train()
+        output = model(images)
+        gradients.append([output, *torch.autograd.grad(output.square().sum(), list(model.parameters()))])
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_attention_weights_can_be_extracted(name, attention_in_steps):
+    model = build(name, {})
+    weights = AttentionExtract(model, method="hook")(image(1, 96, 128))
+    assert len(weights) == sum(len(stage) for stage in model.blocks)
+    for weight in weights.values():
+        torch.testing.assert_close(weight.sum(-1), torch.ones(weight.shape[:-1]))
+    if name == "alt_gvt_tiny":
+        assert weights["blocks.0.0.attn.attn_drop"].shape == (4 * 5, 1, 49, 49)
+    assert weights["blocks.2.1.attn.attn_drop"].shape == (1, 3, 6 * 8, 3 * 4)
+    graph_weights = AttentionExtract(model, method="fx")(image(1, 96, 128))
+    key = "blocks.2.1.attn."
+    assert torch.equal(graph_weights[f"{key}softmax"], weights[f"{key}attn_drop"])
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.5])
+def test_dropout_of_attention_weights_in_both_ways(rate, attention_in_steps):
+    """Fused and in steps, weights are dropped in training alone."""
+    for fused in (False, True):
+        set_fused_attn(fused)
+        model = build("alt_gvt_tiny", {"attn_drop_rate": rate})
+        images = image(1, 64, 64)
+        outputs = [model.train(train)(images) for train in (False, False, True, True)]
+        assert torch.equal(outputs[0], outputs[1])
+        assert torch.equal(outputs[2], outputs[3]) == (rate == 0)
+
+
+def test_device_and_type_of_the_parameters():
+    model = timm.create_model("alt_gvt_tiny", device="meta", dtype=torch.float16)
+    assert {(parameter.device.type, parameter.dtype) for parameter in model.parameters()} == {("meta", torch.float16)}
