@@ -2,8 +2,8 @@
 
 import timm
 
-from models.twins import Twins, TwinsError
-from models.weights import LoadReport, load_backbone, load_state_dict, load_weights, read_file, read_weights
+from .twins import Twins, TwinsError
+from .weights import LoadReport, load_backbone, load_state_dict, load_weights, read_file, read_weights
 
 __all__ = [
     "LoadReport",

@@ -25,7 +25,7 @@ from timm.models._features import feature_take_indices
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.cpu import Linear, Mlp
+from .cpu import Linear, Mlp
 
 MIN_INPUT_SIZE = 32  # side length in pixels: the stride of the last stage
 WINDOW_PADDINGS = ("mask", "zero")

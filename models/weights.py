@@ -18,7 +18,7 @@ import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from models.twins import TwinsError
+from .twins import TwinsError
 
 MODEL_KEYS = ("model", "state_dict")
 EMA_KEYS = ("model_ema", "state_dict_ema")
