@@ -48,6 +48,31 @@ class DecodeHead(nn.Module):
         return self.conv_seg(self.dropout(self.features(maps)))
 
 
+class AveragePool(nn.Module):
+    """Averages over a grid of `bins` x `bins` parts of a map, `(B, C, H, W)` -> `(B, C, bins, bins)`.
+
+    Equal to torch's `AdaptiveAvgPool2d`, as a matrix product: its gradient is deterministic on GPUs, and an exported
+    model serves all sizes.
+    """
+
+    def __init__(self, bins: int):
+        super().__init__()
+        self.bins = bins
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, columns = self.weights(x.shape[2], x), self.weights(x.shape[3], x)
+        weights = (rows[:, None, :, None] * columns[None, :, None, :]).flatten(2).flatten(0, 1)  # (bins ** 2, H * W)
+        pooled = weights @ x.flatten(2).transpose(1, 2)  # (B, bins ** 2, C); the exporter of torch.jit knows no mT
+        return pooled.transpose(1, 2).unflatten(2, (self.bins, self.bins))
+
+    def weights(self, side: int, like: Tensor) -> Tensor:
+        """Return the weight of each place of a side in each bin, `(bins, side)`, of the device and type of a tensor."""
+        bins = torch.arange(self.bins, device=like.device)[:, None]
+        places = torch.arange(side, device=like.device)
+        first, end = bins * side // self.bins, ((bins + 1) * side + self.bins - 1) // self.bins
+        return ((places >= first) & (places < end)).to(like.dtype) / (end - first)
+
+
 class UPerHead(DecodeHead):
     """Pyramid pooling of the coarsest map, and a feature pyramid of all maps (https://arxiv.org/abs/1807.10221).
 
@@ -64,7 +89,7 @@ class UPerHead(DecodeHead):
     ):
         super().__init__(channels, num_classes, dropout)
         self.psp_modules = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(scale), ConvBNReLU(in_channels[-1], channels, 1))
+            nn.Sequential(AveragePool(scale), ConvBNReLU(in_channels[-1], channels, 1))
             for scale in pool_scales
         )
         self.bottleneck = ConvBNReLU(in_channels[-1] + len(pool_scales) * channels, channels, 3)

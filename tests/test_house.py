@@ -42,14 +42,30 @@ def parse(module) -> ast.Module:
     return ast.parse((ROOT / module).read_text())
 
 
-def imported_parts(module) -> set[str]:
-    """Return the other parts of the code that a file imports, including imports inside functions."""
+def absolute_imports(module) -> set[str]:
+    """Return the names that a file imports absolutely, including imports inside functions."""
     names = set()
     for node in ast.walk(parse(module)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
             names.add(node.module)
+    return names
+
+
+def relative_imports(module) -> set[str]:
+    """Return the names that a file imports relatively, as absolute names."""
+    names = set()
+    for node in ast.walk(parse(module)):
+        if isinstance(node, ast.ImportFrom) and node.level > 0:
+            package = [*module.parts[: len(module.parts) - node.level], *filter(None, [node.module])]
+            names |= {".".join([*package, alias.name]) for alias in node.names}
+    return names
+
+
+def imported_parts(module) -> set[str]:
+    """Return the other parts of the code that a file imports."""
+    names = absolute_imports(module) | relative_imports(module)
     return {name.split(".")[0] for name in names} & PARTS - {part_of(module)}
 
 
@@ -80,6 +96,12 @@ def test_imports_have_one_direction():
 
 def test_models_import_nothing_outside_their_package():
     assert not find_imports(lambda importer, imported: importer == "models")
+
+
+def test_models_import_each_other_relatively():
+    """They are installed under another name."""
+    names = {name for module in MODULES if part_of(module) == "models" for name in absolute_imports(module)}
+    assert "models" not in {name.split(".")[0] for name in names}
 
 
 def test_segmentation_and_detection_do_not_import_each_other():
