@@ -30,7 +30,6 @@ INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "fami
 BAD_IMAGE_POLICIES = ("raise", "skip")
 IGNORED_TARGET = -1  # target of images that the evaluation does not count
 SHAPES_TRAIN, SHAPES_VAL = 10000, 1000  # number of images
-SHAPES_RADII = (0.33, 0.45)  # smallest and largest radius, as shares of the side of the image
 
 
 def add_data_options(group) -> None:
@@ -164,7 +163,7 @@ class Shapes(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         label = index % len(self.classes)
-        scene = shapes.draw_scene((self.split, index), self.size, labels=[label], radii=SHAPES_RADII)
+        scene = shapes.draw_scene((self.split, index), self.size, labels=[label], radii=shapes.LARGE_RADII)
         return self.transform(scene.image), label
 
 
