@@ -1,9 +1,10 @@
-"""Classification data sets: folders as in ImageNet, CIFAR-100, iNaturalist and the embedded shapes.
+"""Classification data sets and their loaders: folders as in ImageNet, CIFAR-100, iNaturalist and the embedded shapes.
 
 To add a data set, write a class with `classes` and `__getitem__ -> (image, class index)`, and add a line to
 `DATA_SETS` at the end of this file.
 """
 
+import argparse
 import json
 import logging
 import os
@@ -13,12 +14,14 @@ from pathlib import Path
 import torch
 import torchvision
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from core import shapes
+from core.distributed import Processes
 from core.images import BadImageError, load_image
-from samplers import SampleKey, SeededSet
-from transforms import TrainImages, build_eval_transform, build_train_transform
+from core.options import POSITIVE_INT, loader_options
+from samplers import EvalSampler, SampleKey, SeededSet, TrainSampler
+from transforms import TrainImages, build_eval_transform, build_train_transform, collate_train_images
 from utils import UserError
 
 logger = logging.getLogger("twins")
@@ -27,7 +30,59 @@ INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "fami
 BAD_IMAGE_POLICIES = ("raise", "skip")
 IGNORED_TARGET = -1  # target of images that the evaluation does not count
 SHAPES_TRAIN, SHAPES_VAL = 10000, 1000  # number of images
-SHAPES_RADII = (0.33, 0.45)  # smallest and largest radius, as shares of the side of the image
+
+
+def add_data_options(group) -> None:
+    """Add the options of the data set; `build_dataset`, the loaders and, for `--nb-classes`, main.py read them."""
+    group.add_argument("--data-path", metavar="FOLDER", help="folder of the data set; not needed for SHAPES")
+    group.add_argument(
+        "--data-set",
+        default="IMNET",
+        choices=DATA_SETS,
+        help="IMNET: folders train/ and val/ with one folder of images per class; CIFAR: CIFAR-100; SHAPES: drawn by "
+        "the program, for tests and first runs",
+    )
+    group.add_argument(
+        "--inat-category",
+        default="name",
+        choices=INAT_CATEGORIES,
+        help="taxonomic level of the classes of INAT and INAT19",
+    )
+    group.add_argument(
+        "--nb-classes",
+        type=POSITIVE_INT,
+        metavar="N",
+        help="expected number of classes, checked against the data (default: not checked)",
+    )
+    group.add_argument(
+        "--bad-image",
+        default="raise",
+        choices=BAD_IMAGE_POLICIES,
+        help="raise: stop at an unreadable image; skip: replace it by another image in training, omit it in evaluation",
+    )
+
+
+def build_train_loader(args: argparse.Namespace, processes: Processes, global_batch: int) -> DataLoader:
+    """Build the loader of the training set."""
+    dataset = TrainSet(build_dataset(True, args), args.seed, args.bad_image)
+    sampler = TrainSampler(
+        len(dataset),
+        global_batch=global_batch,
+        world_size=processes.world_size,
+        rank=processes.rank,
+        seed=args.seed,
+        repeats=3 if args.repeated_aug else 1,
+    )
+    loading = loader_options(args, processes.device)
+    return DataLoader(dataset, batch_size=args.batch_size, sampler=sampler, collate_fn=collate_train_images, **loading)
+
+
+def build_val_loader(args: argparse.Namespace, processes: Processes) -> DataLoader:
+    """Build the loader of the validation set; with --dist-eval, of this process's part of it."""
+    dataset = EvalSet(build_dataset(False, args), args.bad_image)
+    share = {"world_size": processes.world_size, "rank": processes.rank} if args.dist_eval else {}
+    options = {"batch_size": int(1.5 * args.batch_size), **loader_options(args, processes.device)}
+    return DataLoader(dataset, sampler=EvalSampler(len(dataset), **share), **options)
 
 
 def build_dataset(is_train: bool, args) -> Dataset:
@@ -108,7 +163,7 @@ class Shapes(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         label = index % len(self.classes)
-        scene = shapes.draw_scene((self.split, index), self.size, labels=[label], radii=SHAPES_RADII)
+        scene = shapes.draw_scene((self.split, index), self.size, labels=[label], radii=shapes.LARGE_RADII)
         return self.transform(scene.image), label
 
 

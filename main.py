@@ -38,7 +38,6 @@ from core.options import (
     add_training_options,
     choose_amp,
     compile_if_asked,
-    loader_options,
     nearest,
     number,
     train_settings,
@@ -46,12 +45,12 @@ from core.options import (
 from core.recipes import RECIPES, get_recipe, note_published, note_recipe
 from core.run import Run, choose_accumulation, describe_batch
 from core.run_folder import BEST_CHECKPOINT, BEST_EMA_CHECKPOINT
-from datasets import BAD_IMAGE_POLICIES, DATA_SETS, IGNORED_TARGET, INAT_CATEGORIES, EvalSet, TrainSet, build_dataset
+from datasets import IGNORED_TARGET, add_data_options, build_train_loader, build_val_loader
 from engine import evaluate, train_one_epoch
 from losses import DISTILLATION_TYPES, DistillationLoss, choose_criterion
 from models.twins import MIN_INPUT_SIZE
-from samplers import EvalSampler, TrainSampler
-from transforms import collate_train_images
+from samplers import TrainSampler
+from transforms import add_augmentation_options, add_eval_crop_option
 from utils import UserError, seed_everything
 
 MODEL_HELP = "{pcpvt,alt_gvt}_{tiny,small,base,large}, or a timm model"
@@ -226,36 +225,9 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
     )
 
     group = parser.add_argument_group("augmentation")
-    group.add_argument(
-        "--scale",
-        default=[0.08, 1.0],
-        type=number(float, 0, 1, above=True),
-        nargs=2,
-        metavar=("MIN", "MAX"),
-        help="range of the fraction of the image area that a random crop covers",
-    )
-    group.add_argument(
-        "--color-jitter",
-        default=0.4,
-        type=NON_NEGATIVE,
-        metavar="X",
-        help="strength of the colour jitter; ignored unless --aa none",
-    )
-    group.add_argument(
-        "--aa",
-        default="rand-m9-mstd0.5-inc1",
-        metavar="NAME",
-        help="augmentation policy of timm, such as rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original or v0; none to "
-        "disable",
-    )
+    add_augmentation_options(group)
     group.add_argument(
         "--smoothing", default=0.1, type=number(float, 0, 0.99), metavar="RATE", help="label smoothing, 0 to 0.99"
-    )
-    group.add_argument(
-        "--train-interpolation",
-        default="bicubic",
-        choices=("random", "bilinear", "bicubic"),
-        help="interpolation of the random crops",
     )
     group.add_argument(
         "--repeated-aug",
@@ -263,14 +235,6 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
         default=False,
         help="repeated augmentation: use each image three times in a row, with different augmentations",
     )
-    group.add_argument("--reprob", default=0.25, type=SHARE, metavar="P", help="probability of random erasing, 0 to 1")
-    group.add_argument(
-        "--remode",
-        default="pixel",
-        choices=("const", "rand", "pixel"),
-        help="filling of erased areas: zeros, one random colour, or a random colour per pixel",
-    )
-    group.add_argument("--recount", default=1, type=POSITIVE_INT, metavar="N", help="maximum number of erased areas")
 
     group = parser.add_argument_group("mixup")
     group.add_argument("--mixup", default=0.8, type=NON_NEGATIVE, metavar="ALPHA", help="alpha of mixup; 0 to disable")
@@ -328,39 +292,8 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
     )
 
     group = parser.add_argument_group("data")
-    group.add_argument("--data-path", metavar="FOLDER", help="folder of the data set; not needed for SHAPES")
-    group.add_argument(
-        "--data-set",
-        default="IMNET",
-        choices=DATA_SETS,
-        help="IMNET: folders train/ and val/ with one folder of images per class; CIFAR: CIFAR-100; SHAPES: drawn by "
-        "the program, for tests and first runs",
-    )
-    group.add_argument(
-        "--inat-category",
-        default="name",
-        choices=INAT_CATEGORIES,
-        help="taxonomic level of the classes of INAT and INAT19",
-    )
-    group.add_argument(
-        "--nb-classes",
-        type=POSITIVE_INT,
-        metavar="N",
-        help="expected number of classes, checked against the data (default: not checked)",
-    )
-    group.add_argument(
-        "--bad-image",
-        default="raise",
-        choices=BAD_IMAGE_POLICIES,
-        help="raise: stop at an unreadable image; skip: replace it by another image in training, omit it in evaluation",
-    )
-    group.add_argument(
-        "--eval-crop-ratio",
-        default=0.875,
-        type=number(float, 0, 1, above=True),
-        metavar="RATIO",
-        help="ratio of the side of the centre crop to the shorter side of the resized image, in evaluation",
-    )
+    add_data_options(group)
+    add_eval_crop_option(group)
     add_loader_options(group)
 
     group = add_training_options(parser)
@@ -415,29 +348,6 @@ def check_ranges(parser: ArgumentParser, args: argparse.Namespace) -> None:
 def uses_mixup(args: argparse.Namespace) -> bool:
     """Return True if mixup or CutMix is on, which makes targets soft."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
-
-
-def build_val_loader(args: argparse.Namespace, processes: Processes) -> DataLoader:
-    """Build the loader of the validation set; with --dist-eval, of this process's part of it."""
-    dataset = EvalSet(build_dataset(False, args), args.bad_image)
-    share = {"world_size": processes.world_size, "rank": processes.rank} if args.dist_eval else {}
-    options = {"batch_size": int(1.5 * args.batch_size), **loader_options(args, processes.device)}
-    return DataLoader(dataset, sampler=EvalSampler(len(dataset), **share), **options)
-
-
-def build_train_loader(args: argparse.Namespace, processes: Processes, global_batch: int) -> DataLoader:
-    """Build the loader of the training set."""
-    dataset = TrainSet(build_dataset(True, args), args.seed, args.bad_image)
-    sampler = TrainSampler(
-        len(dataset),
-        global_batch=global_batch,
-        world_size=processes.world_size,
-        rank=processes.rank,
-        seed=args.seed,
-        repeats=3 if args.repeated_aug else 1,
-    )
-    loading = loader_options(args, processes.device)
-    return DataLoader(dataset, batch_size=args.batch_size, sampler=sampler, collate_fn=collate_train_images, **loading)
 
 
 def build_model(name: str, nb_classes: int, **kwargs) -> nn.Module:

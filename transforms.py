@@ -21,12 +21,64 @@ from torch.utils.data import default_collate
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
+from core.options import NON_NEGATIVE, POSITIVE_INT, SHARE, number
 from utils import UserError
 
 STATISTICS = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 POLICIES = auto_augment.RandAugment, auto_augment.AugMixAugment, auto_augment.AutoAugment
 Resample = Image.Resampling | Sequence[Image.Resampling]  # one interpolation, or several to choose from at random
 Colour = tuple[int, int, int]
+
+
+def add_augmentation_options(group) -> None:
+    """Add the options of the training transform; `build_train_transform` reads them."""
+    group.add_argument(
+        "--scale",
+        default=[0.08, 1.0],
+        type=number(float, 0, 1, above=True),
+        nargs=2,
+        metavar=("MIN", "MAX"),
+        help="range of the fraction of the image area that a random crop covers",
+    )
+    group.add_argument(
+        "--color-jitter",
+        default=0.4,
+        type=NON_NEGATIVE,
+        metavar="X",
+        help="strength of the colour jitter; ignored unless --aa none",
+    )
+    group.add_argument(
+        "--aa",
+        default="rand-m9-mstd0.5-inc1",
+        metavar="NAME",
+        help="augmentation policy of timm, such as rand-m9-mstd0.5-inc1, augmix-m5-w4-d2, original or v0; none to "
+        "disable",
+    )
+    group.add_argument(
+        "--train-interpolation",
+        default="bicubic",
+        choices=("random", "bilinear", "bicubic"),
+        help="interpolation of the random crops",
+    )
+    group.add_argument("--reprob", default=0.25, type=SHARE, metavar="P", help="probability of random erasing, 0 to 1")
+    group.add_argument(
+        "--remode",
+        default="pixel",
+        choices=("const", "rand", "pixel"),
+        help="filling of erased areas: zeros, one random colour, or a random colour per pixel",
+    )
+    group.add_argument("--recount", default=1, type=POSITIVE_INT, metavar="N", help="maximum number of erased areas")
+
+
+def add_eval_crop_option(group) -> None:
+    """Add `--eval-crop-ratio`; `build_eval_transform` reads it."""
+    group.add_argument(
+        "--eval-crop-ratio",
+        default=0.875,
+        type=number(float, 0, 1, above=True),
+        metavar="RATIO",
+        help="ratio of the side of the centre crop to the shorter side of the resized image, in evaluation",
+    )
 
 
 def build_train_transform(args) -> Callable[[Image.Image], "TrainImages"]:

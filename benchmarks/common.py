@@ -80,7 +80,7 @@ def choose_models(names: Sequence[str], need_peers: bool) -> Sequence[str]:
 
     Args:
         names: Models given on the command line.
-        need_peers: Whether timm must have each of the models too.
+        need_peers: True if timm must have each of the models too.
 
     Raises:
         UserError: If there is no such model.

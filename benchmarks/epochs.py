@@ -1,14 +1,18 @@
-"""Measure whole epochs of training on the CPU: main.py's beside those of timm's training script, in turns.
+"""Measure whole epochs of training on the CPU: main.py beside the loop of timm's training script, in turns.
 
     python -m benchmarks.epochs alt_gvt_small --images 96 --turns 2
     python -m benchmarks.epochs --data path_to_imagenet      # the six published models, on your own images
 
-Data loading, augmentation, mixup, the model and the optimizer all count.
+Data loading, augmentation, mixup, the model and the optimizer all count. Each epoch is the first of a new process.
 """
 
 import argparse
-import dataclasses
-from collections.abc import Callable, Sequence
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,95 +32,111 @@ from benchmarks.common import (
     check_report,
     choose_models,
     name_peer,
+    print_progress,
+    run_in_new_process,
     set_threads,
-    time_in_turns,
     write_report,
 )
 from benchmarks.pipeline import (
     add_image_options,
-    build_our_loader,
     build_timms_loader,
     check_image_options,
-    parse_training,
+    parse_loading,
     report_loops,
     training_images,
 )
 from core.distributed import Processes
 from core.launch import run_script
-from core.options import ArgumentParser, train_settings
-from core.run import Run
-from engine import train_one_epoch
-from main import build_compute_losses, build_state, build_trained_model
+from core.options import ArgumentParser
 from utils import UserError
+
+MAIN = Path(__file__).resolve().parents[1] / "main.py"
+# Options of main.py and their values, for both loops; the augmentation is that of `parse_loading`.
+RECIPE = {
+    "opt": "adamw",
+    "lr": 5e-4,
+    "weight_decay": 0.05,
+    "clip_grad": 5.0,
+    "drop_path": 0.1,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+    "smoothing": 0.1,
+}
 
 
 class Epoch(NamedTuple):
-    """An epoch of training.
+    """Seconds and images of an epoch of training."""
 
-    Attributes:
-        train: Function that trains for one epoch.
-        images: Number of images in the epoch.
-    """
-
-    train: Callable[[], Any]
+    seconds: float
     images: int
 
 
-def build_our_epoch(args: argparse.Namespace) -> Epoch:
-    """Build an epoch of main.py from its options."""
-    device = torch.device("cpu")
-    loader = build_our_loader(args)
-    classes = len(loader.dataset.dataset.classes)
-    model = build_trained_model(args, classes, new=True).to(memory_format=torch.channels_last)
-    state = build_state(args, model, loader.sampler, device)
-    compute_losses = build_compute_losses(args, classes, device)
-    settings = dataclasses.replace(train_settings(args, device, accumulation=1), print_freq=len(loader))
-    run = Run(vars(args))
-    run.resume(state, same=())
+def run_our_epoch(name: str, loading: argparse.Namespace) -> Epoch:
+    """Train a model for an epoch with main.py, which logs the seconds and the images.
 
-    def train() -> None:
-        state.meter.start_epoch()
-        epoch = next(run.epochs(1, {}))  # always the first one
-        state.sampler.set_epoch(epoch)
-        train_one_epoch(model, compute_losses, loader, state, settings, run)
-
-    return Epoch(train, len(loader) * args.batch_size)
+    Args:
+        name: Name of the model.
+        loading: Options of the loader.
+    """
+    used = ("data_path", "input_size", "batch_size", "num_workers")
+    options = RECIPE | {option: getattr(loading, option) for option in used} | {"model": name}
+    options |= {"epochs": 1, "device": "cpu"}
+    command = [sys.executable, str(MAIN), *(f"--{option}={value}" for option, value in options.items())]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    run = subprocess.run(command, env=os.environ | threads, stdout=subprocess.PIPE, text=True, check=True)
+    images, seconds = re.search(r"^epoch 0: (\d+) images in (\S+) s$", run.stdout, re.MULTILINE).groups()
+    return Epoch(float(seconds), int(images))
 
 
-def build_timms_epoch(args: argparse.Namespace) -> Epoch:
-    """Build an epoch of timm's train.py, with timm's model and loader, from main.py's options."""
-    classes = len(list(Path(args.data_path, "train").iterdir()))
-    model = timm.create_model(name_peer(args.model), num_classes=classes, drop_path_rate=args.drop_path)
-    mixup = FastCollateMixup(
-        args.mixup, args.cutmix, prob=args.mixup_prob, label_smoothing=args.smoothing, num_classes=classes
-    )
-    loader, criterion = build_timms_loader(args, mixup), SoftTargetCrossEntropy()
-    optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay)
+def run_timms_epoch(name: str, loading: argparse.Namespace, threads: int) -> Epoch:
+    """Train a model of timm for an epoch, as timm's train.py does, with timm's loader.
+
+    Args:
+        name: timm's name of the model.
+        loading: Options of the loader.
+        threads: Number of CPU threads.
+    """
+    set_threads(threads)
+    recipe = argparse.Namespace(**RECIPE)
+    classes = len(list(Path(loading.data_path, "train").iterdir()))
+    model = timm.create_model(name, num_classes=classes, drop_path_rate=recipe.drop_path).train()
+    mixup = FastCollateMixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
+    loader, criterion = build_timms_loader(loading, mixup), SoftTargetCrossEntropy()
+    optimizer = create_optimizer_v2(model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay)
     losses = AverageMeter()
-
-    def train() -> None:
-        model.train()
-        for images, targets in loader:
-            loss = criterion(model(images), targets)
-            losses.update(loss.item(), len(images))
-            optimizer.zero_grad()
-            loss.backward()
-            dispatch_clip_grad(model.parameters(), args.clip_grad)
-            optimizer.step()
-
-    return Epoch(train, len(loader) * args.batch_size)
+    start = time.perf_counter()
+    for images, targets in loader:
+        loss = criterion(model(images), targets)
+        losses.update(loss.item(), len(images))
+        optimizer.zero_grad()
+        loss.backward()
+        dispatch_clip_grad(model.parameters(), recipe.clip_grad)
+        optimizer.step()
+    return Epoch(time.perf_counter() - start, losses.count)
 
 
 def run_epochs(root: Path, names: Sequence[str], args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure the epochs of both in turns on the same files, print a table, and return its rows."""
     rows = []
+    loading, threads = parse_loading(root, args.batch_size, args.workers), torch.get_num_threads()
     for name in names:
-        options = parse_training(root, args.batch_size, args.workers, "--model", name)
-        loops = {f"{name}, ours": build_our_epoch(options), "timm": build_timms_epoch(options)}
-        steps = [epoch.train for epoch in loops.values()]
-        times = time_in_turns(steps, args.turns, torch.device("cpu"), f"epochs of {name}")
-        rows += report_loops(loops, times, [epoch.images for epoch in loops.values()])
+        ours, timms = [], []
+        for turn in range(1, args.turns + 1):
+            print_progress(f"epochs of {name}: turn {turn} of {args.turns}")
+            ours.append(run_our_epoch(name, loading))
+            timms.append(run_in_new_process(run_timms_epoch, name_peer(name), loading, threads))
+        times = [[epoch.seconds for epoch in epochs] for epochs in (ours, timms)]
+        rows += report_loops((f"{name}, ours", "timm"), times, (ours[0].images, timms[0].images))
     return rows
+
+
+def link_validation_images(root: Path) -> None:
+    """Link one image of each class in `root/train` into `root/val`: main.py evaluates after the epoch, untimed."""
+    for folder in (root / "train").iterdir():
+        image = next(folder.iterdir())
+        link = root / "val" / folder.name / image.name
+        link.parent.mkdir(parents=True)
+        link.symlink_to(image)
 
 
 def get_parser() -> ArgumentParser:
@@ -138,6 +158,7 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
     check_report(args.json)
     set_threads(args.threads)
     with training_images(args) as root:
+        link_validation_images(root)
         rows = run_epochs(root, names, args)
     write_report(args, processes.device, rows)
 

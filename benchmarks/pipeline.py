@@ -3,7 +3,8 @@
     python -m benchmarks.pipeline                            # images/s of one data-loading process, on drawn images
     python -m benchmarks.pipeline --data path_to_imagenet    # on your own images
 
-All three load the same files in the published augmentation, or torchvision's nearest, and normalise them.
+All three load the same files in the published augmentation, or torchvision's nearest, and normalise them. Two or three
+passes before the turns are a warm-up.
 """
 
 import argparse
@@ -39,9 +40,9 @@ from core.distributed import Processes, cores_per_process
 from core.images import load_image
 from core.launch import run_script
 from core.meters import show_progress
-from core.options import COUNT, POSITIVE_INT, ArgumentParser
-from main import build_train_loader, get_args_parser
-from transforms import STATISTICS, posterize
+from core.options import COUNT, POSITIVE_INT, ArgumentParser, add_loader_options
+from datasets import add_data_options, build_train_loader
+from transforms import STATISTICS, add_augmentation_options, posterize
 from utils import UserError
 
 logger = logging.getLogger("twins")
@@ -94,7 +95,7 @@ def training_images(args: argparse.Namespace) -> Iterator[Path]:
                 f"--batch-size {args.batch_size}: there are {count} images, fewer than a batch; lower it, or give more"
             )
         logger.info("%s, %d data-loading processes", describe_machine(torch.device("cpu")), args.workers)
-        description = "%d images, cropped to 224x224, batch %d; %d turns after a warm-up of two or three passes"
+        description = "%d images, cropped to 224x224, batch %d; %d turns"
         logger.info(description, count, args.batch_size, args.turns)
         yield root
 
@@ -146,17 +147,19 @@ def draw_photo(seed: int, size: tuple[int, int]) -> Image.Image:
 # ----------------------------------------------------------------------------------------------------------- loaders
 
 
-def parse_training(root: Path, batch_size: int, workers: int, *others: str) -> argparse.Namespace:
-    """Return the options of main.py for a training on `root/train` with the published augmentation.
+def parse_loading(root: Path, batch_size: int, workers: int) -> argparse.Namespace:
+    """Return the options of the loaders for a training on `root/train` with the published augmentation.
 
     Args:
         root: Folder with `train/`.
         batch_size: Images per batch.
         workers: Number of data-loading processes.
-        *others: Other options, as on the command line.
     """
-    options = ["--data-path", str(root), "--batch-size", str(batch_size), "--num_workers", str(workers)]
-    return get_args_parser().parse_args([*options, "--device", "cpu", *others])
+    parser = ArgumentParser()
+    for add_options in (add_data_options, add_augmentation_options, add_loader_options):
+        add_options(parser)
+    parser.set_defaults(input_size=224, batch_size=batch_size, seed=0, repeated_aug=False)
+    return parser.parse_args(["--data-path", str(root), "--num_workers", str(workers)])
 
 
 def build_our_loader(args: argparse.Namespace) -> DataLoader:
@@ -165,7 +168,7 @@ def build_our_loader(args: argparse.Namespace) -> DataLoader:
 
 
 def build_timms_loader(args: argparse.Namespace, collate: Callable | None = None) -> DataLoader:
-    """Build timm's training loader from main.py's options; `collate` replaces its collate function."""
+    """Build timm's training loader from the options of ours; `collate` replaces its collate function."""
     dataset = ImageDataset(str(Path(args.data_path, "train")))
     loader = create_loader(
         dataset,
@@ -190,7 +193,7 @@ def build_timms_loader(args: argparse.Namespace, collate: Callable | None = None
 
 
 def build_torchvisions_loader(args: argparse.Namespace) -> DataLoader:
-    """Build a training loader with torchvision's transforms from main.py's options."""
+    """Build a training loader with torchvision's transforms from the options of ours."""
     transform = v2.Compose(  # in the order of torchvision's reference scripts
         [
             v2.RandomResizedCrop(args.input_size, interpolation=v2.InterpolationMode.BICUBIC),
@@ -229,7 +232,7 @@ def load_images(loader: DataLoader) -> None:
 
 def run_pipelines(root: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure the pipelines in turns on the same files, print a table, and return its rows."""
-    options = parse_training(root, args.batch_size, args.workers)
+    options = parse_loading(root, args.batch_size, args.workers)
     ours, timms = build_our_loader(options), build_timms_loader(options)
     torchvisions = build_torchvisions_loader(options)
     passes = {

@@ -190,7 +190,7 @@ class StepLog:
         self.first_step = meter.step
         self.start = self.window_start = time.perf_counter()
         self.window_waiting = 0.0
-        self.window_images = 0
+        self.window_images = self.images = 0
 
     def timed(self, data_loader: Iterable) -> Iterator:
         """Iterate over the loader and measure the time spent waiting for it."""
@@ -205,8 +205,13 @@ class StepLog:
             yield batch
 
     def end_step(self, batch: Any, lr: float) -> None:
-        """Count the images of a step; log a line after the first, every `print_freq`-th from it, and the last."""
-        self.window_images += _count_images(batch) * self.settings.accumulation * get_world_size()
+        """Count the images of a step; log a line after the first, every `print_freq`-th from it, and the last.
+
+        The last line is followed by one of the whole epoch, or of the part after a resume.
+        """
+        images = _count_images(batch) * self.settings.accumulation * get_world_size()
+        self.window_images += images
+        self.images += images
         done = self.meter.step
         if (done - 1) % self.settings.print_freq and done != self.steps:
             return
@@ -221,6 +226,8 @@ class StepLog:
             f"peak memory {peak_memory(self.settings.device) / 2**20:.0f} MiB"
         )
         self.window_start, self.window_waiting, self.window_images = now, 0.0, 0
+        if done == self.steps:
+            logger.info("epoch %d: %d images in %.2f s", self.epoch, self.images, now - self.start)
 
 
 def show_progress(batches: Collection, what: str, seconds: float = 20.0) -> Iterator:

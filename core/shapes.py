@@ -19,6 +19,7 @@ Cell = tuple[float, float, float]  # left, top and side of a square part of an i
 WHOLE: Cell = (0.0, 0.0, 1.0)
 
 SUPERSAMPLING = 2  # scenes are drawn at this multiple of their size, then averaged
+LARGE_RADII: Point = (0.33, 0.45)  # smallest and largest radius in the data sets, as shares of the cell's side
 MIN_CONTRAST = 175  # minimum distance between object and background colours in 0-255 RGB; at most 208 is possible
 
 
@@ -70,7 +71,7 @@ def draw_quarters(seed: int | Sequence[int], size: int) -> Scene:
     cells = [(x, y, 0.5) for x in (0.0, 0.5) for y in (0.0, 0.5)]
     chosen = rng.permutation(len(cells))[: rng.integers(1, len(cells) + 1)]
     labels = rng.integers(len(CLASSES), size=len(chosen)).tolist()
-    return _draw(rng, size, labels, [cells[i] for i in chosen], radii=(0.33, 0.45))
+    return _draw(rng, size, labels, [cells[i] for i in chosen], radii=LARGE_RADII)
 
 
 def _draw(rng: np.random.Generator, size: int, labels: Sequence[int], cells: Sequence[Cell], radii: Point) -> Scene:

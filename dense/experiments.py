@@ -87,8 +87,9 @@ def change_fields(config: E, changes: Sequence[str]) -> E:
         if not equals:
             raise UserError(f"--cfg-options {change!r} is not of the form key=value")
         if key not in hints:
-            near = nearest(key, hints)
-            raise UserError(f"--cfg-options {key}: there is no such key{near}; configs/recipes.py lists them")
+            raise UserError(
+                f"--cfg-options {key}: there is no such key; configs/recipes.py lists them{nearest(key, hints)}"
+            )
         values[key] = _parse(text, hints[key])
     return dataclasses.replace(config, **values)
 

@@ -39,7 +39,7 @@ def build_dataset(kind: str, data_root: str, is_train: bool, shapes_size: int) -
     Args:
         kind: `"coco"` or `"shapes"`.
         data_root: Folder of `annotations/instances_{train,val}2017.json`, `train2017/` and `val2017/`.
-        is_train: Whether to build the training part.
+        is_train: True for the training part, False for the validation part.
         shapes_size: Side length of the shapes' images in pixels.
 
     Raises:
@@ -62,7 +62,7 @@ class CocoDetection(Dataset):
     Args:
         folder: Folder of the images.
         annotations: JSON file of the annotations.
-        is_train: Whether to skip the images that training does not use.
+        is_train: True to skip the images that training does not use.
 
     Raises:
         UserError: If a file is missing, or the annotations are invalid or inconsistent.

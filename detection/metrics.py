@@ -49,7 +49,7 @@ def find_objects(
         Results of all processes in COCO's format, ordered by image, in the main process; None in the others.
 
     Raises:
-        Interrupted: In all processes together, if any of them was asked to stop; the others finish their share.
+        Interrupted: On all processes, if any process received a signal to stop; the others finish their part.
     """
     model.eval()
     results = []

@@ -45,7 +45,7 @@ def build_detector(experiment: Experiment, num_classes: int, pretrained: bool) -
     Args:
         experiment: The experiment.
         num_classes: Number of classes.
-        pretrained: Whether to load the experiment's ImageNet weights into the backbone.
+        pretrained: True to load the experiment's ImageNet weights into the backbone.
 
     Raises:
         UserError: If there is no such backbone, or the published weights cannot be loaded.

@@ -44,7 +44,7 @@ def load_detector(model: nn.Module, path: str | Path, finetune: bool = False) ->
     Args:
         model: Detector of `build_detector`.
         path: File of the weights.
-        finetune: Whether to keep the initial weights of heads for other classes.
+        finetune: True to keep the initial weights of heads for other classes.
 
     Raises:
         TwinsError: If the file cannot be read or does not fit the detector, which is then unchanged.

@@ -16,11 +16,10 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from core import shapes
 from core.images import decode_image, load_image, make_colours
-from segmentation.network import IGNORED_LABEL
 from utils import UserError
 
 SHAPES_TRAIN, SHAPES_VAL = 10_000, 500  # images
-SHAPES_RADII = (0.33, 0.45)  # range of the object's radius, as a share of the image's side
+IGNORED_LABEL = 255  # of pixels that neither the loss nor the evaluation counts
 
 ADE20K_CLASSES = Path(__file__).with_name("ade20k_classes.txt")  # labelled 1 to 150 in the files
 
@@ -33,7 +32,7 @@ def build_dataset(kind: str, data_root: str, is_train: bool, shapes_size: int) -
     Args:
         kind: `"ade20k"`, `"folder"` or `"shapes"`.
         data_root: Folder of the files; unused for shapes.
-        is_train: Whether to build the training part.
+        is_train: True for the training part, False for the validation part.
         shapes_size: Side length of the shapes' images in pixels.
 
     Raises:
@@ -146,7 +145,7 @@ class Shapes(Dataset):
         return f"{index:05}"
 
     def __getitem__(self, index: int) -> Sample:
-        scene = shapes.draw_scene((self.split, index), self.size, radii=SHAPES_RADII)
+        scene = shapes.draw_scene((self.split, index), self.size, radii=shapes.LARGE_RADII)
         labels = np.zeros((self.size, self.size), np.uint8)
         for label, mask in zip(scene.labels, scene.masks, strict=True):
             labels[mask] = label + 1

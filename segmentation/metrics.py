@@ -86,7 +86,7 @@ def evaluate(
 
     Raises:
         UserError: If there is no labelled pixel.
-        Interrupted: In all processes together, if any of them was asked to stop; the others finish their share.
+        Interrupted: On all processes, if any process received a signal to stop; the others finish their part.
     """
     model.eval()
     matrix = ConfusionMatrix(num_classes, device)

@@ -8,9 +8,8 @@ from torch import Tensor, nn
 
 from dense.networks import build_backbone
 from segmentation.configs.recipes import Experiment
+from segmentation.data import IGNORED_LABEL
 from segmentation.heads import FPN, FCNHead, FPNHead, UPerHead, resize
-
-IGNORED_LABEL = 255  # of pixels that neither the loss nor the evaluation counts
 
 
 class Segmentor(nn.Module):
@@ -72,7 +71,7 @@ def build_segmentor(experiment: Experiment, num_classes: int, pretrained: bool) 
     Args:
         experiment: The experiment.
         num_classes: Number of classes.
-        pretrained: Whether to load the experiment's ImageNet weights into the backbone.
+        pretrained: True to load the experiment's ImageNet weights into the backbone.
 
     Raises:
         UserError: If there is no such backbone, or the published weights cannot be loaded.
@@ -114,7 +113,7 @@ def predict(
         model: Network in evaluation mode.
         images: The normalised image in each size, `(1, 3, h_i, w_i)`; the probabilities are averaged.
         size: Height and width of the result, which are those of the original image.
-        flip: Whether to average over each size and its mirror image.
+        flip: True to average over each size and its mirror image.
         window: Side length of a square sliding window in pixels; None for the whole image at once.
         stride: Pixels from one window to the next; `window` by default.
 

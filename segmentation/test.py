@@ -28,8 +28,9 @@ from core.signals import signals_noted
 from dense.training import build_experiment, describe, get_test_parser
 from models.cpu import accelerate
 from segmentation.configs.recipes import Experiment
+from segmentation.data import IGNORED_LABEL
 from segmentation.metrics import evaluate
-from segmentation.network import IGNORED_LABEL, build_segmentor
+from segmentation.network import build_segmentor
 from segmentation.pictures import draw_overlay
 from segmentation.train import build_eval_loader, inference_options
 from segmentation.weights import load_segmentor

@@ -12,8 +12,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from core.images import fitted_size, resize_image
 from models.twins import MIN_INPUT_SIZE
-from segmentation.data import Sample
-from segmentation.network import IGNORED_LABEL
+from segmentation.data import IGNORED_LABEL, Sample
 from transforms import normalise
 from utils import UserError
 

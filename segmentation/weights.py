@@ -15,7 +15,7 @@ def load_segmentor(model: Segmentor, path: str | Path, finetune: bool = False) -
     Args:
         model: The network.
         path: File of the weights.
-        finetune: Whether to keep the initial weights of heads for other classes.
+        finetune: True to keep the initial weights of heads for other classes.
 
     Raises:
         TwinsError: If the file cannot be read or does not fit the network, which is then unchanged.

@@ -1,6 +1,7 @@
 """The benchmarks: what they count, time and refuse."""
 
 import json
+import subprocess
 import time
 
 import numpy as np
@@ -10,6 +11,7 @@ from PIL import Image
 
 from benchmarks import common, dense, epochs, models, parts, pipeline
 from dense.experiments import load_experiment
+from main import get_args_parser, parse_args
 from tests.conftest import ROOT, fails
 from utils import seed_generators
 
@@ -108,7 +110,7 @@ def test_images_of_the_pipeline(tmp_path):
     pipeline.write_images(tmp_path / "drawn", (50, 40), count=8)
     pipeline.link_images(tmp_path / "drawn", tmp_path / "linked", count=6)
     for folder, batches in (("drawn", 4), ("linked", 3)):
-        options = pipeline.parse_training(tmp_path / folder, 2, 0)
+        options = pipeline.parse_loading(tmp_path / folder, 2, 0)
         ours = [images.normalise() for images, _ in pipeline.build_our_loader(options)]
         assert [tuple(images.shape) for images in ours] == [(2, 3, 224, 224)] * batches
         for build in (pipeline.build_timms_loader, pipeline.build_torchvisions_loader):
@@ -116,7 +118,7 @@ def test_images_of_the_pipeline(tmp_path):
 
 
 def test_timms_pipeline_posterises_on_0_bits(image_folder):
-    dataset = pipeline.build_timms_loader(pipeline.parse_training(image_folder, 2, 0)).dataset
+    dataset = pipeline.build_timms_loader(pipeline.parse_loading(image_folder, 2, 0)).dataset
     (policy,) = [change for change in dataset.transform.transforms if hasattr(change, "ops")]
     operations = [operation for operation in policy.ops if operation.name.startswith("Posterize")]
     assert operations
@@ -124,8 +126,38 @@ def test_timms_pipeline_posterises_on_0_bits(image_folder):
         assert not np.asarray(operation.aug_fn(Image.new("RGB", (8, 8), "red"), 0)).any()
 
 
+def test_loaders_have_the_published_augmentation(tmp_path):
+    loading = vars(pipeline.parse_loading(tmp_path, 2, 0))
+    published = vars(get_args_parser().parse_args(["--data-path", str(tmp_path), "--num_workers", "0"]))
+    assert loading == {name: published[name] for name in loading} | {"batch_size": 2}
+
+
+def test_epochs_of_main_have_the_options_of_timms(tmp_path, monkeypatch):
+    changed = {"opt": "sgd", "lr": 0.5, "weight_decay": 0.1, "clip_grad": 2.0, "drop_path": 0.3}
+    changed |= {"mixup": 0.2, "cutmix": 0.5, "smoothing": 0.0}
+    assert set(changed) == set(epochs.RECIPE)
+    defaults = vars(get_args_parser().parse_args([]))
+    assert {name: defaults[name] for name in epochs.RECIPE} == epochs.RECIPE
+    commands = []
+
+    def run(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, "epoch 0 [6/6]  loss 1\nepoch 0: 12 images in 2.50 s\n")
+
+    monkeypatch.setattr(epochs, "RECIPE", changed)
+    monkeypatch.setattr(subprocess, "run", run)
+    loading = pipeline.parse_loading(tmp_path, 2, 1)
+    assert epochs.run_our_epoch("alt_gvt_small", loading) == (2.5, 12)
+    ((_, script, *argv),) = commands
+    assert script == str(ROOT / "main.py")
+    expected = {**vars(loading), **changed, "model": "alt_gvt_small", "epochs": 1}
+    args = vars(parse_args(argv))
+    assert {name: args[name] for name in expected} == expected
+
+
 @pytest.mark.slow
-def test_epochs_of_training(tmp_path, capsys):
+def test_epochs_of_training(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(epochs, "run_in_new_process", lambda function, *args: function(*args))
     pipeline.write_images(tmp_path / "images", (50, 40), count=2)
     options = ["--data", tmp_path / "images", "--batch-size", "2", "--turns", "1", "--workers", "0", "--threads", "1"]
     run(capsys, epochs, "alt_gvt_small", *options, "--json", tmp_path / "report.json")

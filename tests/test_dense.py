@@ -65,7 +65,7 @@ def test_fields_are_changed_with_their_types():
         ("rate=1", "rate=1.0 is not at least 0 and below 1"),
         ("rate=-0.1", "rate=-0.1 is not at least 0 and below 1"),
         ("sides=64,31", "sides=(64, 31): 31 is not at least 32 pixels"),
-        ("wole=1", "--cfg-options wole: there is no such key; did you mean whole?; configs/recipes.py lists them"),
+        ("wole=1", "--cfg-options wole: there is no such key; configs/recipes.py lists them; did you mean whole?"),
         ("whole", "--cfg-options 'whole' is not of the form key=value"),
     ],
 )

@@ -61,8 +61,8 @@ def evaluate_truth(dataset) -> dict[str, float]:
 @pytest.mark.parametrize("missing", ["segmentation", "area", "iscrowd", "id"])
 def test_what_annotations_may_leave_out(missing, written):
     def change(content):
-        for each in content["annotations"]:
-            del each[missing]
+        for annotation in content["annotations"]:
+            del annotation[missing]
 
     dataset = written(change)
     if missing == "segmentation":  # the mask is that of the box
@@ -76,8 +76,8 @@ def test_numbers_of_annotations_do_not_matter(ids, written):
     expected = evaluate_truth(written(lambda content: None))
 
     def change(content):
-        for each, number in zip(content["annotations"], ids, strict=False):
-            each["id"] = number
+        for annotation, number in zip(content["annotations"], ids, strict=False):
+            annotation["id"] = number
 
     assert evaluate_truth(written(change)) == expected
 

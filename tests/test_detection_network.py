@@ -53,7 +53,7 @@ def golden(request, tmp_path_factory):
     return Golden(request.param, tmp_path_factory.mktemp(request.param))
 
 
-MEAN, STD = (torch.tensor(each).view(3, 1, 1) for each in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
+MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
 
 
 def raw_image(golden: Golden, part: str, index: int = 0) -> torch.Tensor:

@@ -139,10 +139,10 @@ def test_the_main_process_alone_computes_the_figures(tmp_path):
 def test_another_global_batch_continues_the_run(coco_folder, tmp_path, capsys):
     command = [FOLDER / MASK, *TINY, "--data-root", coco_folder, "--work-dir", tmp_path, "--print-freq", "1"]
     changes = ["--cfg-options", *SMALL, "epochs=1"]
-    train_script.main([str(each) for each in (*command, *changes)])
+    train_script.main([str(arg) for arg in (*command, *changes)])
     capsys.readouterr()
     changes += ["epochs=2", "global_batch=1"]
-    train_script.main([str(each) for each in (*command, "--auto-resume", *changes)])
+    train_script.main([str(arg) for arg in (*command, "--auto-resume", *changes)])
     output = capsys.readouterr().out
     message = "the global batch changed from 2 to 1; epoch 1 continues after step 0"
     assert message in output
@@ -152,7 +152,7 @@ def test_another_global_batch_continues_the_run(coco_folder, tmp_path, capsys):
     for batch, place in ((2, "after step 1 of 3"), (4, "after step 0 of 2")):
         changes[-1] = f"global_batch={batch}"
         resumed = [*command[:-4], "--work-dir", tmp_path / str(batch), "--resume", tmp_path / "middle.pth"]
-        train_script.main([str(each) for each in (*resumed, *changes)])
+        train_script.main([str(arg) for arg in (*resumed, *changes)])
         assert f"epoch 1 continues {place}, and was at step 3" in capsys.readouterr().out
 
 
@@ -167,7 +167,7 @@ def test_mixed_precision_reaches_the_evaluation(coco_folder, tmp_path, monkeypat
     for amp in ("off", "bf16"):
         seen.clear()
         command = [FOLDER / MASK, *TINY, "--data-root", coco_folder, "--work-dir", tmp_path / amp, "--amp", amp]
-        train_script.main([str(each) for each in (*command, "--cfg-options", *SMALL, "epochs=1")])
+        train_script.main([str(arg) for arg in (*command, "--cfg-options", *SMALL, "epochs=1")])
         assert seen == {(True, amp == "bf16"), (False, amp == "bf16")}
 
 
@@ -281,7 +281,7 @@ def test_learning_rates_and_weight_decay_equal_the_recipes(setting):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["epoch=3"], "--cfg-options epoch: there is no such key; did you mean epochs"),
+        (["epoch=3"], "--cfg-options epoch: there is no such key; configs/recipes.py lists them; did you mean epochs"),
         (["detector=yolo"], "detector='yolo' is unknown; choose retinanet or mask_rcnn"),
         (["epochs=0"], "epochs=0 is not above 0"),
         (["weight_decay=-1"], "weight_decay=-1.0 is not at least 0"),
@@ -386,8 +386,8 @@ def test_a_run_on_shapes_shows_what_it_finds(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(detection_data, "SHAPES_VAL", 6)
     config = FOLDER / "configs/retinanet_alt_gvt_tiny_shapes.py"
     changes = ["--cfg-options", "epochs=1", "scale=(96, 96)"]
-    train_script.main([str(each) for each in (config, *TINY, "--work-dir", tmp_path / "run", *changes)])
+    train_script.main([str(arg) for arg in (config, *TINY, "--work-dir", tmp_path / "run", *changes)])
     options = ["--show-dir", tmp_path / "shown", "--show-score-thr", "0", *TINY]
-    test_script.main([str(each) for each in (config, tmp_path / "run/checkpoint.pth", *options, *changes)])
+    test_script.main([str(arg) for arg in (config, tmp_path / "run/checkpoint.pth", *options, *changes)])
     assert len(list((tmp_path / "shown").glob("*.png"))) == 6
     assert "bbox_AP " in capsys.readouterr().out

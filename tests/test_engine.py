@@ -387,8 +387,9 @@ def test_mixed_precision_trains(model):
 def test_log_line(model, caplog):
     caplog.set_level("INFO", logger="twins")
     train(model, make_batches(5, 4), print_freq=2)
-    lines = [record.message for record in caplog.records]
+    *lines, summary = [record.message for record in caplog.records]
     assert [line.split("]")[0] for line in lines] == ["epoch 0 [1/5", "epoch 0 [3/5", "epoch 0 [5/5"]
+    assert summary.startswith("epoch 0: 20 images in ")
     for what in ("loss ", "lr 0.1", "images/s", "waiting for data", "eta 0:00:0", "peak memory", "MiB"):
         assert what in lines[-1]
 

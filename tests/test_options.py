@@ -14,7 +14,7 @@ import main
 from core.distributed import Processes
 from core.options import loader_options
 from core.run_folder import RunFolder
-from datasets import build_dataset
+from datasets import build_dataset, build_train_loader, build_val_loader
 from dense.experiments import load_experiment
 from dense.training import get_train_parser
 from detection import data as detection_data
@@ -270,14 +270,14 @@ def test_rates_of_drop_path_and_dropout_follow_their_options():
 
 def test_repeated_augmentation_uses_each_image_three_times():
     for flags, images in (([], 6), (["--repeated-aug"], 2)):
-        loader = main.build_train_loader(parse(*BASE, *flags), Processes(CPU), 6)
+        loader = build_train_loader(parse(*BASE, *flags), Processes(CPU), 6)
         keys = list(loader.sampler)
         assert len(keys) == 6
         assert len({key.index for key in keys}) == images
 
 
 def test_seeds_reach_the_order_and_the_augmentation():
-    loaders = [main.build_train_loader(parse(*BASE, "--seed", seed), Processes(CPU), 4) for seed in (0, 1)]
+    loaders = [build_train_loader(parse(*BASE, "--seed", seed), Processes(CPU), 4) for seed in (0, 1)]
     assert list(loaders[0].sampler) != list(loaders[1].sampler)
     key = next(iter(loaders[0].sampler))
     assert not torch.equal(*(loader.dataset[key][0].pixels for loader in loaders))
@@ -435,7 +435,7 @@ def test_log_lines_follow_their_option(tmp_path, capsys):
 
 def test_a_distributed_evaluation_takes_a_part_of_the_images():
     for flags, count in (([], 4), (["--dist-eval"], 2)):
-        loader = main.build_val_loader(parse(*BASE, *flags), Processes(CPU, rank=1, world_size=2))
+        loader = build_val_loader(parse(*BASE, *flags), Processes(CPU, rank=1, world_size=2))
         assert len(loader.sampler) == count
 
 

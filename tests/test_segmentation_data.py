@@ -10,8 +10,7 @@ from PIL import Image
 
 from core.images import fitted_size, resize_image
 from segmentation import transforms
-from segmentation.data import MaskFolder, build_dataset, read_classes
-from segmentation.network import IGNORED_LABEL
+from segmentation.data import IGNORED_LABEL, MaskFolder, build_dataset, read_classes
 from segmentation.transforms import EvalViews, TrainViews, distort_colours, normalise, random_crop, resize_labels
 from tests.conftest import damage_jpeg
 from tests.small_data import ADE20K_SIZES, make_labels, write_ade20k

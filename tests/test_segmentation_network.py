@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from segmentation.configs.recipes import fpn_pvt_setting, upernet_swin_setting
+from segmentation.data import IGNORED_LABEL
 from segmentation.metrics import ConfusionMatrix
-from segmentation.network import IGNORED_LABEL, build_segmentor, pixel_cross_entropy, predict
+from segmentation.network import build_segmentor, pixel_cross_entropy, predict
 from segmentation.weights import load_segmentor
 from tests import golden_rule
 from tests.test_engine import on_processes

@@ -70,8 +70,8 @@ WAYS = {"single-scale": [], "multi-scale": ["--aug-test"], "sliding": ["window=3
 def test_figures_equal_those_of_the_written_predictions(way, trained, ade20k_folder, tmp_path):
     """Counted anew from the PNG files, whose labels are those of ADE20K: 1 to 150, with 0 ignored in the truth."""
     folder, output = trained
-    changes = [*SMALL, *(each for each in WAYS[way] if "=" in each)]
-    flags = [each for each in WAYS[way] if "=" not in each]
+    changes = [*SMALL, *(option for option in WAYS[way] if "=" in option)]
+    flags = [option for option in WAYS[way] if "=" not in option]
     options = [*TINY, "--data-root", ade20k_folder, "--out", tmp_path, *flags, "--cfg-options", *changes]
     result = run_bash("dist_test.sh", UPERNET, folder / "checkpoint.pth", 1, "--eval", "mIoU", *options)
     assert result.returncode == 0, result.stderr
@@ -140,19 +140,19 @@ def test_another_global_batch_continues_at_the_same_step(global_batch, ade20k_fo
     """The run is counted in steps, and so is its schedule."""
     command = [FOLDER / UPERNET, *TINY, "--data-root", ade20k_folder, "--work-dir", tmp_path, "--print-freq", "1"]
     changes = ["--cfg-options", *SMALL, "warmup_iterations=0"]
-    train_script.main([str(each) for each in (*command, *changes)])
+    train_script.main([str(arg) for arg in (*command, *changes)])
     checkpoint = torch.load(tmp_path / "checkpoint.pth", weights_only=True)
     checkpoint |= {"epoch": 1, "position": 2 * 4, "history": checkpoint["history"][:1]}
     torch.save(checkpoint, tmp_path / "checkpoint.pth")
     capsys.readouterr()
-    train_script.main([str(each) for each in (*command, "--auto-resume", *changes, f"global_batch={global_batch}")])
+    train_script.main([str(arg) for arg in (*command, "--auto-resume", *changes, f"global_batch={global_batch}")])
     output = capsys.readouterr().out
     message = f"the global batch changed from 4 to {global_batch}; epoch 1 continues"
     assert f"not an exact resume: {message} after step 2 of 3, and was at step 2" in output
-    lines = [line for line in output.splitlines() if line.startswith("epoch ")]
-    assert len(lines) == 1
-    assert lines[0].startswith("epoch 1 [3/3]")
-    assert f"lr {1e-3 * (1 - 5 / 6):.4g} " in lines[0]
+    line, summary = [line for line in output.splitlines() if line.startswith("epoch ")]
+    assert line.startswith("epoch 1 [3/3]")
+    assert f"lr {1e-3 * (1 - 5 / 6):.4g} " in line
+    assert summary.startswith(f"epoch 1: {global_batch} images in ")
     assert [line["epoch"] for line in read_log(tmp_path)] == [0, 1]
 
 
@@ -167,7 +167,7 @@ def test_mixed_precision_reaches_the_evaluation(ade20k_folder, tmp_path, monkeyp
     for amp in ("off", "bf16"):
         seen.clear()
         command = [FOLDER / UPERNET, *TINY, "--data-root", ade20k_folder, "--work-dir", tmp_path / amp, "--amp", amp]
-        train_script.main([str(each) for each in (*command, "--cfg-options", *SMALL, "iterations=3")])
+        train_script.main([str(arg) for arg in (*command, "--cfg-options", *SMALL, "iterations=3")])
         assert seen == {(True, amp == "bf16"), (False, amp == "bf16")}
 
 
@@ -202,7 +202,7 @@ def test_fine_tuning_makes_new_heads_for_other_classes(trained, tmp_path, capsys
     (tmp_path / "classes.txt").write_text("a\nb\nc\nd\n")
     changes = ["--cfg-options", *SMALL, "dataset=folder", "iterations=3", "lr=1e-12"]
     options = ["--finetune", tmp_path / "released.pth", "--data-root", tmp_path, "--work-dir", tmp_path / "run"]
-    train_script.main([str(each) for each in (FOLDER / UPERNET, *TINY, *options, *changes)])
+    train_script.main([str(arg) for arg in (FOLDER / UPERNET, *TINY, *options, *changes)])
     heads = [f"{head}.conv_seg.{kind}" for head in ("decode_head", "auxiliary_head") for kind in ("weight", "bias")]
     assert f"skipped {', '.join([*heads, *unused])}" in capsys.readouterr().out
     before, after = (torch.load(f / "checkpoint.pth", weights_only=True)["model"] for f in (folder, tmp_path / "run"))
@@ -219,7 +219,7 @@ def test_half_precision_and_checkpointing_train(ade20k_folder, tmp_path):
     for name, options in {"plain": [], "saving": ["--amp", "bf16", "--grad-checkpointing"]}.items():
         folder = ["--data-root", ade20k_folder, "--work-dir", tmp_path / name]
         changes = ["--cfg-options", *SMALL, "drop_path=0.0", "iterations=3"]
-        train_script.main([str(each) for each in (FOLDER / UPERNET, *TINY, *folder, *options, *changes)])
+        train_script.main([str(arg) for arg in (FOLDER / UPERNET, *TINY, *folder, *options, *changes)])
         losses[name] = read_log(tmp_path / name)[0]["train_loss"]
     assert losses["saving"] != losses["plain"]
     assert losses["saving"] == pytest.approx(losses["plain"], rel=0.02)
@@ -334,7 +334,10 @@ def test_weight_decay_of_the_whole_networks():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--cfg-options", "chanels=64"], "--cfg-options chanels: there is no such key; did you mean channels"),
+        (
+            ["--cfg-options", "chanels=64"],
+            "--cfg-options chanels: there is no such key; configs/recipes.py lists them; did you mean channels",
+        ),
         (["--cfg-options", "channels=wide"], "channels='wide' is not of type int"),
         (["--cfg-options", "head=uper"], "head='uper' is unknown; choose upernet or fpn"),
         (["--cfg-options", "iterations=7"], "iterations=7 is not a multiple of eval_interval=3"),
