@@ -63,19 +63,15 @@ class Attention(nn.Module):
     """Multi-head attention of queries to keys and values, by torch's fused function or, if timm disables it, in steps.
 
     Args:
-        dim: Number of channels.
         num_heads: Number of attention heads.
         attn_drop: Dropout rate of the attention weights.
-        proj_drop: Dropout rate of the output.
     """
 
-    def __init__(self, dim: int, num_heads: int, attn_drop: float = 0.0, proj_drop: float = 0.0):
+    def __init__(self, num_heads: int, attn_drop: float):
         super().__init__()
         self.num_heads = num_heads
         self.fused_attn = use_fused_attn()
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None = None
@@ -115,10 +111,12 @@ class LocallyGroupedAttention(Attention):
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
     ):
-        super().__init__(dim, num_heads, attn_drop, proj_drop)
+        super().__init__(num_heads, attn_drop)
         self.window_size = window_size
         self.window_padding = window_padding
         self.qkv = nn.Linear(dim, dim * 3)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map `(B, H, W, C)` to the same shape."""
@@ -204,10 +202,12 @@ class GlobalSubsampledAttention(Attention):
     """
 
     def __init__(self, dim: int, num_heads: int, sr_ratio: int = 1, attn_drop: float = 0.0, proj_drop: float = 0.0):
-        super().__init__(dim, num_heads, attn_drop, proj_drop)
+        super().__init__(num_heads, attn_drop)
         self.sr_ratio = sr_ratio
         self.q = nn.Linear(dim, dim)
         self.kv = nn.Linear(dim, dim * 2)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
         if sr_ratio > 1:
             self.sr = nn.Conv2d(dim, dim, kernel_size=sr_ratio, stride=sr_ratio)
             self.norm = nn.LayerNorm(dim)

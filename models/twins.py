@@ -269,7 +269,7 @@ class Twins(nn.Module):
         self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
         self.head.apply(_init_weights)
         parameter = next(self.parameters())
-        self.head.to(device=parameter.device, dtype=parameter.dtype)
+        self.head.to(device=parameter.device, dtype=parameter.dtype).train(self.training)
 
     def _to_channels_last(self, x: torch.Tensor) -> torch.Tensor:
         """Check the images and view them as `(B, H, W, in_chans)`."""

@@ -324,7 +324,7 @@ def recomputed(monkeypatch) -> list[nn.Module]:
         blocks.append(block)
         return block(x)
 
-    monkeypatch.setattr("models.twins.checkpoint", checkpoint)
+    monkeypatch.setattr("models.layers.checkpoint", checkpoint)
     return blocks
 
 

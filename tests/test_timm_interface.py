@@ -180,10 +180,10 @@ def test_unfused_attention_equals_fused(name, unfused):
 
 
 def attend_naively(block, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the weights of the attention of a block, `(B * windows, heads, queries, keys)`; windows without padding."""
+    """Return the weights of the attention of a block, `(B * windows, heads, queries, keys)`."""
     attention, x = block.attn, block.norm1(tokens)
     if hasattr(attention, "qkv"):
-        B, _, _, C = x.shape
+        *_, C = x.shape
         size = attention.window_size
         windows = x.permute(0, 3, 1, 2).unfold(2, size, size).unfold(3, size, size)  # (B, C, rows, cols, size, size)
         windows = windows.permute(0, 2, 3, 4, 5, 1).reshape(-1, size**2, C)
