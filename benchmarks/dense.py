@@ -185,18 +185,20 @@ def print_detector_counts() -> None:
             logger.info("%s", f"{kind:<12}{name:<16}{parameters:>12,}{layers:>12.1f}{total:>16.1f}")
 
 
-def measure_backbone_memory(name: str, device: torch.device) -> int:
+def measure_backbone_memory(name: str, device: torch.device, accelerated: bool = True) -> int:
     """Return the bytes that a forward and a backward pass add to the peak memory: 800x1333, batch 1, fp32.
 
     Args:
         name: Name of a model of ours or, with attention by matrix products as in the original, of timm.
         device: Device of the model.
+        accelerated: True to switch the fast CPU layers of our models on.
     """
     if name.startswith("twins_"):
         set_fused_attn(False)
         backbone = timm.create_model(name).to(device).train()
     else:
-        backbone = accelerate(build_backbone(name, "", window_padding="zero")).to(device).train()
+        backbone = build_backbone(name, "", window_padding="zero").to(device).train()
+        accelerate(backbone, accelerated)
     image = torch.randn(1, 3, 800, 1333, device=device)
     before = peak_memory(device)
     maps = backbone.forward_intermediates(image, intermediates_only=True)

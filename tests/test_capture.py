@@ -4,7 +4,6 @@ import pytest
 import timm
 import torch
 from timm.layers import set_fused_attn
-from timm.utils import AttentionExtract
 
 import models  # noqa: F401  registers our models
 from tests.test_models import TINY, image
@@ -174,21 +173,6 @@ def test_attention_in_steps_equals_fused_attention(name, kwargs, attention_in_st
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", TINY)
-def test_attention_weights_can_be_extracted(name, attention_in_steps):
-    model = build(name, {})
-    weights = AttentionExtract(model, method="hook")(image(1, 96, 128))
-    assert len(weights) == sum(len(stage) for stage in model.blocks)
-    for weight in weights.values():
-        torch.testing.assert_close(weight.sum(-1), torch.ones(weight.shape[:-1]))
-    if name == "alt_gvt_tiny":
-        assert weights["blocks.0.0.attn.attn_drop"].shape == (4 * 5, 1, 49, 49)
-    assert weights["blocks.2.1.attn.attn_drop"].shape == (1, 3, 6 * 8, 3 * 4)
-    graph_weights = AttentionExtract(model, method="fx")(image(1, 96, 128))
-    key = "blocks.2.1.attn."
-    assert torch.equal(graph_weights[f"{key}softmax"], weights[f"{key}attn_drop"])
-
-
 @pytest.mark.parametrize("rate", [0.0, 0.5])
 def test_dropout_of_attention_weights_in_both_ways(rate, attention_in_steps):
     """Fused and in steps, weights are dropped in training alone."""
@@ -199,8 +183,3 @@ def test_dropout_of_attention_weights_in_both_ways(rate, attention_in_steps):
         outputs = [model.train(train)(images) for train in (False, False, True, True)]
         assert torch.equal(outputs[0], outputs[1])
         assert torch.equal(outputs[2], outputs[3]) == (rate == 0)
-
-
-def test_device_and_type_of_the_parameters():
-    model = timm.create_model("alt_gvt_tiny", device="meta", dtype=torch.float16)
-    assert {(parameter.device.type, parameter.dtype) for parameter in model.parameters()} == {("meta", torch.float16)}
