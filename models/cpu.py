@@ -21,6 +21,7 @@ from torch.autograd import profiler
 from torch.nn.modules import module as nn_module
 
 PART_BYTES = 4 << 20  # size of a part of the hidden layer of an MLP; 2 to 8 MiB are equally fast
+LINEAR = F.linear  # before any tool replaces it
 LEAST_PRODUCTS = 1 << 21  # multiply-accumulates; in smaller layers the overhead of the call exceeds the gain
 
 
@@ -62,7 +63,7 @@ def _has_hooks(layer: nn.Module) -> bool:
 
 
 def _is_observed() -> bool:
-    """Return True if operations are traced, transformed or counted, or modules have global hooks."""
+    """Return True if operations are traced, transformed, counted or replaced, or modules have global hooks."""
     return (
         torch.jit.is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None  # torch.func
@@ -70,6 +71,7 @@ def _is_observed() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0  # among others FlopCounterMode
         or profiler._is_profiler_enabled
         or nn_module._has_any_global_hook()
+        or F.linear is not LINEAR  # replaced, as counters of operations do
     )
 
 

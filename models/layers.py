@@ -155,26 +155,28 @@ class LocallyGroupedAttention(Attention):
     def attend_by_index(self, x: torch.Tensor) -> torch.Tensor:
         """Attend inside windows of a map `(B, H, W, C)`, in a single captured graph for all sizes.
 
-        The tokens of all images stay in one dimension: a dimension for the windows of an image would give graphs of
-        their own to maps of a single window.
+        Torch makes sizes of one constants of a graph. No size may be one for some maps only, so the windows of all
+        images stay in one dimension, which has a spare window.
         """
         B, H, W, C = x.shape
         size, device = self.window_size, x.device
         rows, cols = (H + size - 1) // size, (W + size - 1) // size
-        place = torch.arange(B * rows * cols * size**2, device=device)  # index of a token, in the order of windows
+        windows = B * rows * cols + (1 if _is_captured() else 0)
+        place = torch.arange(windows * size**2, device=device)  # index of a token, in the order of windows
         window, token = place // size**2, place % size**2
         band = window // cols  # row of windows, counted through all images
         image = band // rows
         row, col = (band - image * rows) * size + token // size, (window - band * cols) * size + token % size
         inside = (row < H) & (col < W)
-        x = x.reshape(-1, C).index_select(0, (image * H + row.clamp(max=H - 1)) * W + col.clamp(max=W - 1))
+        line = image.clamp(max=B - 1) * H + row.clamp(max=H - 1)  # row of tokens, counted through all images
+        x = x.reshape(-1, C).index_select(0, line * W + col.clamp(max=W - 1))
         if self.window_padding == "zero":
             x, real = x * inside[:, None], None
         else:
             real = inside.view(-1, 1, 1, size**2)
         x = self.attend_windows(x, size**2, real)
         place = torch.arange(B * H * W, device=device)  # index of a token, in the order of rows
-        line = place // W  # row of tokens, counted through all images
+        line = place // W
         image = line // H
         row, col = line - image * H, place - line * W
         window = (image * rows + row // size) * cols + col // size

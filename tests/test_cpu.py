@@ -267,6 +267,15 @@ def test_layers_with_global_hooks_are_computed_by_torch(kind, calls):
     assert not calls
 
 
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_a_replaced_function_of_torch_is_called(kind, calls, monkeypatch):
+    ours, peer = build(kind)
+    monkeypatch.setattr(nn.functional, "linear", lambda x, weight, bias: 2 * (x @ weight.T) + bias)
+    x = torch.randn(5, 24)
+    torch.testing.assert_close(ours(x), peer(x))
+    assert not calls
+
+
 def test_all_linear_layers_of_a_model_can_be_quantised():
     model = timm.create_model("alt_gvt_tiny").eval()
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})
