@@ -89,8 +89,7 @@ class UPerHead(DecodeHead):
     ):
         super().__init__(channels, num_classes, dropout)
         self.psp_modules = nn.ModuleList(
-            nn.Sequential(AveragePool(scale), ConvBNReLU(in_channels[-1], channels, 1))
-            for scale in pool_scales
+            nn.Sequential(AveragePool(scale), ConvBNReLU(in_channels[-1], channels, 1)) for scale in pool_scales
         )
         self.bottleneck = ConvBNReLU(in_channels[-1] + len(pool_scales) * channels, channels, 3)
         self.lateral_convs = nn.ModuleList(ConvBNReLU(width, channels, 1) for width in in_channels[:-1])
