@@ -139,7 +139,8 @@ def normalise(images: Tensor) -> Tensor:
     Returns:
         New float32 images, in the memory format of the input.
     """
-    mean, std = _statistics_on(images.device)
+    exporting = torch.compiler.is_exporting()  # then tensors are placeholders, which must not stay in the cache
+    mean, std = _make_statistics(images.device) if exporting else _statistics_on(images.device)
     if images.stride(-3) == 1:  # Channels last: one operand per row is 4 times as fast on a CPU as one per pixel.
         width = images.shape[-1]
         mean, std = (values.movedim(0, -1).repeat(1, width, 1).movedim(-1, 0) for values in (mean, std))
@@ -147,11 +148,15 @@ def normalise(images: Tensor) -> Tensor:
     return images.div_(std)
 
 
+def _make_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in STATISTICS)
+    return mean, std
+
+
 @cache  # Copying to a GPU waits until the GPU is idle, so it is done once.
 @torch.inference_mode(False)  # Training uses the same tensors as inference.
 def _statistics_on(device: torch.device) -> tuple[Tensor, Tensor]:
-    mean, std = (torch.tensor(values, device=device).view(3, 1, 1) for values in STATISTICS)
-    return mean, std
+    return _make_statistics(device)
 
 
 # ------------------------------------------------------------------------------------------------ training images

@@ -6,6 +6,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
@@ -49,8 +50,10 @@ def fitted_size(size: Sequence[int], scale: tuple[int, int], ratio: float = 1.0)
         ratio: Factor by which the scale is multiplied.
     """
     longer, shorter = (int(side * ratio) for side in sorted(scale, reverse=True))
-    factor = min(longer / max(size), shorter / min(size))
-    return max(1, int(size[0] * factor + 0.5)), max(1, int(size[1] * factor + 0.5))
+    # Functions that take the symbolic sizes of an export, too.
+    factor = torch.sym_min(longer / torch.sym_max(*size), shorter / torch.sym_min(*size))
+    height, width = (torch.sym_max(1, torch.sym_int(side * factor + 0.5)) for side in size)
+    return height, width
 
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:

@@ -16,7 +16,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.roi_heads import RoIHeads
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.ops import box_iou, roi_align
+from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, nms, remove_small_boxes, roi_align
 
 RATIOS = (0.5, 1.0, 2.0)  # height over width of the anchors
 PADDING = 32  # images are padded to multiples of this
@@ -36,7 +36,7 @@ class Anchors(AnchorGenerator):
         scales: Ratios of a square anchor's side to the stride.
 
     Attributes:
-        inside: Masks of the last batch, bool `(anchors,)` per image: False for anchors on the padding of the batch.
+        inside: Masks of the last batch in training, bool `(anchors,)` per image: False for anchors on its padding.
     """
 
     def __init__(self, strides: Sequence[int], scales: Sequence[float]):
@@ -53,7 +53,8 @@ class Anchors(AnchorGenerator):
         self.set_cell_anchors(torch.float32, feature_maps[0].device)
         grids = [x.shape[-2:] for x in feature_maps]
         anchors = torch.cat(self.grid_anchors(grids, [[stride, stride] for stride in self.strides]))
-        self.inside = [self._inside(size, grids) for size in image_list.image_sizes]
+        if self.training:
+            self.inside = [self._inside(size, grids) for size in image_list.image_sizes]
         return [anchors] * len(image_list.image_sizes)
 
     def _inside(self, image_size: tuple[int, int], grids: list[torch.Size]) -> Tensor:
@@ -107,6 +108,17 @@ def match_anchors(matcher: Matcher, boxes: Tensor, anchors: Tensor, inside: Tens
     return matches
 
 
+def suppress(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float) -> Tensor:
+    """Non-maximum suppression within classes: return the indices of the boxes to keep, by descending scores.
+
+    An exported program cannot choose a method by the number of boxes, as torchvision does: it moves the classes apart.
+    """
+    if not torch.compiler.is_exporting():
+        return batched_nms(boxes, scores, classes, threshold)
+    side = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max() + 1  # the zero is for images without boxes
+    return nms(boxes + (classes * side)[:, None], scores, threshold)
+
+
 # ----------------------------------------------------------------------------------------------- heads of Mask R-CNN
 
 
@@ -143,6 +155,25 @@ class ProposalNetwork(RegionProposalNetwork):
             matched_boxes.append(boxes[matches.clamp(min=0)])
         return labels, matched_boxes
 
+    def filter_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level):
+        """Return the boxes and scores of each image that remain of the best of each level.
+
+        Differs from torchvision: boxes of any size and score take part.
+        """
+        boxes = proposals.split(num_anchors_per_level, dim=1)
+        logits = objectness.detach().reshape(proposals.shape[0], -1).split(num_anchors_per_level, dim=1)
+        best = [x.topk(torch.sym_min(self.pre_nms_top_n(), x.shape[1]), dim=1).indices for x in logits]
+        levels = torch.cat([torch.full_like(index[0], level) for level, index in enumerate(best)])
+        final_boxes, final_scores = [], []
+        for image, size in enumerate(image_shapes):
+            candidates = torch.cat([x[image, index[image]] for x, index in zip(boxes, best, strict=True)])
+            candidates = clip_boxes_to_image(candidates, size)
+            scores = torch.cat([x[image, index[image]] for x, index in zip(logits, best, strict=True)]).sigmoid()
+            keep = suppress(candidates, scores, levels, self.nms_thresh)[: self.post_nms_top_n()]
+            final_boxes.append(candidates[keep])
+            final_scores.append(scores[keep])
+        return final_boxes, final_scores
+
     def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets) -> tuple[Tensor, Tensor]:
         positive, negative = self.fg_bg_sampler(labels)
         divisor = sum(chosen.sum().clamp(min=1) for chosen in (*positive, *negative))
@@ -170,11 +201,11 @@ class RoIPool(nn.Module):
     def forward(self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list) -> Tensor:
         """Return the features of the boxes, `(N, channels, size, size)`, each from the level that fits its area."""
         all_boxes = torch.cat(boxes)
-        images = torch.cat([box.new_full((len(box), 1), i) for i, box in enumerate(boxes)])
+        images = torch.cat([torch.full_like(box[:, :1], i) for i, box in enumerate(boxes)])
         rois = torch.cat([images, all_boxes], dim=1)
         sides = ((all_boxes[:, 2] - all_boxes[:, 0]) * (all_boxes[:, 3] - all_boxes[:, 1])).sqrt()
         levels = torch.floor(torch.log2(sides / 56 + 1e-6)).clamp(0, len(self.strides) - 1)
-        pooled = rois.new_zeros(len(rois), features["0"].shape[1], *self.output_size)
+        pooled = rois.new_zeros(rois.shape[0], features["0"].shape[1], *self.output_size)
         for level, stride in enumerate(self.strides):
             of_level = torch.where(levels == level)[0]
             x = features[str(level)].float()  # half precision would shift the boxes by pixels
@@ -207,6 +238,22 @@ class TwinsRoIHeads(RoIHeads):
         ]
         wanted = self.box_coder.encode([truth[match] for truth, match in zip(truths, matches, strict=True)], boxes)
         return boxes, matches, labels, wanted
+
+    def postprocess_detections(self, class_logits, box_regression, proposals, image_shapes):
+        """Return the boxes, scores and labels of each image."""
+        numbers = [proposal.shape[0] for proposal in proposals]  # len() would be a constant in an export
+        all_boxes = self.box_coder.decode_single(box_regression, torch.cat(proposals)).unflatten(1, (-1, 4))
+        all_scores = class_logits.softmax(dim=1)
+        found = []
+        for boxes, scores, size in zip(all_boxes.split(numbers), all_scores.split(numbers), image_shapes, strict=True):
+            boxes = clip_boxes_to_image(boxes, size)
+            candidates, labels = torch.where(scores[:, 1:] > self.score_thresh)
+            boxes, scores, labels = boxes[candidates, labels + 1], scores[candidates, labels + 1], labels + 1
+            wide = remove_small_boxes(boxes, min_size=1e-2)
+            boxes, scores, labels = boxes[wide], scores[wide], labels[wide]
+            keep = suppress(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
+            found.append((boxes[keep], scores[keep], labels[keep]))
+        return tuple(zip(*found, strict=True))
 
     def forward(self, features, proposals, image_shapes, targets=None) -> tuple[list[Target], dict[str, Tensor]]:
         if not self.training:

@@ -6,6 +6,7 @@ from 0 to 1, of any sizes.
 """
 
 from collections import OrderedDict
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import FeaturePyramidNetwork, batched_nms, clip_boxes_to_image, sigmoid_focal_loss
+from torchvision.ops import FeaturePyramidNetwork, clip_boxes_to_image, sigmoid_focal_loss
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxPool
 
 from core.images import fitted_size, resize_image
@@ -35,6 +36,7 @@ from detection.heads import (
     Target,
     TwinsRoIHeads,
     match_anchors,
+    suppress,
 )
 from transforms import STATISTICS, normalise
 
@@ -126,17 +128,40 @@ class Transform(GeneralizedRCNNTransform):
         size = fitted_size(image.shape[1:], (self.max_size, self.min_size[0]))
         return resize_image(image, size), target
 
+    def batch_images(self, images: list[Tensor], size_divisible: int = PADDING) -> Tensor:
+        """Pad images `(3, H_i, W_i)` with zeros to the same multiples of `size_divisible` and stack them."""
+        height, width = (
+            pad_side(reduce(torch.sym_max, (image.shape[dim] for image in images)), size_divisible) for dim in (1, 2)
+        )
+        return torch.stack([F.pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in images])
+
     def postprocess(self, result: list[Target], image_shapes: list, original_image_sizes: list) -> list[Target]:
         if not self.training:
             for found, (h, w), (height, width) in zip(result, image_shapes, original_image_sizes, strict=True):
-                found["boxes"] = found["boxes"] * found["boxes"].new_tensor([width / w, height / h] * 2)
+                factors = (width / w, height / h) * 2
+                sides = found["boxes"].unbind(1)
+                found["boxes"] = torch.stack([x * factor for x, factor in zip(sides, factors, strict=True)], dim=1)
                 if "masks" in found:
                     found["masks"] = paste_masks(found["masks"][:, 0], found["boxes"], height, width)
         return result
 
 
+def pad_side(side: int, divisor: int) -> int:
+    """Return a side rounded up to a multiple of a divisor.
+
+    In an export it becomes a new symbol: expressions of the size of the image would slow the exporter down many times.
+    """
+    count = (side + divisor - 1) // divisor  # exporters round the quotient of a negative number up
+    if torch.compiler.is_exporting():
+        count = torch.scalar_tensor(count, dtype=torch.int64).item()
+        torch._check(count >= 1)
+    return count * divisor
+
+
 def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
     """Paste probabilities `(N, m, m)` within boxes `(N, 4)` into images; return bool masks `(N, height, width)`."""
+    if torch.compiler.is_exporting():
+        return paste_masks_at_once(masks, boxes, height, width)
     pasted = masks.new_zeros((len(masks), height, width), dtype=torch.bool)
     for mask, box, whole in zip(masks, boxes, pasted, strict=True):
         left, top = (max(0, int(side) - 1) for side in box[:2].floor().tolist())
@@ -151,6 +176,18 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor
         part = F.grid_sample(mask[None, None].float(), grid[None], align_corners=False)[0, 0]
         whole[top:bottom, left:right] = part >= MASK_THRESHOLD
     return pasted
+
+
+def paste_masks_at_once(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
+    """Do the same as `paste_masks` without a loop, for exported programs; takes more memory."""
+    left, top, right, bottom = boxes.float()[..., None].unbind(1)  # (N, 1) each
+    places = torch.arange(masks.shape[-1], device=masks.device)
+    weights = []
+    for start, end, side in ((top, bottom, height), (left, right, width)):
+        pixels = torch.arange(side, device=masks.device) + 0.5
+        positions = (pixels - start) / (end - start) * masks.shape[-1] - 0.5  # (N, side)
+        weights.append((1 - (positions[..., None] - places).abs()).clamp(min=0))  # of a bilinear interpolation
+    return weights[0] @ masks.float() @ weights[1].transpose(1, 2) >= MASK_THRESHOLD
 
 
 # ------------------------------------------------------------------------------------------------------ RetinaNet
@@ -217,14 +254,14 @@ class TwinsRetinaNet(CompiledBackbone, RetinaNet):
             levels = zip(head_outputs["cls_logits"], head_outputs["bbox_regression"], anchors[index], strict=True)
             for logits, codes, level_anchors in levels:
                 probabilities = logits[index].float().sigmoid()  # (anchors, classes)
-                count = min(self.topk_candidates, len(probabilities))
+                count = torch.sym_min(self.topk_candidates, probabilities.shape[0])  # symbolic in an export
                 best = probabilities.max(dim=1).values.topk(count).indices
                 boxes.append(self.box_coder.decode_single(codes[index][best], level_anchors[best]))
                 scores.append(probabilities[best])
             boxes, scores = clip_boxes_to_image(torch.cat(boxes), size), torch.cat(scores)
             candidates, labels = torch.where(scores > self.score_thresh)
             boxes, scores = boxes[candidates], scores[candidates, labels]
-            keep = batched_nms(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
+            keep = suppress(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
             detections.append({"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]})
         return detections
 
@@ -264,7 +301,6 @@ class TwinsMaskRCNN(CompiledBackbone, GeneralizedRCNN):
             post_nms_top_n={"training": proposals, "testing": proposals},
             nms_thresh=0.7,
         )
-        rpn.min_size = 0
         rpn.proposal_matcher = MaxIoUMatcher(0.7, 0.3, least=0.3)
         rpn.box_coder = SymmetricBoxCoder((1.0, 1.0, 1.0, 1.0))
         classes = num_classes + 1  # class 0 is the background
