@@ -1,5 +1,7 @@
-"""Shared by the tests: small data sets on disk, functions that run scripts, and comparisons of runs."""
+"""Shared by the tests: small data sets on disk, functions that run scripts, comparisons of runs, and the option
+`--write-clients`, which writes the results of tests with the marker `client` into docs/clients.md."""
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -15,6 +17,7 @@ from PIL import Image
 
 from core import shapes
 from main import main
+from tests import clients_page
 from tests.small_data import write_ade20k, write_coco
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +38,26 @@ LAUNCHERS = {
     "launch": ["-m", "torch.distributed.launch", "--use_env"],
     "launch without --use_env": ["-m", "torch.distributed.launch"],
 }
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-clients", action="store_true", help="write the table of docs/clients.md")
+
+
+@pytest.fixture(autouse=True)
+def _client(request, record_property):
+    """Skip a test of other software that is not installed, and record its row of the table."""
+    marker = request.node.get_closest_marker("client")
+    if marker is not None:
+        package, module = marker.args
+        pytest.importorskip(module)
+        version = importlib.metadata.version(package).split("+")[0]
+        record_property("client", [package, version, request.function.__doc__.strip()])
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.getoption("--write-clients"):
+        clients_page.write_table(terminalreporter.stats)
 
 
 @pytest.fixture(scope="session")

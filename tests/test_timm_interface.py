@@ -19,6 +19,7 @@ from tests.test_models import TINY, image
 
 NAMES = models.list_models()
 SLOW = [pytest.param(name, marks=[] if name in TINY else pytest.mark.slow) for name in NAMES]
+TIMM = pytest.mark.client("timm", "timm")  # a row in the table of docs/clients.md
 LAST = 3  # index of the last stage
 
 
@@ -28,8 +29,10 @@ def create(name: str, **kwargs) -> torch.nn.Module:
     return timm.create_model(name, **depths, **kwargs)
 
 
+@TIMM
 @pytest.mark.parametrize("name", NAMES)
 def test_default_configuration(name):
+    """`create_model`: the default configuration, `device`, `dtype` and shapes without pooling or head"""
     model = timm.create_model(name, device="meta", dtype=torch.float32).eval()
     config = model.default_cfg
     parameters = dict(model.named_parameters())
@@ -89,10 +92,12 @@ def test_forward_and_backward(name):
     torch.testing.assert_close([recomputed_tokens, *recomputed_maps], [tokens, *maps])
 
 
+@TIMM
 @pytest.mark.parametrize("feature_cls", ["getter", "hook"])
 @pytest.mark.parametrize("name", SLOW)
 @torch.no_grad()
 def test_features(name, feature_cls):
+    """`features_only` by getter and by hooks: the maps equal those of `forward_intermediates`"""
     features = create(name, features_only=True, feature_cls=feature_cls).eval()
     model = create(name).eval()
     state = {key.split(".", 1)[1]: value for key, value in features.state_dict().items()}
@@ -143,9 +148,11 @@ def trace(model: torch.nn.Module) -> torch.nn.Module:
     return create_feature_extractor(model, **last, tracer_kwargs=options)
 
 
+@TIMM
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("name", SLOW)
 def test_fx(name, train):
+    """FX tracing: outputs and gradients of the traced model, at several sizes"""
     model = create(name, num_classes=3).train(train)
     traced = trace(model).train(train)
     for size in ((2, 32, 32), (1, 64, 96), (1, 225, 230)):
@@ -180,10 +187,10 @@ def test_unfused_attention_equals_fused(name, unfused):
 
 
 def attend_naively(block, tokens: torch.Tensor) -> torch.Tensor:
-    """Return the weights of the attention of a block, `(B * windows, heads, queries, keys)`."""
+    """Return the weights of the attention of a block, `(B * windows, heads, queries, keys)`, without padding."""
     attention, x = block.attn, block.norm1(tokens)
     if hasattr(attention, "qkv"):
-        *_, C = x.shape
+        C = x.shape[-1]
         size = attention.window_size
         windows = x.permute(0, 3, 1, 2).unfold(2, size, size).unfold(3, size, size)  # (B, C, rows, cols, size, size)
         windows = windows.permute(0, 2, 3, 4, 5, 1).reshape(-1, size**2, C)
@@ -196,10 +203,11 @@ def attend_naively(block, tokens: torch.Tensor) -> torch.Tensor:
     return (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1)
 
 
+@TIMM
 @pytest.mark.parametrize("name", TINY)
 @torch.no_grad()
 def test_attention_maps(name, unfused):
-    """AttentionExtract finds the attention of all blocks."""
+    """`AttentionExtract`: the attention of all blocks, equal to a softmax by hand"""
     model = timm.create_model(name).eval()
     images = image(2, 224, 224)
     maps = AttentionExtract(model, method="hook")(images)
@@ -220,8 +228,10 @@ def test_attention_maps_by_fx(unfused):
     assert len(maps) == sum(map(len, model.blocks))
 
 
+@TIMM
 @pytest.mark.parametrize("name", TINY)
 def test_freezing(name):
+    """`freeze` and `unfreeze` of stages"""
     model = timm.create_model(name)
     freeze(model, ["patch_embeds", "blocks.0"])
     for key, parameter in model.named_parameters():
