@@ -155,13 +155,13 @@ class LocallyGroupedAttention(Attention):
     def attend_by_index(self, x: torch.Tensor) -> torch.Tensor:
         """Attend inside windows of a map `(B, H, W, C)`, in a single captured graph for all sizes.
 
-        Torch makes sizes of one constants of a graph. No size may be one for some maps only, so the windows of all
-        images stay in one dimension, which has a spare window.
+        The compiler makes sizes of one constants of a graph. No size may be one for some maps only, so the windows of
+        all images are in one dimension, with a spare window that is not used.
         """
         B, H, W, C = x.shape
         size, device = self.window_size, x.device
         rows, cols = (H + size - 1) // size, (W + size - 1) // size
-        windows = B * rows * cols + (1 if _is_captured() else 0)
+        windows = B * rows * cols + (1 if torch.compiler.is_compiling() else 0)
         place = torch.arange(windows * size**2, device=device)  # index of a token, in the order of windows
         window, token = place // size**2, place % size**2
         band = window // cols  # row of windows, counted through all images

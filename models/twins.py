@@ -117,30 +117,32 @@ class Twins(nn.Module):
                 return LocallyGroupedAttention(dim, heads, window_size, window_padding, *drops)
             return GlobalSubsampledAttention(dim, heads, sr_ratios[stage], *drops)
 
-        in_dims = (in_chans, *embed_dims[:-1])
-        patch_sizes = (4, *[2] * (len(depths) - 1))
-        drop_paths = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
-        self.patch_embeds = nn.ModuleList(map(PatchEmbed, in_dims, embed_dims, patch_sizes))
-        self.pos_block = nn.ModuleList(map(PositionalEncodingGenerator, embed_dims))
-        self.blocks = nn.ModuleList(
-            Stage(
-                Block(dim, make_attention(stage, index), mlp_ratios[stage], proj_drop_rate, next(drop_paths))
-                for index in range(depths[stage])
+        with torch.device(device or torch.get_default_device()):
+            in_dims = (in_chans, *embed_dims[:-1])
+            patch_sizes = (4, *[2] * (len(depths) - 1))
+            drop_paths = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
+            self.patch_embeds = nn.ModuleList(map(PatchEmbed, in_dims, embed_dims, patch_sizes))
+            self.pos_block = nn.ModuleList(map(PositionalEncodingGenerator, embed_dims))
+            self.blocks = nn.ModuleList(
+                Stage(
+                    Block(dim, make_attention(stage, index), mlp_ratios[stage], proj_drop_rate, next(drop_paths))
+                    for index in range(depths[stage])
+                )
+                for stage, dim in enumerate(embed_dims)
             )
-            for stage, dim in enumerate(embed_dims)
-        )
-        norm_layer = partial(nn.LayerNorm, eps=1e-6)
-        if stage_norm:
-            self.norm_list = nn.ModuleList(map(norm_layer, embed_dims))
-        self.stage_norm = stage_norm
-        self.norm = norm_layer(self.num_features)
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
-        self.feature_info = [
-            {"module": self._last_module(i), "num_chs": dim, "reduction": 4 * 2**i} for i, dim in enumerate(embed_dims)
-        ]
-        self.apply(_init_weights)
-        self.to(device=device, dtype=dtype)
+            norm_layer = partial(nn.LayerNorm, eps=1e-6)
+            if stage_norm:
+                self.norm_list = nn.ModuleList(map(norm_layer, embed_dims))
+            self.stage_norm = stage_norm
+            self.norm = norm_layer(self.num_features)
+            self.head_drop = nn.Dropout(drop_rate)
+            self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+            self.feature_info = [
+                {"module": self._last_module(i), "num_chs": dim, "reduction": 4 * 2**i}
+                for i, dim in enumerate(embed_dims)
+            ]
+            self.apply(_init_weights)
+        self.to(dtype=dtype)
 
     def _last_module(self, stage: int) -> str:
         """Return the name of the module that gives the output of a stage, for timm's feature extractors."""
