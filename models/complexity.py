@@ -1,5 +1,6 @@
 """Numbers of parameters and multiply-accumulates (MACs) of models."""
 
+import copy
 from typing import NamedTuple
 
 import timm
@@ -31,9 +32,10 @@ def count_macs(name: str, input_size: int | tuple[int, int] = 224, **kwargs) -> 
 
 
 def count_module_macs(model: nn.Module, *inputs: Tensor) -> Macs:
-    """Count the multiply-accumulates of a module; module and inputs may be on torch's meta device."""
+    """Count the multiply-accumulates of a module, by copies on the meta device: attention on a CPU is not counted."""
+    model, inputs = copy.deepcopy(model).to("meta").eval(), [x.to("meta") for x in inputs]
     normalised = []
-    for module in model.eval().modules():
+    for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.register_forward_hook(lambda _module, _inputs, output: normalised.append(output.numel()))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
