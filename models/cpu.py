@@ -10,7 +10,8 @@ before the GELU and recomputes the GELU. README.md has the measurements.
 
 Accelerated layers still compute as torch's wherever the results could differ or a tool looks at them: on GPUs, in other
 data types, under autocast, in small layers, with parameters or parts that were replaced, with hooks, while a graph is
-traced or exported, under torch.func, and under dispatch modes and the profiler, which count torch's operations.
+traced or exported, under torch.func, and under dispatch modes and the profiler, which count torch's operations: a
+profile shows torch's layers.
 """
 
 import torch
@@ -19,9 +20,10 @@ from timm.layers import Mlp as TimmMlp
 from torch import Tensor, nn
 from torch.autograd import profiler
 from torch.nn.modules import module as nn_module
+from torch.utils.flop_counter import register_flop_formula
 
 PART_BYTES = 4 << 20  # size of a part of the hidden layer of an MLP; 2 to 8 MiB are equally fast
-LINEAR = F.linear  # before any tool replaces it
+ORIGINALS = F.linear, F.gelu, nn.Linear.forward, TimmMlp.forward  # before any tool replaces one of them
 LEAST_PRODUCTS = 1 << 21  # multiply-accumulates; in smaller layers the overhead of the call exceeds the gain
 
 
@@ -32,7 +34,7 @@ def accelerate(model: nn.Module, enabled: bool = True) -> nn.Module:
 
     Args:
         model: Any model, on any device.
-        enabled: False to get the layers of torch and timm back, for tools that look for their types.
+        enabled: False to restore the layers of torch and timm, for tools that choose layers by type.
 
     Returns:
         The model.
@@ -40,7 +42,8 @@ def accelerate(model: nn.Module, enabled: bool = True) -> nn.Module:
     classes = {nn.Linear: Linear, TimmMlp: Mlp} if enabled else {Linear: nn.Linear, Mlp: TimmMlp}
     if AVAILABLE:
         for layer in model.modules():
-            layer.__class__ = classes.get(type(layer), type(layer))
+            if type(layer) in classes:
+                layer.__class__ = classes[type(layer)]
     return model
 
 
@@ -71,7 +74,7 @@ def _is_observed() -> bool:
         or torch._C._len_torch_dispatch_stack() > 0  # among others FlopCounterMode
         or profiler._is_profiler_enabled
         or nn_module._has_any_global_hook()
-        or F.linear is not LINEAR  # replaced, as counters of operations do
+        or (F.linear, F.gelu, nn.Linear.forward, TimmMlp.forward) != ORIGINALS  # replaced, as counters do
     )
 
 
@@ -122,9 +125,10 @@ class Mlp(TimmMlp):
         return (
             all(type(part) is kind for part, kind in parts.items())
             and not any("forward" in vars(part) or _has_hooks(part) for part in (*parts, *drops))
+            and all(type(drop) is nn.Dropout and not (drop.training and drop.p > 0) for drop in drops)
             and type(self.fc2.weight) is type(self.fc2.bias) is nn.Parameter
+            and self.fc2.weight.dtype == torch.float32
             and self.act.approximate == "none"
-            and not (self.training and any(drop.p > 0 for drop in drops))
         )
 
 
@@ -264,3 +268,12 @@ def _split(x: Tensor, hidden: int) -> tuple[Tensor, ...]:
 def _cat(parts: list[Tensor]) -> Tensor:
     """Concatenate parts of tokens; a single part is returned without a copy."""
     return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+# --------------------------------------------------------------------------------------------------------- counting
+
+# For a FlopCounterMode around the backward pass alone. It counts the forward pass by torch's operations.
+register_flop_formula(torch.ops.twins.linear_backward)(lambda grad, x, weight, **_: 4 * x[0] * weight.numel())
+register_flop_formula(torch.ops.twins.mlp_backward)(
+    lambda grad, x, hidden, weight1, weight2, **_: 4 * x[0] * (weight1.numel() + weight2.numel())
+)

@@ -87,7 +87,7 @@ class Attention(nn.Module):
         if self.fused_attn:
             dropout = self.attn_drop.p if self.attn_drop.training else 0.0
             return F.scaled_dot_product_attention(q, k, v, attn_mask=real, dropout_p=dropout)
-        weights = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)  # (B, heads, queries, keys)
+        weights = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)  # (B, heads, queries, keys)
         if real is not None:
             weights = weights.masked_fill(~real, -torch.inf)
         return self.attn_drop(weights.softmax(dim=-1)) @ v
@@ -156,7 +156,8 @@ class LocallyGroupedAttention(Attention):
         """Attend inside windows of a map `(B, H, W, C)`, in a single captured graph for all sizes.
 
         The compiler makes sizes of one constants of a graph. No size may be one for some maps only, so the windows of
-        all images are in one dimension, with a spare window that is not used.
+        all images are in one dimension, with a spare window, so that there are at least two. Every window has a token
+        that is not padding; the spare one has tokens of the last image, and its output is dropped.
         """
         B, H, W, C = x.shape
         size, device = self.window_size, x.device

@@ -117,7 +117,7 @@ class Twins(nn.Module):
                 return LocallyGroupedAttention(dim, heads, window_size, window_padding, *drops)
             return GlobalSubsampledAttention(dim, heads, sr_ratios[stage], *drops)
 
-        with torch.device(device or torch.get_default_device()):
+        with torch.device(torch.get_default_device() if device is None else device):
             in_dims = (in_chans, *embed_dims[:-1])
             patch_sizes = (4, *[2] * (len(depths) - 1))
             drop_paths = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
@@ -145,7 +145,7 @@ class Twins(nn.Module):
         self.to(dtype=dtype)
 
     def _last_module(self, stage: int) -> str:
-        """Return the name of the module that gives the output of a stage, for timm's feature extractors."""
+        """Return the name of the module that returns the output of a stage, for timm's feature extractors."""
         if self.stage_norm:
             return f"norm_list.{stage}"
         return f"blocks.{stage}" if len(self.blocks[stage]) > 1 else f"pos_block.{stage}"
@@ -287,7 +287,7 @@ class Twins(nn.Module):
 
 @register_notrace_function
 def check_image_size(height: int, width: int) -> None:
-    """Raise a TwinsError for images that are too small. FX does not trace functions with an underscore separately."""
+    """Raise a TwinsError for images that are too small."""  # The name is public: FX would not register `_check`.
     if torch.jit.is_tracing():
         return  # the sizes of the graph are open
     if height < MIN_INPUT_SIZE or width < MIN_INPUT_SIZE:

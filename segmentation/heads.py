@@ -60,17 +60,20 @@ class AveragePool(nn.Module):
         self.bins = bins
 
     def forward(self, x: Tensor) -> Tensor:
-        rows, columns = self.weights(x.shape[2], x), self.weights(x.shape[3], x)
+        if torch.is_autocast_enabled(x.device.type):  # half precision would round the weights
+            with torch.autocast(x.device.type, enabled=False):
+                return self(x)
+        rows, columns = self.weights(x.shape[2], x.device), self.weights(x.shape[3], x.device)
         weights = (rows[:, None, :, None] * columns[None, :, None, :]).flatten(2).flatten(0, 1)  # (bins ** 2, H * W)
-        pooled = weights @ x.flatten(2).transpose(1, 2)  # (B, bins ** 2, C); the exporter of torch.jit knows no mT
-        return pooled.transpose(1, 2).unflatten(2, (self.bins, self.bins))
+        pooled = weights @ x.float().flatten(2).transpose(1, 2)  # (B, bins ** 2, C); torch.jit's exporter knows no mT
+        return pooled.transpose(1, 2).unflatten(2, (self.bins, self.bins)).to(x.dtype)
 
-    def weights(self, side: int, like: Tensor) -> Tensor:
-        """Return the weight of each place of a side in each bin, `(bins, side)`, of the device and type of a tensor."""
-        bins = torch.arange(self.bins, device=like.device)[:, None]
-        places = torch.arange(side, device=like.device)
+    def weights(self, side: int, device: torch.device) -> Tensor:
+        """Return the float32 weight of each place of a side in each bin, `(bins, side)`."""
+        bins = torch.arange(self.bins, device=device)[:, None]
+        places = torch.arange(side, device=device)
         first, end = bins * side // self.bins, ((bins + 1) * side + self.bins - 1) // self.bins
-        return ((places >= first) & (places < end)).to(like.dtype) / (end - first)
+        return ((places >= first) & (places < end)).float() / (end - first)
 
 
 class UPerHead(DecodeHead):

@@ -121,9 +121,33 @@ def test_dropout_is_computed_by_torch():
     torch.testing.assert_close(layer(x), layer.fc2(layer.act(layer.fc1(x))))
 
 
+def test_dropout_in_training_mode_of_a_model_in_evaluation_mode():
+    layer = accelerate(Mlp(24, 96, drop=0.5)).eval()
+    layer.drop1.train()
+    x = torch.randn(5, 24)
+    assert not torch.equal(layer(x), layer(x))
+
+
+def test_a_backward_pass_is_counted():
+    counts = []
+    for layer in build("mlp"):
+        output = layer(torch.randn(5, 24, requires_grad=True)).sum()
+        with FlopCounterMode(display=False) as counter:
+            output.backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] == 2 * 2 * 2 * 5 * 24 * 96
+
+
 @pytest.mark.parametrize(
     ("part", "other"),
-    [("fc1", nn.Linear(24, 96)), ("act", nn.ReLU()), ("norm", nn.LayerNorm(96)), ("fc2", nn.Linear(96, 24))],
+    [
+        ("fc1", nn.Linear(24, 96)),
+        ("act", nn.ReLU()),
+        ("drop1", nn.ReLU()),
+        ("norm", nn.LayerNorm(96)),
+        ("fc2", nn.Linear(96, 24)),
+        ("drop2", nn.Tanh()),
+    ],
 )
 def test_replaced_layers_of_an_mlp_are_called(part, other):
     layer, peer = build("mlp")
