@@ -17,7 +17,7 @@ from PIL import Image
 
 from core import shapes
 from main import main
-from tests import clients_page
+from tests import clients_page, forks
 from tests.small_data import write_ade20k, write_coco
 
 ROOT = Path(__file__).parents[1]
@@ -109,13 +109,6 @@ def run_in_process(capsys):
     torch.set_num_threads(threads)
 
 
-def run_command(command: list, timeout: int = 240, **environment: str) -> subprocess.CompletedProcess:
-    """Run Python with arguments in the root folder, on one thread per process, and capture the output."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    command = [sys.executable, *map(str, command)]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout, check=False)
-
-
 def run_bash_in(folder: Path, *command) -> subprocess.CompletedProcess:
     """Run a bash script in a folder, as in the README, and capture the output."""
     env = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
@@ -145,9 +138,19 @@ def read_size(path: Path) -> tuple[int, int]:
 
 
 def launch(launcher: str, processes: int, *argv, script="main.py") -> subprocess.CompletedProcess:
-    """Run a script with a launcher on several processes."""
-    options = [f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
-    return run_command([*LAUNCHERS[launcher], *options, script, *argv])
+    """Run a script with a launcher on several processes, and capture the output."""
+    command = [sys.executable, *LAUNCHERS[launcher], *torchrun_options(processes), script, *map(str, argv)]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
+
+
+def run_processes(processes: int, command: list) -> subprocess.CompletedProcess:
+    """Run a script in a fork, or under torchrun in several, and capture the output."""
+    return forks.run(command, torchrun_options(processes) if processes > 1 else None)
+
+
+def torchrun_options(processes: int) -> list[str]:
+    return [f"--nproc_per_node={processes}", f"--master_port={free_port()}"]
 
 
 def free_port() -> int:
@@ -161,23 +164,15 @@ def read_log(folder) -> list[dict]:
 
 
 class Run:
-    """A script in the background, in one process or under torchrun, with its output in a file."""
+    """A script in the background, in a fork or under torchrun in several, with its output in a file."""
 
     def __init__(self, processes: int, options: list, output_dir: Path, launcher_options=(), script="main.py"):
-        torchrun = [
-            *LAUNCHERS["torchrun"],
-            f"--nproc_per_node={processes}",
-            f"--master_port={free_port()}",
-            *launcher_options,
-        ]
-        command = [sys.executable, *(torchrun if processes > 1 else []), script, *map(str, options)]
-        command += ["--output_dir", str(output_dir)]
+        launcher = [*torchrun_options(processes), *launcher_options] if processes > 1 else None
         self.folder = output_dir
-        self.script = script
+        self.under_torchrun = processes > 1
         self.log = output_dir.with_name(f"{output_dir.name}-{time.monotonic_ns()}.out")
-        with open(self.log, "w") as file:
-            env = os.environ | {"OMP_NUM_THREADS": "1"}
-            self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=subprocess.STDOUT)
+        self.log.touch()
+        self.process = forks.start([script, *options, "--output_dir", output_dir], self.log, self.log, launcher)
 
     @property
     def output(self) -> str:
@@ -187,30 +182,29 @@ class Run:
         """Wait until `condition(self)` is true; fail if the run ends before."""
         end = time.monotonic() + timeout
         while not condition(self):
-            assert self.process.poll() is None, f"ended before {what}:\n{self.output}"
+            assert self.process.exitcode is None, f"ended before {what}:\n{self.output}"
             assert time.monotonic() < end, f"no {what} in {timeout} s:\n{self.output}"
             time.sleep(0.001)
 
     def processes(self) -> dict[int, int]:
-        """Return the process ids of the run by rank."""
-        if self.process.args[1] == self.script:
+        """Return the process ids of the run by rank; torchrun starts its processes in the order of their ranks."""
+        if not self.under_torchrun:
             return {0: self.process.pid}
-        ranks = {}
-        for pid in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
-            environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            ranks |= {int(entry[5:]): int(pid) for entry in environment if entry.startswith(b"RANK=")}
-        return ranks
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return dict(enumerate(map(int, children)))
 
     def kill(self) -> None:
         """Kill all processes of the run at the same time, like a power failure."""
-        if self.process.poll() is not None:
+        if self.process.exitcode is not None:
             return
-        for pid in {self.process.pid, *self.processes().values()}:
+        for pid in {*self.processes().values(), self.process.pid}:
             os.kill(pid, signal.SIGKILL)
-        self.process.wait()
+        self.process.join()
 
     def end(self, timeout: float = 240) -> int:
-        return self.process.wait(timeout)
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, f"still running after {timeout} s:\n{self.output}"
+        return self.process.exitcode
 
 
 @pytest.fixture

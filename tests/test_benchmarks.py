@@ -12,6 +12,7 @@ from PIL import Image
 from benchmarks import common, dense, epochs, models, parts, pipeline
 from dense.experiments import load_experiment
 from main import get_args_parser, parse_args
+from tests import forks
 from tests.conftest import ROOT, fails
 from utils import seed_generators
 
@@ -19,6 +20,13 @@ SMALL = ["--device", "cpu", "--turns", "2", "--batch-size", "2", "--input-size",
 SEGMENTATION_CONFIG = ROOT / "segmentation/configs/upernet_alt_gvt_s_512x512_160k_ade20k_swin_setting.py"
 DETECTION_CONFIG = ROOT / "detection/configs/retinanet_pcpvt_s_fpn_1x_coco_pvt_setting.py"
 SMALL_SEGMENTOR = ["backbone=alt_gvt_tiny", "pretrained=", "channels=16", "scale=(256, 64)", "crop_size=32"]
+
+
+@pytest.fixture(autouse=True)
+def fast_processes(monkeypatch):
+    """Let new processes be forks, which start faster."""
+    for script in (models, epochs, dense):
+        monkeypatch.setattr(script, "run_in_new_process", forks.call)
 
 
 def run(capsys, script, *argv) -> str:
@@ -156,8 +164,7 @@ def test_epochs_of_main_have_the_options_of_timms(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_epochs_of_training(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(epochs, "run_in_new_process", lambda function, *args: function(*args))
+def test_epochs_of_training(tmp_path, capsys):
     pipeline.write_images(tmp_path / "images", (50, 40), count=2)
     options = ["--data", tmp_path / "images", "--batch-size", "2", "--turns", "1", "--workers", "0", "--threads", "1"]
     run(capsys, epochs, "alt_gvt_small", *options, "--json", tmp_path / "report.json")

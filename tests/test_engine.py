@@ -24,6 +24,7 @@ from core.meters import EpochMeter, _count_images
 from core.options import TrainSettings
 from core.signals import Interrupted, signals_noted
 from engine import evaluate, to_device, train_one_epoch
+from tests import forks
 
 CPU = torch.device("cpu")
 
@@ -162,10 +163,10 @@ def in_process_group(rank: int, world_size: int, function, folder, results) -> N
 
 def on_processes(world_size: int, function, folder) -> list:
     """Call `function(rank)` in the processes of a group and return the results by rank."""
-    context = torch.multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
+    with forks.CONTEXT.Manager() as manager:
         results = manager.dict()
-        torch.multiprocessing.spawn(in_process_group, (world_size, function, folder, results), nprocs=world_size)
+        args = (world_size, function, folder, results)
+        torch.multiprocessing.start_processes(in_process_group, args, nprocs=world_size, start_method="forkserver")
         return [results[rank] for rank in range(world_size)]
 
 

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from core.launch import find_cause, one_line, run_script
 from core.options import NON_NEGATIVE, POSITIVE
 from models import TwinsError
-from tests.conftest import ROOT, launch
+from tests.conftest import ROOT, run_processes
 from utils import UserError
 
 ARGS = argparse.Namespace(device="cpu", dist_url="env://", loader_timeout=0, deterministic=False, traceback=False)
@@ -105,7 +105,7 @@ launch.run_script("script.py", run, argparse.Namespace(
 @pytest.mark.parametrize("error", ["utils.UserError('bad input')", "ValueError('internal')"])
 def test_errors_of_the_main_process_end_all(error, tmp_path):
     (tmp_path / "script.py").write_text(ON_MAIN.format(root=str(ROOT), error=error))
-    result = launch("torchrun", 2, script=tmp_path / "script.py")
+    result = run_processes(2, [tmp_path / "script.py"])
     assert result.returncode == 1
     said = [line for line in result.stderr.splitlines() if line.startswith("script.py")]
     assert said == (["script.py: error: bad input"] if "User" in error else [])

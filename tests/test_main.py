@@ -1,11 +1,8 @@
 """Tests of main.py: launchers, training, resuming, evaluation, schedules, recipes and bad input."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -26,6 +23,7 @@ from main import (
     get_args_parser,
 )
 from samplers import TrainSampler
+from tests import forks
 from tests.conftest import (
     LAUNCHERS,
     ROOT,
@@ -36,7 +34,7 @@ from tests.conftest import (
     launch,
     read_log,
     read_size,
-    run_command,
+    run_processes,
 )
 from tests.test_models import DATA
 
@@ -60,7 +58,7 @@ def trained(image_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     options = ["--data-path", image_folder, "--epochs", 2, "--output_dir", folder, "--model-ema", "--repeated-aug"]
     options += ["--num_workers", "2", "--global-batch", "8", "--layer-decay", "0.8"]
-    result = run_command(["main.py", *TINY, *options])
+    result = forks.run(["main.py", *TINY, *options])
     assert result.returncode == 0, result.stderr
     return folder, result.stdout, options
 
@@ -185,8 +183,8 @@ def test_two_processes_take_the_same_steps_as_one(image_folder, tmp_path):
     """Without randomness that depends on the process, a run equals one of a single process with twice the batch."""
     plain = ["--data-path", image_folder, "--epochs", "1", "--warmup-epochs", "0", "--drop-path", "0", "--mixup", "0"]
     plain += ["--cutmix", "0", "--opt", "sgd", "--lr", "0.1", "--unscale-lr", "--model-ema", "--model-ema-decay", "0.5"]
-    two = launch("torchrun", 2, *TINY, *plain, "--dist-eval", "--output_dir", tmp_path / "two")
-    one = run_command(["main.py", *TINY, *plain, "--batch-size", 8, "--output_dir", tmp_path / "one"])
+    two = run_processes(2, ["main.py", *TINY, *plain, "--dist-eval", "--output_dir", tmp_path / "two"])
+    one = forks.run(["main.py", *TINY, *plain, "--batch-size", 8, "--output_dir", tmp_path / "one"])
     assert two.returncode == one.returncode == 0, two.stderr + one.stderr
     states = [torch.load(tmp_path / run / "checkpoint.pth", weights_only=True) for run in ("two", "one")]
     for key in ("model", "model_ema"):
@@ -200,10 +198,10 @@ def test_two_processes_take_the_same_steps_as_one(image_folder, tmp_path):
 def test_evaluation_is_exact_for_any_number_of_processes(trained, image_folder):
     folder, _, _ = trained
     command = ["--eval", "--resume", folder / "checkpoint.pth", *TINY, "--data-path", image_folder]
-    outputs = [run_command(["main.py", *command]).stdout]
+    outputs = [forks.run(["main.py", *command]).stdout]
     for processes in (2, 3):
-        outputs.append(launch("torchrun", processes, *command, "--dist-eval").stdout)
-    outputs.append(launch("torchrun", 2, *command).stdout)  # each process evaluates all images
+        outputs.append(run_processes(processes, ["main.py", *command, "--dist-eval"]).stdout)
+    outputs.append(run_processes(2, ["main.py", *command]).stdout)  # each process evaluates all images
     lines = [final_lines(output) for output in outputs]
     assert lines[0][1].startswith("Accuracy of the network on the 21 test images: ")
     assert lines == [lines[0]] * 4
@@ -461,11 +459,11 @@ def test_a_truncated_image_ends_the_run_or_is_skipped(image_folder, tmp_path):
     assert read_size(path) == (90, 87)
     damage_jpeg(path)
     command = ["main.py", *TINY, "--data-path", tmp_path / "data", "--epochs", 1, "--num_workers", 2]
-    result = run_command(command)
+    result = forks.run(command)
     assert result.returncode == 1
     (line,) = [line for line in result.stderr.splitlines() if line]
     assert re.match(rf"main\.py: error: {re.escape(str(path))}: cannot be read as an image \(.*\); repair", line)
-    result = run_command([*command, "--bad-image", "skip"])
+    result = forks.run([*command, "--bad-image", "skip"])
     assert result.returncode == 0, result.stderr
     assert "Accuracy of the network on the 20 test images" in result.stdout
     assert f"skipped: {path}" in result.stdout
@@ -473,26 +471,26 @@ def test_a_truncated_image_ends_the_run_or_is_skipped(image_folder, tmp_path):
 
 @pytest.mark.slow
 def test_more_processes_than_images(image_folder, tmp_path):
-    result = launch("torchrun", 3, *TINY, "--batch-size", "10", "--data-path", image_folder)
+    result = run_processes(3, ["main.py", *TINY, "--batch-size", "10", "--data-path", image_folder])
     assert result.returncode != 0
     message = "error: the training set has 24 images, fewer than one global batch of 30; lower --batch-size"
     assert f"main.py: {message}" in result.stderr
 
 
 @pytest.mark.slow
-def test_processes_use_the_given_rendezvous(image_folder, tmp_path):
+def test_processes_use_the_given_rendezvous(image_folder, tmp_path, monkeypatch):
     """Start two processes without a launcher."""
-    command = ["main.py", *TINY, "--data-path", image_folder, "--epochs", 1, "--output_dir", tmp_path]
-    command = [sys.executable, *map(str, command), "--dist_url", f"tcp://127.0.0.1:{free_port()}"]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
-    env |= {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(command, cwd=ROOT, env=env | {"RANK": rank}, stdout=subprocess.PIPE, text=True)
-        for rank in ("0", "1")
-    ]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert "4 images x 2 processes x 1 accumulated = global batch 8" in outputs[0]
+    command = ["main.py", *TINY, "--data-path", image_folder, "--epochs", 1, "--output_dir", tmp_path / "run"]
+    command += ["--dist_url", f"tcp://127.0.0.1:{free_port()}"]
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    outputs = [tmp_path / rank for rank in ("0", "1")]
+    processes = [forks.start(command, output, output, WORLD_SIZE="2", RANK=output.name) for output in outputs]
+    for process in processes:
+        process.join(120)
+        process.kill()  # if it still runs
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert "4 images x 2 processes x 1 accumulated = global batch 8" in outputs[0].read_text()
 
 
 @pytest.mark.skipif(not hasattr(timm.optim, "list_optimizers"), reason="this timm has no list of its optimizers")

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import ROOT, TINY, Run, assert_same_run, launch, read_log, run_command
+from tests import forks
+from tests.conftest import ROOT, TINY, Run, assert_same_run, read_log, run_processes
 
 pytestmark = pytest.mark.slow
 
@@ -73,7 +74,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(processes, uninterrupted, ima
                 break  # otherwise the write ended before the kill
         else:
             pytest.fail("no kill happened while a checkpoint was written")
-        assert run.process.returncode == -signal.SIGKILL or instant == "at any time"
+        assert run.process.exitcode == -signal.SIGKILL or instant == "at any time"
     run = start(processes, command)
     assert run.end() == 0, run.output
     assert "resumed" in run.output
@@ -87,7 +88,7 @@ def test_a_signalled_run_ends_as_an_uninterrupted_one(uninterrupted, image_folde
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         run = start(1, command)
         run.wait_for(lambda run: lines(run, r"\[[12]/3\]"), "step")
-        run.process.send_signal(number)
+        os.kill(run.process.pid, number)
         assert run.end() == 128 + number, run.output
         message = f"main.py: stopped by {number.name}; run the same command with --auto-resume to continue"
         assert run.output.splitlines()[-1] == message
@@ -137,10 +138,10 @@ def test_a_signal_during_evaluation(uninterrupted, image_folder, tmp_path):
         """,
     )
     command = [*EVERYTHING, "--auto-resume", "--data-path", image_folder, "--output_dir", tmp_path / "run"]
-    result = run_command([script, *command])
+    result = forks.run([script, *command])
     assert result.returncode == 143, result.stderr
     assert "Acc@1" not in result.stdout
-    result = run_command(["main.py", *command])
+    result = forks.run(["main.py", *command])
     assert result.returncode == 0, result.stderr
     assert "checkpoint.pth: 0 epochs and 24 images of the next are done" in result.stdout
     assert_same_run(tmp_path / "run", uninterrupted(1))
@@ -155,7 +156,7 @@ def test_another_number_of_processes_continues_near_the_same_place(uninterrupted
     checkpoint |= {"epoch": 3, "position": 16, "meters": meters, "history": checkpoint["history"][:3]}
     torch.save(checkpoint, tmp_path / "run/checkpoint.pth")
     command = ["main.py", *EVERYTHING, "--auto-resume", "--data-path", image_folder, "--output_dir", tmp_path / "run"]
-    result = run_command([*command, "--global-batch", "12", "--lr", "1e-30", "--unscale-lr"])
+    result = forks.run([*command, "--global-batch", "12", "--lr", "1e-30", "--unscale-lr"])
     assert result.returncode == 0, result.stderr
     assert "checkpoint.pth: 3 epochs and 12 images of the next are done" in result.stdout
     assert "not an exact resume: the global batch changed from 8 to 12; epoch 3" in result.stdout
@@ -189,13 +190,13 @@ def test_a_damaged_checkpoint_does_not_stop_a_run(uninterrupted, image_folder, t
     shutil.copytree(uninterrupted(1), tmp_path / "run")
     (tmp_path / "run/checkpoint.pth").write_bytes(b"")
     command = [*EVERYTHING, "--auto-resume", "--data-path", image_folder, "--output_dir", tmp_path / "run"]
-    result = run_command(["main.py", *command])
+    result = forks.run(["main.py", *command])
     assert result.returncode == 0, result.stderr
     assert "renamed to checkpoint.pth.damaged, resuming from checkpoint.1.pth" in result.stdout
     assert_same_run(tmp_path / "run", uninterrupted(1))
     for path in (tmp_path / "run").glob("checkpoint*"):
         path.write_bytes(b"garbage")
-    result = run_command(["main.py", *command])
+    result = forks.run(["main.py", *command])
     assert result.returncode == 1
     (line,) = result.stderr.splitlines()
     assert "there is no intact checkpoint to resume from; remove" in line
@@ -205,8 +206,8 @@ def test_a_second_run_in_the_same_folder_is_refused(image_folder, tmp_path, star
     command = [*EVERYTHING, "--auto-resume", "--data-path", image_folder, "--epochs", 1000]
     run = start(1, command)
     run.wait_for(lambda run: lines(run, "epoch 0"), "step")
-    for second in (run_command, lambda argv: launch("torchrun", 2, *argv[1:])):
-        result = second(["main.py", *command, "--output_dir", tmp_path / "run"])
+    second = ["main.py", *command, "--output_dir", tmp_path / "run"]
+    for result in (forks.run(second), run_processes(2, second)):
         assert result.returncode == 1
         (line,) = [line for line in result.stderr.splitlines() if line.startswith("main.py: error")]
         holder = f"process {run.process.pid} on {os.uname().nodename}"
@@ -252,7 +253,7 @@ main.build_compute_losses = build_compute_losses
 def test_a_non_finite_loss_on_one_process_ends_both(image_folder, tmp_path):
     script = write_script(tmp_path, NAN_ON_RANK_1.format(steps=[3]))
     start = time.monotonic()
-    result = launch("torchrun", 2, *EVERYTHING, "--data-path", image_folder, script=script)
+    result = run_processes(2, [script, *EVERYTHING, "--data-path", image_folder])
     assert result.returncode == 1
     assert time.monotonic() - start < 60
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("main.py")]
@@ -262,12 +263,12 @@ def test_a_non_finite_loss_on_one_process_ends_both(image_folder, tmp_path):
 def test_non_finite_steps_are_skipped_and_counted(image_folder, tmp_path):
     skipping = ["--on-nonfinite", "skip", "--max-skipped", 2, "--data-path", image_folder]
     script = write_script(tmp_path, NAN_ON_RANK_1.format(steps=[1, 3]))
-    result = launch("torchrun", 2, *EVERYTHING, *skipping, "--output_dir", tmp_path / "two", script=script)
+    result = run_processes(2, [script, *EVERYTHING, *skipping, "--output_dir", tmp_path / "two"])
     assert result.returncode == 0, result.stderr
     assert [line["train_skipped"] for line in read_log(tmp_path / "two")] == [2, 0, 0, 0]
     assert "skipped: the loss is not finite in epoch 0, step 0, on process 1" in result.stdout
     script = write_script(tmp_path, NAN_ON_RANK_1.format(steps=[1, 2, 3, 4, 5, 6]))
-    result = launch("torchrun", 2, *EVERYTHING, *skipping, "--output_dir", tmp_path / "three", script=script)
+    result = run_processes(2, [script, *EVERYTHING, *skipping, "--output_dir", tmp_path / "three"])
     assert result.returncode == 1
     assert "epoch 0, step 2, on process 1, after 2 consecutive skipped steps; training has stopped" in result.stderr
 
@@ -306,7 +307,7 @@ def test_an_internal_error_shows_its_traceback_and_ends(image_folder, tmp_path):
         main.evaluate = evaluate
         """,
     )
-    result = run_command([script, *TINY, "--num_workers", 1, "--data-path", image_folder, "--epochs", 1], timeout=60)
+    result = forks.run([script, *TINY, "--num_workers", 1, "--data-path", image_folder, "--epochs", 1], timeout=60)
     assert result.returncode == 1
     assert result.stderr.startswith("Traceback")
     assert result.stderr.splitlines()[-1] == "RuntimeError: boom"
@@ -321,10 +322,7 @@ def test_a_fault_of_the_loader_ends_all_processes(fault, processes, image_folder
     if fault == "the loader hangs":
         command += ["--loader-timeout", 3]
     start = time.monotonic()
-    if processes == 1:
-        result = run_command([script, *command])
-    else:
-        result = launch("torchrun", 2, *command, script=script)
+    result = run_processes(processes, [script, *command])
     assert result.returncode == 1
     assert time.monotonic() - start < 60
     said = [line for line in result.stderr.splitlines() if line.startswith("main.py: error:")]
@@ -351,11 +349,11 @@ def test_no_epoch_is_lost_by_a_bad_validation_image(image_folder, tmp_path):
         "--output_dir",
         tmp_path / "run",
     ]
-    result = run_command(["main.py", *command])
+    result = forks.run(["main.py", *command])
     assert result.returncode == 1
     assert f"{path}: cannot be read as an image" in result.stderr
     path.write_bytes(data)
-    result = run_command(["main.py", *command])
+    result = forks.run(["main.py", *command])
     assert result.returncode == 0, result.stderr
     assert "checkpoint.pth: 0 epochs and 24 images of the next are done" in result.stdout
     assert len(read_log(tmp_path / "run")) == 1
@@ -367,7 +365,7 @@ def test_no_epoch_is_lost_by_a_bad_validation_image(image_folder, tmp_path):
 def test_the_same_seed_gives_the_same_run(uninterrupted, image_folder, tmp_path):
     """This includes another number of data-loading workers, and needs no option."""
     command = [*EVERYTHING, "--data-path", image_folder, "--output_dir", tmp_path / "run", "--num_workers", 0]
-    result = run_command(["main.py", *command])
+    result = forks.run(["main.py", *command])
     assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path / "run", uninterrupted(1))
 
@@ -376,12 +374,14 @@ def test_deterministic_algorithms(uninterrupted, image_folder, tmp_path):
     script = write_script(
         tmp_path,
         """
-        import atexit
-        atexit.register(lambda: print("deterministic", torch.are_deterministic_algorithms_enabled()))
+        def evaluate(*args, wrapped=main.evaluate, **kwargs):
+            print("deterministic", torch.are_deterministic_algorithms_enabled())
+            return wrapped(*args, **kwargs)
+        main.evaluate = evaluate
         """,
     )
     command = [*EVERYTHING, "--data-path", image_folder, "--output_dir", tmp_path / "run", "--deterministic"]
-    result = run_command([script, *command])
+    result = forks.run([script, *command])
     assert result.returncode == 0, result.stderr
     assert "deterministic True" in result.stdout
     assert_same_run(tmp_path / "run", uninterrupted(1))
