@@ -14,7 +14,9 @@ def write_table(reports: dict[str, list]) -> None:
             row = dict(report.user_properties).get("client")
             if row is not None:
                 results[tuple(row)] = outcome
-    rows = [[*row, outcome] for row, outcome in sorted(results.items(), key=lambda item: [part.lower() for part in item[0]])]
+    rows = [
+        [*row, outcome] for row, outcome in sorted(results.items(), key=lambda item: [part.lower() for part in item[0]])
+    ]
     lines = ["| package | version | what is compared | result |", "|---|---|---|---|"]
     lines += [f"| {' | '.join(row)} |" for row in rows]
     page = PAGE.read_text()

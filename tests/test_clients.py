@@ -7,6 +7,8 @@ in the table of docs/clients.md, which `python -m pytest -m client --write-clien
 import copy
 import logging
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ import models.cpu
 from models.complexity import count_module_macs
 from tests import client_workers, test_timm_interface
 from tests.clients_page import PAGE
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT
 from tests.test_models import TINY, image
 
 SIZES = [(1, 64, 96), (2, 96, 128), (1, 160, 160), (3, 224, 224), (1, 225, 230), (1, 256, 256)]
@@ -460,7 +462,8 @@ def train_in_one_process() -> tuple[float, dict[str, torch.Tensor]]:
 @client("lightning")
 def test_lightning(tmp_path):
     """A step of two processes equals one of a single process"""
-    result = run_command(["-m", "tests.client_workers", tmp_path])
+    command = [sys.executable, "-m", "tests.client_workers", tmp_path]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stderr
     written = torch.load(tmp_path / "lightning.pth", weights_only=True)
     assert written["steps"] == 1
