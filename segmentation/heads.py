@@ -60,7 +60,7 @@ class AveragePool(nn.Module):
         self.bins = bins
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):  # half precision would round the weights
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):  # half precision would round the weights
             with torch.autocast(x.device.type, enabled=False):
                 return self(x)
         rows, columns = self.weights(x.shape[2], x.device), self.weights(x.shape[3], x.device)
