@@ -147,7 +147,7 @@ def _multiply_tokens(left: Tensor, right: Tensor) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------- linear
 
 
-@torch.library.custom_op("twins::linear", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(f"{__package__}::linear", mutates_args=(), device_types="cpu")
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return `x @ weight.T + bias`, `(tokens, in) -> (tokens, out)`."""
     return _multiply(x, weight, bias)
@@ -158,7 +158,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@torch.library.custom_op("twins::linear_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(f"{__package__}::linear_backward", mutates_args=(), device_types="cpu")
 def linear_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of the input, the weight and the bias of `linear`."""
     grad = grad.contiguous()  # one copy for all three results
@@ -187,7 +187,7 @@ linear.register_autograd(_differentiate_linear, setup_context=_save_for_linear)
 # ------------------------------------------------------------------------------------------------------------- MLP
 
 
-@torch.library.custom_op("twins::mlp", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(f"{__package__}::mlp", mutates_args=(), device_types="cpu")
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
     """Return `gelu(x @ weight1.T + bias1) @ weight2.T + bias2`, `(tokens, in) -> (tokens, out)`; not differentiable."""
     parts = _split(x, hidden=len(weight1))
@@ -199,7 +199,7 @@ def _(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor)
     return x.new_empty(x.shape[0], weight2.shape[0])
 
 
-@torch.library.custom_op("twins::mlp_training", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(f"{__package__}::mlp_training", mutates_args=(), device_types="cpu")
 def mlp_training(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> tuple[Tensor, Tensor]:
     """Return the output of `mlp` and the hidden layer before the GELU, `(tokens, hidden)`."""
     hidden = _multiply(x, weight1, bias1)
@@ -211,7 +211,7 @@ def _(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor)
     return x.new_empty(x.shape[0], weight2.shape[0]), x.new_empty(x.shape[0], weight1.shape[0])
 
 
-@torch.library.custom_op("twins::mlp_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(f"{__package__}::mlp_backward", mutates_args=(), device_types="cpu")
 def mlp_backward(
     grad: Tensor, x: Tensor, hidden: Tensor, weight1: Tensor, weight2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -273,7 +273,8 @@ def _cat(parts: list[Tensor]) -> Tensor:
 # --------------------------------------------------------------------------------------------------------- counting
 
 # For a FlopCounterMode around the backward pass alone. It counts the forward pass by torch's operations.
-register_flop_formula(torch.ops.twins.linear_backward)(lambda grad, x, weight, **_: 4 * x[0] * weight.numel())
-register_flop_formula(torch.ops.twins.mlp_backward)(
+_operators = getattr(torch.ops, __package__)  # named by the package: two copies in one process stay apart
+register_flop_formula(_operators.linear_backward)(lambda grad, x, weight, **_: 4 * x[0] * weight.numel())
+register_flop_formula(_operators.mlp_backward)(
     lambda grad, x, hidden, weight1, weight2, **_: 4 * x[0] * (weight1.numel() + weight2.numel())
 )
