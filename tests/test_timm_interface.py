@@ -95,11 +95,11 @@ def test_forward_and_backward(name):
 
 
 @TIMM
-@pytest.mark.parametrize("feature_cls", ["getter", "hook"])
+@pytest.mark.parametrize("feature_cls", ["getter", "hook", "fx"])
 @pytest.mark.parametrize("name", SLOW)
 @torch.no_grad()
 def test_features(name, feature_cls):
-    """`features_only` by getter and by hooks: the maps equal those of `forward_intermediates`"""
+    """`features_only` by getter, hooks and FX: the maps equal those of `forward_intermediates`"""
     features = create(name, features_only=True, feature_cls=feature_cls).eval()
     model = create(name).eval()
     state = {key.split(".", 1)[1]: value for key, value in features.state_dict().items()}
