@@ -9,7 +9,7 @@ from timm.layers import DropPath, Mlp, register_notrace_module, use_fused_attn
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-WINDOW_PADDINGS = ("mask", "zero")
+WINDOW_PADDINGS = ("mask", "zero", "released")
 
 
 def conv_channels_last(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
@@ -99,7 +99,9 @@ class LocallyGroupedAttention(Attention):
 
     If a side of the map is not a multiple of the window, the last windows extend beyond the right or lower border.
     With `window_padding="mask"` the padding takes no part in attention: these windows are just smaller. With `"zero"`
-    it takes part as zero vectors. Without padding both are the same.
+    it takes part as zero vectors. `"released"` is what the original's segmentation models do, because of an error in
+    their mask: the padding is masked if both sides are padded, and zeros if only one is. Without padding all are the
+    same.
     """
 
     def __init__(
@@ -126,15 +128,19 @@ class LocallyGroupedAttention(Attention):
             x = self.attend_map(x)
         elif _is_captured() or not self.fused_attn:  # in steps all windows at once, so that tools see all weights
             x = self.attend_by_index(x)
-        elif self.window_padding == "zero":
+        elif self.pads_with_zeros(H, W):
             x = self.attend_map(F.pad(x, (0, 0, 0, -W % size, 0, -H % size)))[:, :H, :W]
         else:
-            # Differs from the original: its mask is wrong where only one side is padded.
             bands = []
             for band in self.split(x, dim=1):
                 bands.append(_cat([self.attend_map(part) for part in self.split(band, dim=2)], dim=2))
             x = _cat(bands, dim=1)
         return self.proj_drop(x)
+
+    def pads_with_zeros(self, height: int, width: int) -> bool:
+        """Return True if the padding of a map takes part in attention as zeros."""
+        one_side = (height % self.window_size == 0) != (width % self.window_size == 0)
+        return self.window_padding == "zero" or (self.window_padding == "released" and one_side)
 
     def split(self, x: torch.Tensor, dim: int) -> list[torch.Tensor]:
         """Split a map into the whole windows and the rest, without empty parts."""
@@ -153,35 +159,51 @@ class LocallyGroupedAttention(Attention):
         return x.transpose(2, 3).reshape(B, H, W, C)
 
     def attend_by_index(self, x: torch.Tensor) -> torch.Tensor:
-        """Attend inside windows of a map `(B, H, W, C)`, in a single captured graph for all sizes.
+        """Attend inside windows of a map `(B, H, W, C)`, in a single captured graph for all sizes."""
+        B, H, W, C = x.shape
+        source, below, right = self.index_windows(B, H, W, x.device)
+        inside = ~(below | right)
+        x = x.reshape(-1, C).index_select(0, source)
+        if self.window_padding != "mask":
+            x = x * inside[:, None]
+        if self.window_padding == "released":
+            inside = inside | (below.any() != right.any())  # zeros take part if only one side is padded
+        real = None if self.window_padding == "zero" else inside.view(-1, 1, 1, self.window_size**2)
+        x = self.attend_windows(x, self.window_size**2, real)
+        return x.index_select(0, self.index_map(B, H, W, x.device)).view(B, H, W, C)
+
+    def index_windows(self, B: int, H: int, W: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+        """Return where the tokens of all windows come from.
 
         The compiler makes sizes of one constants of a graph. No size may be one for some maps only, so the windows of
         all images are in one dimension, with a spare window, so that there are at least two. Every window has a token
         that is not padding; the spare one has tokens of the last image, and its output is dropped.
+
+        Returns:
+            For each token in the order of windows, int64 or bool `(windows * tokens,)`: its index in the order of rows,
+            and whether it is padding below the map and to its right.
         """
-        B, H, W, C = x.shape
-        size, device = self.window_size, x.device
+        size = self.window_size
         rows, cols = (H + size - 1) // size, (W + size - 1) // size
         windows = B * rows * cols + (1 if torch.compiler.is_compiling() else 0)
-        place = torch.arange(windows * size**2, device=device)  # index of a token, in the order of windows
+        place = torch.arange(windows * size**2, device=device)
         window, token = place // size**2, place % size**2
         band = window // cols  # row of windows, counted through all images
         image = band // rows
         row, col = (band - image * rows) * size + token // size, (window - band * cols) * size + token % size
-        inside = (row < H) & (col < W)
         line = image.clamp(max=B - 1) * H + row.clamp(max=H - 1)  # row of tokens, counted through all images
-        x = x.reshape(-1, C).index_select(0, line * W + col.clamp(max=W - 1))
-        if self.window_padding == "zero":
-            x, real = x * inside[:, None], None
-        else:
-            real = inside.view(-1, 1, 1, size**2)
-        x = self.attend_windows(x, size**2, real)
-        place = torch.arange(B * H * W, device=device)  # index of a token, in the order of rows
+        return line * W + col.clamp(max=W - 1), row >= H, col >= W
+
+    def index_map(self, B: int, H: int, W: int, device: torch.device) -> torch.Tensor:
+        """Return, for each token in the order of rows, its index in the order of windows, int64 `(B * H * W,)`."""
+        size = self.window_size
+        rows, cols = (H + size - 1) // size, (W + size - 1) // size
+        place = torch.arange(B * H * W, device=device)
         line = place // W
         image = line // H
         row, col = line - image * H, place - line * W
         window = (image * rows + row // size) * cols + col // size
-        return x.index_select(0, window * size**2 + row % size * size + col % size).view(B, H, W, C)
+        return window * size**2 + row % size * size + col % size
 
     def attend_windows(self, x: torch.Tensor, tokens: int, real: torch.Tensor | None = None) -> torch.Tensor:
         """Attend inside windows.

@@ -57,7 +57,7 @@ class Twins(nn.Module):
         sr_ratios: Stride of the subsampling in GSA, for each stage.
         window_size: Side length of the LSA windows in tokens; blocks alternate LSA and GSA (Twins-SVT). None to use
             GSA in all blocks (Twins-PCPVT).
-        window_padding: `"mask"` or `"zero"`, see `LocallyGroupedAttention`.
+        window_padding: `"mask"`, `"zero"` or `"released"`, see `LocallyGroupedAttention`.
         stage_norm: True to normalise the output of each stage (`norm_list` of the dense SVT models).
         drop_rate: Dropout rate before the head.
         proj_drop_rate: Dropout rate after the projections of attention and MLP.

@@ -78,7 +78,8 @@ def build_segmentor(experiment: Experiment, num_classes: int, pretrained: bool) 
         TwinsError: If a file of weights cannot be read or does not fit the backbone.
     """
     weights = experiment.pretrained if pretrained else ""
-    backbone = build_backbone(experiment.backbone, weights, drop_path_rate=experiment.drop_path)
+    options = {"drop_path_rate": experiment.drop_path, "window_padding": experiment.window_padding}
+    backbone = build_backbone(experiment.backbone, weights, **options)
     dims, channels = backbone.embed_dims, experiment.channels
     if experiment.head == "fpn":
         neck = FPN(dims, experiment.neck_channels)

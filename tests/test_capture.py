@@ -8,16 +8,18 @@ import torch
 from timm.layers import set_fused_attn
 
 import models  # noqa: F401  registers our models
+from models.layers import WINDOW_PADDINGS
 from tests.test_models import TINY, image
 
 # Sizes of which maps are multiples of the window and others are not, in both directions and in one; and maps of one
 # window and of several, in each stage.
-SIZES = [(64, 96), (160, 160), (224, 224), (225, 230), (256, 256), (480, 640)]
+SIZES = [(64, 96), (160, 160), (224, 160), (96, 224), (224, 224), (225, 230), (256, 256), (480, 640)]
 SMALL = (32, 32)  # the last map has one token; torch gives sides of length one a graph of their own
 MODELS = [
     ("pcpvt_tiny", {}),
     ("alt_gvt_tiny", {"window_padding": "mask"}),
     ("alt_gvt_tiny", {"window_padding": "zero"}),
+    ("alt_gvt_tiny", {"window_padding": "released"}),
 ]
 DYNAMIC = ({0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},)
 
@@ -68,7 +70,7 @@ def graphs():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("padding", "train"), [("mask", True), ("zero", False)])
+@pytest.mark.parametrize(("padding", "train"), [("mask", True), ("zero", False), ("released", False)])
 def test_one_compiled_graph_for_all_sizes(padding, train, graphs):
     model = build("alt_gvt_tiny", {"window_padding": padding}).train(train)
     parameters = dict(model.named_parameters())
@@ -110,7 +112,7 @@ def test_one_exported_program_of_a_single_image_for_all_sizes(size):
 
 @pytest.mark.slow
 @pytest.mark.skipif("TWINS_AOTI" not in os.environ, reason="takes minutes of a C++ compiler; set TWINS_AOTI=1")
-@pytest.mark.parametrize("padding", ["mask", "zero"])
+@pytest.mark.parametrize("padding", WINDOW_PADDINGS)
 def test_one_ahead_of_time_compiled_program_for_all_sizes(padding, tmp_path):
     dims = {"embed_dims": (8, 16, 24, 32), "num_heads": (1, 2, 3, 4), "depths": (1, 1, 2, 1)}
     model = build("alt_gvt_tiny", {"window_padding": padding, **dims})

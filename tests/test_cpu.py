@@ -247,6 +247,14 @@ def test_models_have_the_layers_of_torch_and_timm_unless_accelerated(calls):
     assert {name: type(module) for name, module in model.named_modules()} == plain
 
 
+@pytest.mark.parametrize("kind", ["linear", "mlp"])
+def test_traced_layers_are_those_of_torch(kind):
+    layer, peer = build(kind)
+    graphs = [torch.jit.trace(module, torch.randn(3, 24)).inlined_graph for module in (layer, peer)]
+    found, expected = ([node.kind() for node in graph.nodes()] for graph in graphs)
+    assert found == expected
+
+
 class Doubled(nn.Module):
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         return 2 * weight

@@ -1,6 +1,7 @@
 """Tests of the models: outputs of the original, the models of timm, naive loops, and the model API of timm."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from timm.layers import DropPath
 
 import models  # noqa: F401  registers our models
 from models.complexity import count_macs
-from models.layers import LocallyGroupedAttention
+from models.layers import WINDOW_PADDINGS, LocallyGroupedAttention
 from tests import golden_rule
 
 DATA = Path(__file__).parent / "data"
@@ -94,9 +95,15 @@ def test_multiply_accumulates(name):
 
 
 def naive_window_attention(lsa: LocallyGroupedAttention, x: torch.Tensor) -> torch.Tensor:
-    """Attend in one window at a time, with an explicit softmax over the tokens inside the map."""
+    """Attend in one window at a time, with an explicit softmax over the tokens that take part."""
     B, H, W, C = x.shape
     size, heads = lsa.window_size, lsa.num_heads
+    height, width = math.ceil(H / size) * size, math.ceil(W / size) * size
+    padded_sides = int(height > H) + int(width > W)
+    if lsa.window_padding == "zero" or (lsa.window_padding == "released" and padded_sides == 1):
+        padded = x.new_zeros(B, height, width, C)
+        padded[:, :H, :W] = x
+        x = padded
     out = torch.zeros_like(x)
     for top in range(0, H, size):
         for left in range(0, W, size):
@@ -110,15 +117,33 @@ def naive_window_attention(lsa: LocallyGroupedAttention, x: torch.Tensor) -> tor
                 parts.append(scores.softmax(-1) @ v[..., head])
             attended = F.linear(torch.cat(parts, -1), lsa.proj.weight, lsa.proj.bias)
             out[:, top : top + size, left : left + size] = attended.reshape(window.shape)
-    return out
+    return out[:, :H, :W]
 
 
-@pytest.mark.parametrize("size", [(14, 14), (14, 17), (17, 14), (16, 20), (3, 2), (7, 1)])
+@pytest.mark.parametrize("size", [(14, 14), (14, 17), (17, 14), (16, 20), (3, 2), (7, 1), (1, 7)])
+@pytest.mark.parametrize("padding", WINDOW_PADDINGS)
 @torch.no_grad()
-def test_masked_padding_equals_a_loop_over_windows(size):
-    lsa = LocallyGroupedAttention(64, num_heads=2, window_size=7)
+def test_window_attention_equals_a_loop_over_windows(padding, size):
+    lsa = LocallyGroupedAttention(64, num_heads=2, window_size=7, window_padding=padding)
+    torch.nn.init.normal_(lsa.qkv.bias)
     x = torch.randn(2, *size, 64)
     torch.testing.assert_close(lsa(x), naive_window_attention(lsa, x), atol=1e-6, rtol=1e-5)
+
+
+# In each stage: no side padded, the right one, the lower one, both.
+@pytest.mark.parametrize("size", [(224, 224), (224, 100), (100, 224), (100, 100)])
+@pytest.mark.parametrize("padding", WINDOW_PADDINGS)
+@torch.no_grad()
+def test_window_paddings_of_each_stage_equal_a_loop_over_windows(padding, size, monkeypatch):
+    model = timm.create_model("alt_gvt_tiny", window_padding=padding, stage_norm=True).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("qkv.bias"):
+            torch.nn.init.normal_(parameter)
+    images = image(2, *size)
+    maps = model.forward_intermediates(images, intermediates_only=True)
+    monkeypatch.setattr(LocallyGroupedAttention, "forward", naive_window_attention)
+    for found, expected in zip(maps, model.forward_intermediates(images, intermediates_only=True), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()

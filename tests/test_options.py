@@ -4,6 +4,7 @@ import argparse
 import copy
 from dataclasses import fields
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from detection import test as detection_test
 from detection import train as detection_train
 from detection.configs.recipes import Experiment as DetectionExperiment
 from main import build_optimizer, build_scheduler, build_trained_model, get_args_parser
-from models import Twins
+from models import Twins, cpu
 from segmentation import data as segmentation_data
 from segmentation import test as segmentation_test
 from segmentation import train as segmentation_train
@@ -461,6 +462,7 @@ FIELDS = {
         "backbone": ["backbone=pcpvt_tiny"],
         "head": ["head=fpn"],
         "channels": ["channels=16"],
+        "window_padding": ["window_padding=zero"],
         "drop_path": ["drop_path=0.5"],
         "scale": ["scale=(96, 96)"],
         "scale_range": ["scale_range=(0.5, 2.0)"],
@@ -515,19 +517,58 @@ FIELDS_ELSEWHERE = {
 }
 
 
+def train_dense(task: str, folder: Path, *changes: str) -> None:
+    """Train the small experiment of a task with some fields changed."""
+    script, config, setting = TASKS[task]
+    options = ["--device", "cpu", "--num_workers", "0", "--work-dir", str(folder)]
+    script.main([str(ROOT / config), *options, "--cfg-options", *setting.split(), *changes])
+
+
 @pytest.fixture(scope="module")
 def run_dense(tmp_path_factory):
     """Return a function that trains an experiment of a task and returns the folder of the run."""
 
     @cache
     def run(task: str, *changes: str):
-        script, config, setting = TASKS[task]
         folder = tmp_path_factory.mktemp(task)
-        options = ["--device", "cpu", "--num_workers", "0", "--work-dir", str(folder)]
-        script.main([str(ROOT / config), *options, "--cfg-options", *setting.split(), *changes])
+        train_dense(task, folder, *changes)
         return folder
 
     return run
+
+
+@pytest.fixture
+def fast_calls(monkeypatch):
+    """List of the calls of the fast CPU layers, which small layers make, too."""
+    calls = []
+
+    def count(*args):
+        calls.append(args)
+        return multiply(*args)
+
+    multiply = cpu._multiply
+    monkeypatch.setattr(cpu, "LEAST_PRODUCTS", 1)
+    monkeypatch.setattr(cpu, "_multiply", count)
+    return calls
+
+
+@pytest.mark.parametrize("task", ["classification", *TASKS])
+def test_trainings_use_the_fast_layers(task, tmp_path, fast_calls):
+    if task == "classification":
+        main.main([*BASE, "--batch-size", "8", "--output_dir", str(tmp_path)])
+    else:
+        train_dense(task, tmp_path)
+    assert fast_calls
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_tests_of_dense_tasks_use_the_fast_layers(task, run_dense, fast_calls):
+    script = {"segmentation": segmentation_test, "detection": detection_test}[task]
+    checkpoint = run_dense(task) / "checkpoint.pth"
+    options = ["--device", "cpu", "--num_workers", "0", "--cfg-options", *TASKS[task][2].split()]
+    fast_calls.clear()
+    script.main([str(ROOT / TASKS[task][1]), str(checkpoint), *options])
+    assert fast_calls
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -20,6 +20,7 @@ class Experiment:
     head: Literal["upernet", "fpn"] = "upernet"
     channels: Positive[int] = 512  # width of the decode head; an auxiliary head has half of it
     neck_channels: Positive[int] = 256  # width of the feature pyramid of fpn
+    window_padding: Literal["released", "mask", "zero"] = "released"  # of Twins-SVT, as in models/layers.py
     drop_path: Rate = 0.2  # stochastic depth rate of the backbone's last block
     pretrained: str = "hub"  # ImageNet weights: a file, "hub" for the published ones on timm's hub, or ""
 
