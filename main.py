@@ -42,7 +42,7 @@ from core.options import (
     number,
     train_settings,
 )
-from core.recipes import RECIPES, get_recipe, note_published, note_recipe
+from core.recipes import RECIPES, get_recipe, note_precision, note_published, note_recipe
 from core.run import Run, choose_accumulation, describe_batch
 from core.run_folder import BEST_CHECKPOINT, BEST_EMA_CHECKPOINT
 from datasets import IGNORED_TARGET, add_data_options, build_train_loader, build_val_loader
@@ -462,6 +462,8 @@ def run_evaluation(args: argparse.Namespace, processes: Processes) -> None:
     model.to(processes.device)
     compile_if_asked(model, args.compile)
     logger.info("evaluating %s at %d pixels, %d classes", args.model, args.input_size, nb_classes)
+    for note in note_precision(args.model, choose_amp(args.amp, processes.device) or torch.float32):
+        logger.info("%s", note)
     stats = evaluate(model, val_loader, processes.device, **evaluation_options(args, processes))
     report_evaluation(stats)
 
@@ -540,7 +542,8 @@ def announce(
     lr = describe_peak_lr(args, global_batch)
     logger.info("%s", describe_batch(args.batch_size, accumulation, lr, state.sampler.steps))
     notes = note_recipe(args) + note_schedule(args, global_batch)
-    for note in notes + note_published(args, global_batch, defaults=vars(get_args_parser().parse_args([]))):
+    defaults = vars(get_args_parser().parse_args([]))
+    for note in notes + note_published(args, global_batch, amp_dtype, defaults):
         logger.info("%s", note)
 
 

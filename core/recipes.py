@@ -3,6 +3,7 @@
 import argparse
 from typing import Any
 
+import torch
 from timm.models import get_arch_name
 
 from utils import UserError
@@ -17,6 +18,7 @@ PUBLISHED = {
     "alt_gvt_base": {"batch_size": 128, "global_batch": 1024, "drop_path": 0.3},
     "alt_gvt_large": {"batch_size": 128, "global_batch": 1024, "drop_path": 0.5, "warmup_epochs": 20},
 }
+PUBLISHED_PRECISION = torch.float16  # of autocast, in training and in the evaluation of the published accuracies
 # The tiny model on the embedded shapes; it takes two to three minutes on two CPU cores.
 SHAPES = {
     "model": "alt_gvt_tiny",
@@ -85,13 +87,23 @@ def differences(args: argparse.Namespace, recipe: dict[str, Any]) -> list[str]:
     ]
 
 
-def differences_from_published(args: argparse.Namespace, global_batch: int, defaults: dict[str, Any]) -> list[str]:
-    """Return the options that differ from the recipe of the published model; an empty list for other models."""
+def differences_from_published(
+    args: argparse.Namespace, global_batch: int, precision: torch.dtype, defaults: dict[str, Any]
+) -> list[str]:
+    """Return the options that differ from the recipe of the published model; an empty list for other models.
+
+    Args:
+        args: Options of the run.
+        global_batch: Number of images per step.
+        precision: Data type of autocast, float32 without autocast.
+        defaults: Defaults of all options.
+    """
     name = published_name(args.model)
     if name not in PUBLISHED:
         return []
     recipe = {option: value for option, value in (defaults | PUBLISHED[name]).items() if option not in NOT_IN_RECIPES}
-    return differences(argparse.Namespace(**vars(args) | {"global_batch": global_batch}), recipe)
+    run = vars(args) | {"global_batch": global_batch, "precision": precision}
+    return differences(argparse.Namespace(**run), recipe | {"precision": PUBLISHED_PRECISION})
 
 
 def note_recipe(args: argparse.Namespace) -> list[str]:
@@ -102,7 +114,16 @@ def note_recipe(args: argparse.Namespace) -> list[str]:
     return [f"recipe {args.recipe}" + (f", changed: {', '.join(changed)}" if changed else "")]
 
 
-def note_published(args: argparse.Namespace, global_batch: int, defaults: dict[str, Any]) -> list[str]:
-    """Return a note if the options differ from those of the published model."""
-    changed = differences_from_published(args, global_batch, defaults)
+def note_published(
+    args: argparse.Namespace, global_batch: int, precision: torch.dtype, defaults: dict[str, Any]
+) -> list[str]:
+    """Return a note if the options differ from those of the published model; see `differences_from_published`."""
+    changed = differences_from_published(args, global_batch, precision, defaults)
     return [f"note: differs from the recipe of the published {args.model}: {', '.join(changed)}"] if changed else []
+
+
+def note_precision(model: str, precision: torch.dtype) -> list[str]:
+    """Return a note if a published model is evaluated in another precision than its published accuracy."""
+    if published_name(model) not in PUBLISHED or precision == PUBLISHED_PRECISION:
+        return []
+    return [f"note: computes in {precision}; the published accuracy was measured in {PUBLISHED_PRECISION} (--amp fp16)"]
