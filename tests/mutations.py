@@ -177,6 +177,8 @@ MUTATIONS = [
              ("test_segmentation_data.py::test_colours_change_as_by_opencv",)),
     Mutation("an image is distorted in all its rows", "segmentation/transforms.py", "range(0, pixels.shape[1], CACHED_ROWS)", "range(0, CACHED_ROWS, CACHED_ROWS)",
              ("test_segmentation_data.py::test_distortions_are_made_one_after_the_other",)),
+    Mutation("initial weights of the neck", "segmentation/heads.py", '        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")\n        nn.init.zeros_', "        nn.init.xavier_uniform_(self.conv.weight)\n        nn.init.zeros_",
+             ("test_segmentation_network.py::test_heads_and_neck_start_with_the_published_distributions[FPN]",)),
     Mutation("drop_path of segmentation", "segmentation/network.py", "drop_path_rate=experiment.drop_path", "drop_path_rate=0.0", (field("segmentation", "drop_path"),)),
     Mutation("min_lr", "segmentation/train.py", "min_ratio = experiment.min_lr / experiment.lr", "min_ratio = 0.0", (field("segmentation", "min_lr"),)),
     Mutation("power", "segmentation/train.py", "experiment.power, min_ratio", "1.0, min_ratio", (field("segmentation", "power"),)),

@@ -249,16 +249,6 @@ def test_batch_norms_are_synchronised_between_gpus_alone():
         assert list(model.state_dict()) == names
 
 
-def test_heads_start_as_the_originals():
-    model = build_segmentor(load_experiment(FOLDER / UPERNET), 150, pretrained=False)
-    weight = model.decode_head.fpn_bottleneck.conv.weight
-    assert weight.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)  # Kaiming, by outputs
-    neck = build_segmentor(load_experiment(FOLDER / FPN), 150, pretrained=False).neck
-    weight = neck.fpn_convs[0].conv.weight
-    assert weight.abs().max().item() == pytest.approx((6 / (2 * 256 * 9)) ** 0.5, rel=0.01)  # Xavier, uniform
-    assert not neck.fpn_convs[0].conv.bias.any()
-
-
 # -------------------------------------------------------------------------------------------------------- experiments
 
 
