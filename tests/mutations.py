@@ -153,6 +153,8 @@ MUTATIONS = [
              ("test_samplers.py::test_order_depends_on_seed_and_epoch",)),
 
     # Segmentation.
+    Mutation("EXIF orientation", "core/images.py", 'decode_image(path, "RGB", upright=True)', 'decode_image(path, "RGB")',
+             ("test_segmentation_data.py::test_images_are_turned_by_their_exif_orientation_and_labels_are_not[6]",)),
     Mutation("the image is flipped, the labels are not", "segmentation/transforms.py", "image, labels = image.flip(2), labels.flip(1)", "image = image.flip(2)",
              ("test_segmentation_data.py::test_images_and_labels_are_flipped_together_half_of_the_time",)),
     Mutation("no flip of segmentation", "segmentation/transforms.py", "            image, labels = image.flip(2), labels.flip(1)\n", "            pass\n",

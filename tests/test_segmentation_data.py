@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from core.images import fitted_size, resize_image
 from segmentation import transforms
@@ -26,6 +26,7 @@ from segmentation.transforms import (
 from tests.conftest import damage_jpeg
 from tests.small_data import ADE20K_SIZES, make_labels, write_ade20k
 from tests.test_models import DATA
+from utils import UserError
 
 
 def test_ade20k_ignores_0_and_shifts_the_others(ade20k_folder):
@@ -122,6 +123,41 @@ def test_stored_255_is_ignored_everywhere(tmp_path):
     for first_label in (0, 1):
         dataset = MaskFolder(tmp_path, "training", ["a", "b"], [(0, 0, 0)] * 2, first_label)
         assert dataset[0][1].unique().tolist() == [IGNORED_LABEL]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_by_their_exif_orientation_and_labels_are_not(orientation, tmp_path):
+    """The labels are those of the turned image, as the original reads both."""
+    turns = [lambda x: x, np.fliplr, lambda x: np.rot90(x, 2), np.flipud]
+    turns += [
+        lambda x: np.swapaxes(x, 0, 1),
+        lambda x: np.rot90(x, -1),
+        lambda x: np.rot90(x, 2).swapaxes(0, 1),
+        np.rot90,
+    ]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    write_ade20k(tmp_path, count=1)
+    image_path, label_path = (
+        tmp_path / part / f"training/ADE_train_00000001.{suffix}"
+        for part, suffix in (("images", "jpg"), ("annotations", "png"))
+    )
+    with Image.open(image_path) as image:
+        image.save(image_path, exif=exif)
+    with Image.open(image_path) as image:
+        expected = turns[orientation - 1](np.asarray(image))
+    labels = make_labels(expected.shape[1::-1], 0)
+    Image.fromarray(labels).save(label_path, exif=exif)
+    dataset = build_dataset("ade20k", str(tmp_path), True, 0)
+    turned, read = dataset[0]
+    assert np.array_equal(turned.permute(1, 2, 0).numpy(), expected)
+    assert np.array_equal(read.numpy(), labels - 1)  # 0 becomes 255
+    Image.fromarray(labels.T).save(label_path)
+    height, width = labels.shape
+    with pytest.raises(
+        UserError, match=rf"png: has {height}x{width} pixels, but .*jpg has {width}x{height}; each pixel"
+    ):
+        dataset[0]
 
 
 # ------------------------------------------------------------------------------------------------------ transforms
