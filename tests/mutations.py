@@ -222,6 +222,8 @@ MUTATIONS = [
     Mutation("not_decayed", "dense/optimisation.py", "groups[1] if any(part in name for part in not_decayed) else groups[0]", "groups[0]",
              (field("segmentation", "not_decayed"), "test_dense.py::test_norms_and_positional_encodings_are_not_decayed")),
     Mutation("lr of the dense tasks", "dense/training.py", "lr=experiment.lr,", "lr=1e-3,", (field("segmentation", "lr"), field("detection", "lr"))),
+    Mutation("the note on BatchNorm", "dense/training.py", "        log_norms(model, batch_size, experiment.global_batch, processes)\n", "",
+             ("test_segmentation_runs.py::test_another_global_batch_continues_at_the_same_step[8]",)),
     Mutation("limits of fields", "dense/experiments.py", "if not limit.holds(number):", "if False:", ("test_dense.py::test_bad_changes_are_refused",)),
     Mutation("types of fields", "segmentation/configs/recipes.py", "        check_fields(self)\n", "",
              ("test_dense.py::test_files_without_an_experiment_are_refused",)),

@@ -14,7 +14,7 @@ from PIL import Image
 from core.distributed import Processes, synchronise_norms
 from dense.experiments import load_experiment
 from dense.optimisation import IterationSchedule
-from dense.training import build_state, get_train_parser
+from dense.training import build_state, get_train_parser, log_norms
 from segmentation import data as segmentation_data
 from segmentation import test as test_script
 from segmentation import train as train_script
@@ -161,6 +161,9 @@ def test_another_global_batch_continues_at_the_same_step(global_batch, ade20k_fo
     output = capsys.readouterr().out
     message = f"the global batch changed from 4 to {global_batch}; epoch 1 continues"
     assert f"not an exact resume: {message} after step 2 of 3, and was at step 2" in output
+    note = "note: BatchNorms see 2 of the 8 images of a step, because accumulated batches and CPU processes do not"
+    assert (note in output) == (global_batch == 8)
+    assert output.count("BatchNorms") == (global_batch == 8)
     line, summary = [line for line in output.splitlines() if line.startswith("epoch ")]
     assert line.startswith("epoch 1 [3/3]")
     assert f"lr {1e-3 * (1 - 5 / 6):.4g} " in line
@@ -236,6 +239,27 @@ def test_half_precision_and_checkpointing_train(ade20k_folder, tmp_path):
         losses[name] = read_log(tmp_path / name)[0]["train_loss"]
     assert losses["saving"] != losses["plain"]
     assert losses["saving"] == pytest.approx(losses["plain"], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("device", "world_size", "batch_size", "message"),
+    [
+        ("cuda", 8, 2, ""),
+        ("cuda", 1, 16, ""),
+        ("cuda", 4, 2, "BatchNorms see 8 of the 16 images .* use batch_size=4 x 4 processes"),
+        ("cuda", 1, 2, "BatchNorms see 2 of the 16 images .* use batch_size=16 x 1 processes"),
+        ("cpu", 8, 2, "BatchNorms see 2 of the 16 images .* use batch_size=16 x 1 processes"),
+        ("cpu", 1, 16, ""),
+    ],
+)
+def test_batch_norms_that_do_not_see_the_whole_batch_are_announced(device, world_size, batch_size, message, caplog):
+    processes = Processes(torch.device(device), world_size=world_size)
+    with caplog.at_level("INFO", "twins"):
+        log_norms(torch.nn.Sequential(torch.nn.BatchNorm2d(3)), batch_size, 16, processes)
+        assert re.search(message, caplog.text) if message else not caplog.text
+        caplog.clear()
+        log_norms(torch.nn.Sequential(torch.nn.LayerNorm(3)), batch_size, 16, processes)  # as detectors
+        assert not caplog.text
 
 
 def test_batch_norms_are_synchronised_between_gpus_alone():
