@@ -1,5 +1,6 @@
 """Training and testing of segmentation as its users run them: the published commands, configs, resuming, bad input."""
 
+import json
 import re
 import shutil
 import warnings
@@ -302,6 +303,26 @@ def test_every_config_says_what_it_reproduces():
         assert f"bash dist_test.sh configs/{config.name} checkpoint_file" in docstring
         assert "To expect: " in docstring
         assert load_experiment(config).backbone in docstring or "Twins-" in docstring
+
+
+def test_docstrings_and_readme_state_the_published_figures():
+    published = json.loads((ROOT / "tests/data/published_miou.json").read_text())["figures"]
+    sources = {
+        "paper": "mIoU {} (table 2 of the paper, arXiv 2104.13840)",
+        "readme": "mIoU {} at one scale",
+        "readme_aug_test": "{} with --aug-test (README of the paper's repository)",
+        "log": "{} at the end of its training log",
+    }
+    both = sources | {"paper": "{} at one scale in table 2 of the paper (arXiv 2104.13840)"}
+    readme = (ROOT / "README.md").read_text()
+    assert len(published) == 12
+    for name, figures in published.items():
+        docstring = " ".join((FOLDER / f"configs/{name}.py").read_text().split('"""')[1].split())
+        for source, figure in figures.items():
+            assert (sources if len(figures) == 1 else both)[source].format(figure) in docstring
+        backbone = re.search("(alt_gvt|pcpvt)_[sbl]", name)[0]
+        shown = " / ".join(str(figures[source]) for source in ("readme", "readme_aug_test") if source in figures)
+        assert f"| `{backbone}` | {shown or figures['paper']} |" in readme
 
 
 def rates(config: str, iterations: list[int]) -> list[float]:
