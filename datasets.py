@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from core import shapes
 from core.distributed import Processes
-from core.images import BadImageError, load_image
+from core.images import BadImageError, decode_image
 from core.options import POSITIVE_INT, loader_options
 from samplers import EvalSampler, SampleKey, SeededSet, TrainSampler
 from transforms import TrainImages, build_eval_transform, build_train_transform, collate_train_images
@@ -206,7 +207,7 @@ class INaturalist(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         path, label = self.samples[index]
-        return self.transform(load_image(path)), label
+        return self.transform(decode_image(path, "RGB")), label
 
 
 def _open_image_folder(root: Path, is_train: bool, transform: Callable) -> Dataset:
@@ -224,7 +225,8 @@ def _open_image_folder(root: Path, is_train: bool, transform: Callable) -> Datas
     if not classes[folder.name]:
         raise UserError(f"{folder} contains no class folders; it should contain one folder of images per class")
     try:
-        dataset = torchvision.datasets.ImageFolder(folder, transform, loader=load_image, allow_empty=True)
+        loader = partial(decode_image, mode="RGB")  # as torchvision's own, which ignores an EXIF orientation
+        dataset = torchvision.datasets.ImageFolder(folder, transform, loader=loader, allow_empty=True)
     except OSError as error:
         raise UserError(
             f"{error.filename or folder}: cannot be read ({error.strerror}); check the permissions"

@@ -25,6 +25,11 @@ class Processes:
     rank: int = 0
     world_size: int = 1
 
+    @property
+    def norm_processes(self) -> int:
+        """Number of processes that share the statistics of BatchNorm: all on GPUs, one on CPUs."""
+        return self.world_size if self.device.type == "cuda" else 1
+
 
 def init_processes(device: str = "auto", dist_url: str = "env://", patience: float = 600) -> Processes:
     """Choose the device and, if there are several processes, initialise the process group.
@@ -238,6 +243,6 @@ def _choose_device(name: str, local_rank: int | None) -> torch.device:
 
 def synchronise_norms(model: nn.Module, processes: Processes) -> nn.Module:
     """Convert BatchNorms to SyncBatchNorms if there are several processes with GPUs."""
-    if processes.world_size > 1 and processes.device.type == "cuda":
+    if processes.norm_processes > 1:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from utils import UserError, make_folder, write_atomically
@@ -19,12 +19,17 @@ class BadImageError(UserError):
 
 
 def load_image(path: str) -> Image.Image:
-    """Decode an image file to RGB; raises the errors of `decode_image`."""
-    return decode_image(path, "RGB")
+    """Decode an image file to RGB and turn it by its EXIF orientation; raises the errors of `decode_image`."""
+    return decode_image(path, "RGB", upright=True)
 
 
-def decode_image(path: str, mode: str | None = None) -> Image.Image:
-    """Decode an image file, and convert it to a mode of Pillow unless `mode` is None.
+def decode_image(path: str, mode: str | None = None, upright: bool = False) -> Image.Image:
+    """Decode an image file.
+
+    Args:
+        path: The file.
+        mode: Mode of Pillow to convert the image to; None for that of the file.
+        upright: True to turn the image by its EXIF orientation, False for the pixels as they are stored.
 
     Raises:
         BadImageError: If the file is missing or cannot be decoded.
@@ -33,6 +38,8 @@ def decode_image(path: str, mode: str | None = None) -> Image.Image:
     try:
         with Image.open(io.BytesIO(Path(path).read_bytes())) as image:  # faster than many small reads
             image.load()
+            if upright:
+                ImageOps.exif_transpose(image, in_place=True)
             return image.convert(mode) if mode not in (None, image.mode) else image
     except Exception as error:  # decoders raise many types of errors for damaged files
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):

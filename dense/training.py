@@ -162,10 +162,23 @@ def run_training(
         parallel_model = parallelise(model, processes)
         logger.info("%s: %d parameters on %s", Path(args.config).stem, state.n_parameters, device)
         logger.info("%s", describe_batch(batch_size, accumulation, f"{experiment.lr:g}", state.sampler.steps))
+        log_norms(model, batch_size, experiment.global_batch, processes)
         for epoch in run.epochs(task.epochs, {task.best_figure: BEST_CHECKPOINT}):
             state.sampler.set_epoch(epoch, state.meter.step)
             train_stats = train_one_epoch(parallel_model, compute_losses, task.train_loader, state, settings, run)
             run.finish_epoch(train_stats, task.evaluate(model))
+
+
+def log_norms(model: nn.Module, batch_size: int, global_batch: int, processes: Processes) -> None:
+    """Log a note if the BatchNorms of a model do not see all images of a step, as they did in the published runs."""
+    sharing = processes.norm_processes
+    has_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    if has_norms and batch_size * sharing < global_batch:
+        logger.info(
+            f"note: BatchNorms see {batch_size * sharing} of the {global_batch} images of a step, because accumulated "
+            "batches and CPU processes do not share statistics; for all of them, as published, use "
+            f"batch_size={global_batch // sharing} x {sharing} processes (--grad-checkpointing saves memory)"
+        )
 
 
 def build_state(

@@ -100,9 +100,8 @@ def build_task(args: argparse.Namespace, experiment: Experiment, processes: Proc
 
 def check_batch(experiment: Experiment, processes: Processes) -> None:
     """Raise a UserError if a BatchNorm would see a single value per channel: one image, pooled to one pixel."""
-    synchronised = processes.world_size > 1 and processes.device.type == "cuda"
     one_pixel = experiment.head == "upernet" or experiment.crop_size < 2 * MIN_INPUT_SIZE
-    if one_pixel and process_batch(experiment, processes) == 1 and not synchronised:
+    if one_pixel and process_batch(experiment, processes) * processes.norm_processes == 1:
         raise UserError(
             f"batch_size={experiment.batch_size}, global_batch={experiment.global_batch}: the BatchNorms of the head "
             "need at least two images per process; raise the fields with --cfg-options, or start fewer processes"

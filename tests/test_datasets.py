@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import ExifTags, Image
 from torch.utils.data import DataLoader
 
 from datasets import IGNORED_TARGET, BadImageError, EvalSet, TrainSet, build_dataset
@@ -83,6 +84,22 @@ def test_image_folder(image_folder):
         image, label = dataset[count - 1]
         assert image.pixels.shape == (48, 48, 3) if is_train else image.shape == (3, 48, 48)
         assert label == 2
+
+
+def test_the_exif_orientation_is_ignored(image_folder, tmp_path):
+    """As by torchvision's ImageFolder."""
+    images = []
+    for orientation in (None, 6):
+        folder = tmp_path / str(orientation)
+        shutil.copytree(image_folder / "val", folder / "val")
+        path = folder / "val/n01440764/0.JPEG"
+        with Image.open(path) as image:
+            exif = image.getexif()
+            if orientation:
+                exif[ExifTags.Base.Orientation] = orientation
+            image.save(path, exif=exif)
+        images.append(build_dataset(False, options("--data-path", folder))[0][0])
+    assert torch.equal(*images)
 
 
 def test_validation_alone_can_be_evaluated(image_folder, tmp_path):

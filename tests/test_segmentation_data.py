@@ -1,19 +1,32 @@
 """Data of semantic segmentation on disk in the real layouts, and the published transforms against naive ones."""
 
-import colorsys
+import itertools
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from core.images import fitted_size, resize_image
 from segmentation import transforms
 from segmentation.data import IGNORED_LABEL, MaskFolder, build_dataset, read_classes
-from segmentation.transforms import EvalViews, TrainViews, distort_colours, normalise, random_crop, resize_labels
+from segmentation.transforms import (
+    EvalViews,
+    TrainViews,
+    change_hsv,
+    distort_colours,
+    draw_distortion,
+    normalise,
+    random_crop,
+    resize_labels,
+    scale_levels,
+)
 from tests.conftest import damage_jpeg
 from tests.small_data import ADE20K_SIZES, make_labels, write_ade20k
+from tests.test_models import DATA
+from utils import UserError
 
 
 def test_ade20k_ignores_0_and_shifts_the_others(ade20k_folder):
@@ -112,6 +125,41 @@ def test_stored_255_is_ignored_everywhere(tmp_path):
         assert dataset[0][1].unique().tolist() == [IGNORED_LABEL]
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_are_turned_by_their_exif_orientation_and_labels_are_not(orientation, tmp_path):
+    """The labels are those of the turned image, as the original reads both."""
+    turns = [lambda x: x, np.fliplr, lambda x: np.rot90(x, 2), np.flipud]
+    turns += [
+        lambda x: np.swapaxes(x, 0, 1),
+        lambda x: np.rot90(x, -1),
+        lambda x: np.rot90(x, 2).swapaxes(0, 1),
+        np.rot90,
+    ]
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    write_ade20k(tmp_path, count=1)
+    image_path, label_path = (
+        tmp_path / part / f"training/ADE_train_00000001.{suffix}"
+        for part, suffix in (("images", "jpg"), ("annotations", "png"))
+    )
+    with Image.open(image_path) as image:
+        image.save(image_path, exif=exif)
+    with Image.open(image_path) as image:
+        expected = turns[orientation - 1](np.asarray(image))
+    labels = make_labels(expected.shape[1::-1], 0)
+    Image.fromarray(labels).save(label_path, exif=exif)
+    dataset = build_dataset("ade20k", str(tmp_path), True, 0)
+    turned, read = dataset[0]
+    assert np.array_equal(turned.permute(1, 2, 0).numpy(), expected)
+    assert np.array_equal(read.numpy(), labels - 1)  # 0 becomes 255
+    Image.fromarray(labels.T).save(label_path)
+    height, width = labels.shape
+    with pytest.raises(
+        UserError, match=rf"png: has {height}x{width} pixels, but .*jpg has {width}x{height}; each pixel"
+    ):
+        dataset[0]
+
+
 # ------------------------------------------------------------------------------------------------------ transforms
 
 
@@ -172,55 +220,64 @@ def test_crops_avoid_a_class_that_fills_them():
     assert random_crop(image, labels, 60)[1].shape == (40, 60)  # all there is of a side
 
 
-def naive_distortion(pixel, brightness, contrast, saturation, hue, contrast_first):
-    """The published distortion of one pixel, in exact numbers."""
-    value = np.clip(np.array(pixel, float) + brightness, 0, 255)
-    if contrast_first:
-        value = np.clip(value * contrast, 0, 255)
-    h, s, v = colorsys.rgb_to_hsv(*(value / 255))
-    value = 255 * np.array(colorsys.hsv_to_rgb((h + hue / 360) % 1, min(s * saturation, 1), v))
-    return value if contrast_first else np.clip(value * contrast, 0, 255)
+def test_colours_change_as_by_opencv():
+    """To within a level, and nearly all exactly; see tests/data/opencv_hsv.json."""
+    sample = np.load(DATA / "opencv_hsv.npz")
+    for name, option, values in (("saturated", "factor", "factors"), ("shifted", "shift", "shifts")):
+        rows = [
+            change_hsv(sample["rgb"][:, [row]], **{option: value.item()}) for row, value in enumerate(sample[values])
+        ]
+        differences = np.abs(np.concatenate(rows, axis=1).astype(int) - sample[name])
+        assert differences.max() <= 1
+        assert (differences == 0).mean() > 0.99
 
 
-@pytest.mark.parametrize(
-    "coins", [(c, m) for c in ((1, 1, 1, 1), (0, 1, 0, 1), (1, 0, 1, 0), (0, 0, 0, 1)) for m in (0, 1)]
-)
-def test_colours_are_distorted_as_published(coins, monkeypatch):
-    (bright, contrasted, saturated, hued), contrast_first = coins
-    uniform = iter(
-        [*[20.5] * bright, *([1.3] * contrasted if contrast_first else []), *[0.7] * saturated, *[1.3] * contrasted]
-    )
-    flips = [bright, contrast_first, *([contrasted] if contrast_first else []), saturated, hued]
-    flips = iter(flips + ([] if contrast_first else [contrasted]))
-    monkeypatch.setattr(transforms, "_coin", lambda: bool(next(flips)))
+@pytest.mark.parametrize("contrast_first", [True, False])
+def test_distortions_are_made_one_after_the_other(contrast_first, monkeypatch):
+    """With whole levels after each."""
+    coins, uniform = iter([True, contrast_first, True, True, True]), iter([20.5, 1.25, 0.7])
+    monkeypatch.setattr(transforms, "_coin", lambda: next(coins))
     monkeypatch.setattr(np.random, "uniform", lambda low, high: next(uniform))
     monkeypatch.setattr(np.random, "randint", lambda low, high: -15)
-    image = torch.randint(30, 200, (3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    distorted = distort_colours(image)
-    for y, x in np.ndindex(8, 8):
-        expected = naive_distortion(
-            image[:, y, x].tolist(),
-            20.5 if bright else 0,
-            1.3 if contrasted else 1,
-            0.7 if saturated else 1,
-            -30 if hued else 0,
-            contrast_first,
-        )
-        assert np.abs(distorted[:, y, x].numpy() - expected).max() <= 6, (y, x)  # 8 bits a channel in each step
+    image = torch.randint(256, (3, 150, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = np.trunc(np.minimum(image.numpy() + 20.5, 255))
+    if contrast_first:
+        expected = np.trunc(np.minimum(expected * 1.25, 255))
+    expected = change_hsv(change_hsv(expected.astype(np.uint8), factor=0.7), shift=-15)
+    if not contrast_first:
+        expected = np.trunc(np.minimum(expected * 1.25, 255))
+    before = image.clone()
+    assert np.array_equal(distort_colours(image).numpy(), expected)
+    assert torch.equal(image, before)
+    monkeypatch.setattr(transforms, "_coin", lambda: False)
+    assert torch.equal(distort_colours(image), image)
 
 
-def test_distortions_have_the_published_ranges():
-    grey = torch.full((3, 4, 4), 100, dtype=torch.uint8)
+def test_distortions_have_the_published_probabilities():
     np.random.seed(0)
-    levels = [distort_colours(grey)[0, 0, 0].item() for _ in range(2000)]
-    assert min(levels) in range(32, 42)  # (100 - 32) x 0.5
-    assert max(levels) in range(185, 199)  # (100 + 32) x 1.5
-    assert sum(level == 100 for level in levels) / 2000 == pytest.approx(0.25, abs=0.05)  # neither of the two
-    red = torch.tensor([130, 70, 70], dtype=torch.uint8).view(3, 1, 1).repeat(1, 4, 4)
-    hues = [colorsys.rgb_to_hsv(*distort_colours(red)[:, 0, 0].tolist())[0] for _ in range(2000)]
-    hues = [360 * (hue - round(hue)) for hue in hues]
-    assert -38 < min(hues) < -30
-    assert 30 < max(hues) < 38
+    orders, drawn = Counter(), {}
+    for _ in range(8000):
+        steps = [((step.func, *step.keywords), *step.keywords.values()) for step in draw_distortion()]
+        orders[tuple(kind for kind, _ in steps)] += 1
+        for kind, value in steps:
+            drawn.setdefault(kind, []).append(value)
+    brightness, contrast = (scale_levels, "shift"), (scale_levels, "factor")
+    saturation, hue = (change_hsv, "factor"), (change_hsv, "shift")
+    expected = Counter()
+    for order in ((brightness, contrast, saturation, hue), (brightness, saturation, hue, contrast)):
+        for count in range(5):
+            for chosen in itertools.combinations(order, count):
+                expected[chosen] += 1 / 32
+    assert set(orders) == set(expected)
+    for order, share in expected.items():
+        assert orders[order] / 8000 == pytest.approx(share, abs=0.01), order
+    for kind, (low, high) in {brightness: (-32, 32), contrast: (0.5, 1.5), saturation: (0.5, 1.5)}.items():
+        quantiles = np.quantile(drawn[kind], [0, 0.25, 0.5, 0.75, 1])
+        assert quantiles == pytest.approx(np.linspace(low, high, 5), abs=0.03 * (high - low))
+        assert quantiles[[0, 4]] == pytest.approx([low, high], abs=0.005 * (high - low))
+    hues = Counter(drawn[hue])
+    assert set(hues) == set(range(-18, 18))
+    assert all(70 < count < 160 for count in hues.values())  # 111 expected
 
 
 def test_training_views_are_cropped_flipped_and_padded(ade20k_folder):

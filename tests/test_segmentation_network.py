@@ -10,6 +10,7 @@ import torch
 from models.layers import Attention
 from segmentation.configs.recipes import fpn_pvt_setting, upernet_swin_setting
 from segmentation.data import IGNORED_LABEL
+from segmentation.heads import FPN, FCNHead, FPNHead, UPerHead
 from segmentation.metrics import ConfusionMatrix
 from segmentation.network import build_segmentor, pixel_cross_entropy, predict
 from segmentation.weights import load_segmentor
@@ -47,6 +48,34 @@ def golden(request, tmp_path_factory):
         f"backbone.{name}" for name in ("norm.weight", "norm.bias", "head.weight", "head.bias")
     }
     return kind, model.eval(), np.load(DATA / "golden_segmentation.npz")
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: FPN((8, 16, 24, 32), 16),
+        lambda: FPNHead(16, 5, 16),
+        lambda: UPerHead((8, 16, 24, 32), 5, 16),
+        lambda: FCNHead(24, 5, 16),
+    ],
+    ids=["FPN", "FPNHead", "UPerHead", "FCNHead"],
+)
+def test_heads_and_neck_start_with_the_published_distributions(build):
+    """Over 20 seeds: normal, with a deviation of sqrt(2 / (channels x kernel area of the output)), 0.01 for classes."""
+    weights = {}
+    for seed in range(20):
+        torch.manual_seed(seed)
+        for name, layer in build().named_modules():
+            if isinstance(layer, torch.nn.Conv2d):
+                weights.setdefault(name, []).append(layer.weight.detach())
+                assert layer.bias is None or not layer.bias.any()
+    for name, drawn in weights.items():
+        out_channels, _, height, width = drawn[0].shape
+        deviation = 0.01 if name == "conv_seg" else (2 / (out_channels * height * width)) ** 0.5
+        shares = torch.stack(drawn).double() / deviation
+        assert shares.mean().item() == pytest.approx(0, abs=0.07), name
+        assert shares.std().item() == pytest.approx(1, rel=0.05), name
+        assert (shares.abs() < 1).double().mean().item() == pytest.approx(0.683, abs=0.03), name
 
 
 def assert_golden(tensor: torch.Tensor, name: str, arrays, manifest=GOLDEN) -> None:

@@ -1,5 +1,6 @@
 """Training and testing of segmentation as its users run them: the published commands, configs, resuming, bad input."""
 
+import json
 import re
 import shutil
 import warnings
@@ -14,7 +15,7 @@ from PIL import Image
 from core.distributed import Processes, synchronise_norms
 from dense.experiments import load_experiment
 from dense.optimisation import IterationSchedule
-from dense.training import build_state, get_train_parser
+from dense.training import build_state, get_train_parser, log_norms
 from segmentation import data as segmentation_data
 from segmentation import test as test_script
 from segmentation import train as train_script
@@ -161,6 +162,9 @@ def test_another_global_batch_continues_at_the_same_step(global_batch, ade20k_fo
     output = capsys.readouterr().out
     message = f"the global batch changed from 4 to {global_batch}; epoch 1 continues"
     assert f"not an exact resume: {message} after step 2 of 3, and was at step 2" in output
+    note = "note: BatchNorms see 2 of the 8 images of a step, because accumulated batches and CPU processes do not"
+    assert (note in output) == (global_batch == 8)
+    assert output.count("BatchNorms") == (global_batch == 8)
     line, summary = [line for line in output.splitlines() if line.startswith("epoch ")]
     assert line.startswith("epoch 1 [3/3]")
     assert f"lr {1e-3 * (1 - 5 / 6):.4g} " in line
@@ -238,6 +242,27 @@ def test_half_precision_and_checkpointing_train(ade20k_folder, tmp_path):
     assert losses["saving"] == pytest.approx(losses["plain"], rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("device", "world_size", "batch_size", "message"),
+    [
+        ("cuda", 8, 2, ""),
+        ("cuda", 1, 16, ""),
+        ("cuda", 4, 2, "BatchNorms see 8 of the 16 images .* use batch_size=4 x 4 processes"),
+        ("cuda", 1, 2, "BatchNorms see 2 of the 16 images .* use batch_size=16 x 1 processes"),
+        ("cpu", 8, 2, "BatchNorms see 2 of the 16 images .* use batch_size=16 x 1 processes"),
+        ("cpu", 1, 16, ""),
+    ],
+)
+def test_batch_norms_that_do_not_see_the_whole_batch_are_announced(device, world_size, batch_size, message, caplog):
+    processes = Processes(torch.device(device), world_size=world_size)
+    with caplog.at_level("INFO", "twins"):
+        log_norms(torch.nn.Sequential(torch.nn.BatchNorm2d(3)), batch_size, 16, processes)
+        assert re.search(message, caplog.text) if message else not caplog.text
+        caplog.clear()
+        log_norms(torch.nn.Sequential(torch.nn.LayerNorm(3)), batch_size, 16, processes)  # as detectors
+        assert not caplog.text
+
+
 def test_batch_norms_are_synchronised_between_gpus_alone():
     gpus = Processes(torch.device("cuda", 0), world_size=2)
     for processes in (gpus, Processes(torch.device("cuda", 0)), Processes(torch.device("cpu"), world_size=2)):
@@ -247,16 +272,6 @@ def test_batch_norms_are_synchronised_between_gpus_alone():
         plain, together = kinds.count(torch.nn.BatchNorm2d), kinds.count(torch.nn.SyncBatchNorm)
         assert (plain, together) == ((0, 13) if processes is gpus else (13, 0))
         assert list(model.state_dict()) == names
-
-
-def test_heads_start_as_the_originals():
-    model = build_segmentor(load_experiment(FOLDER / UPERNET), 150, pretrained=False)
-    weight = model.decode_head.fpn_bottleneck.conv.weight
-    assert weight.std().item() == pytest.approx((2 / (512 * 9)) ** 0.5, rel=0.01)  # Kaiming, by outputs
-    neck = build_segmentor(load_experiment(FOLDER / FPN), 150, pretrained=False).neck
-    weight = neck.fpn_convs[0].conv.weight
-    assert weight.abs().max().item() == pytest.approx((6 / (2 * 256 * 9)) ** 0.5, rel=0.01)  # Xavier, uniform
-    assert not neck.fpn_convs[0].conv.bias.any()
 
 
 # -------------------------------------------------------------------------------------------------------- experiments
@@ -288,6 +303,26 @@ def test_every_config_says_what_it_reproduces():
         assert f"bash dist_test.sh configs/{config.name} checkpoint_file" in docstring
         assert "To expect: " in docstring
         assert load_experiment(config).backbone in docstring or "Twins-" in docstring
+
+
+def test_docstrings_and_readme_state_the_published_figures():
+    published = json.loads((ROOT / "tests/data/published_miou.json").read_text())["figures"]
+    sources = {
+        "paper": "mIoU {} (table 2 of the paper, arXiv 2104.13840)",
+        "readme": "mIoU {} at one scale",
+        "readme_aug_test": "{} with --aug-test (README of the paper's repository)",
+        "log": "{} at the end of its training log",
+    }
+    both = sources | {"paper": "{} at one scale in table 2 of the paper (arXiv 2104.13840)"}
+    readme = (ROOT / "README.md").read_text()
+    assert len(published) == 12
+    for name, figures in published.items():
+        docstring = " ".join((FOLDER / f"configs/{name}.py").read_text().split('"""')[1].split())
+        for source, figure in figures.items():
+            assert (sources if len(figures) == 1 else both)[source].format(figure) in docstring
+        backbone = re.search("(alt_gvt|pcpvt)_[sbl]", name)[0]
+        shown = " / ".join(str(figures[source]) for source in ("readme", "readme_aug_test") if source in figures)
+        assert f"| `{backbone}` | {shown or figures['paper']} |" in readme
 
 
 def rates(config: str, iterations: list[int]) -> list[float]:

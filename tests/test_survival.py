@@ -275,11 +275,11 @@ def test_non_finite_steps_are_skipped_and_counted(image_folder, tmp_path):
 
 FAULT_OF_ONE_IMAGE = """
 import os, signal, time
-def load_image(path, wrapped=datasets.load_image):
+def decode_image(path, mode, wrapped=datasets.decode_image):
     if path.endswith("n01443537/3.JPEG") and "/train/" in path:
         {fault}
-    return wrapped(path)
-datasets.load_image = load_image
+    return wrapped(path, mode)
+datasets.decode_image = decode_image
 """
 FAULTS = {
     "a worker is killed": (
