@@ -180,6 +180,8 @@ MUTATIONS = [
              (field("segmentation", "warmup_ratio", "beside_others_"),)),
     Mutation("--amp in the evaluation of segmentation", "segmentation/train.py", "amp_dtype=choose_amp(args.amp, processes.device)", "amp_dtype=None",
              ("test_segmentation_runs.py::test_mixed_precision_reaches_the_evaluation",)),
+    Mutation("overlapping bins of the pyramid pooling", "segmentation/heads.py", "((bins + 1) * side + self.bins - 1) // self.bins", "(bins + 1) * side // self.bins",
+             ("test_dense_export.py::test_pooling_is_torchs[size3-6]",)),
 
     # Detection.
     Mutation("no flip of detection", "detection/transforms.py", "    if np.random.rand() < 0.5:\n        return image, target\n", "    return image, target\n",
