@@ -336,9 +336,10 @@ def collate(samples: Sequence[Sample]) -> tuple[list[Tensor], list[Target]]:
 class GroupedBatches(EpochSampler):
     """Batch sampler of distributed training whose batches hold only wide images or only others, which saves padding.
 
-    The order depends on (seed, epoch) alone. The wide images and the others are shuffled and divided into steps,
-    the last of which is filled up with the group's first images; then the steps are shuffled. Each process takes its
-    part of each step.
+    A batch is what a process sees at once; a step mixes batches of both kinds. The wide images and the others are
+    shuffled, filled up with their first images to whole steps and divided into batches; then all batches are shuffled.
+    The order depends on (seed, epoch) and on the batch size, so a step covers the same images for any number of
+    processes with the same batch size.
 
     Args:
         sizes: Height and width of each image of the data set.
@@ -371,12 +372,11 @@ class GroupedBatches(EpochSampler):
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         rng = np.random.default_rng((self.seed, self.epoch))
-        steps = []
+        filled = []
         for group in self.groups:
-            order = rng.permutation(group)
-            whole = np.resize(order, -(-len(order) // self.global_batch) * self.global_batch)
-            steps.extend(whole.reshape(-1, self.global_batch))
-        for step in rng.permutation(len(steps))[self.step :]:
-            own = steps[step][self.rank :: self.world_size]
-            for first in range(0, len(own), self.batch_size):
-                yield [SampleKey(self.epoch, int(index), 0) for index in own[first : first + self.batch_size]]
+            whole = -(-len(group) // self.global_batch) * self.global_batch
+            filled.append(np.resize(rng.permutation(group), whole))
+        batches = rng.permutation(np.concatenate(filled).reshape(-1, self.batch_size))
+        first = self.step * self.global_batch // self.batch_size
+        for batch in batches[first + self.rank :: self.world_size]:
+            yield [SampleKey(self.epoch, int(index), 0) for index in batch]
