@@ -223,11 +223,11 @@ def test_compiled_and_half_precision_detectors(config):
 
 # -------------------------------------------------------------------------------------------------------- experiments
 
-SETTINGS = {  # detector, lr, weight decay, epochs, milestones, many scales
-    "retinanet_{}_fpn_1x_coco_pvt_setting": ("retinanet", 1e-4, 1e-4, 12, (8, 11), False),
-    "retinanet_{}_fpn_3x_ms_coco": ("retinanet", 1e-4, 0.05, 36, (27, 33), True),
-    "mask_rcnn_{}_fpn_1x_coco_pvt_setting": ("mask_rcnn", 2e-4, 1e-4, 12, (8, 11), False),
-    "mask_rcnn_{}_fpn_3x_coco_swin_setting": ("mask_rcnn", 1e-4, 0.05, 36, (27, 33), True),
+SETTINGS = {  # detector, lr, weight decay, epochs, milestones, many scales, precision and loss scale
+    "retinanet_{}_fpn_1x_coco_pvt_setting": ("retinanet", 1e-4, 1e-4, 12, (8, 11), False, "fp32", 0),
+    "retinanet_{}_fpn_3x_ms_coco": ("retinanet", 1e-4, 0.05, 36, (27, 33), True, "fp32", 0),
+    "mask_rcnn_{}_fpn_1x_coco_pvt_setting": ("mask_rcnn", 2e-4, 1e-4, 12, (8, 11), False, "fp32", 0),
+    "mask_rcnn_{}_fpn_3x_coco_swin_setting": ("mask_rcnn", 1e-4, 0.05, 36, (27, 33), True, "fp16", 512),
 }
 
 
@@ -237,7 +237,8 @@ def test_the_published_experiments(setting, name):
     path = FOLDER / f"configs/{setting.format(name)}.py"
     experiment = load_experiment(path)
     found = (experiment.detector, experiment.lr, experiment.weight_decay, experiment.epochs, experiment.milestones)
-    assert (*found, experiment.many_scales) == SETTINGS[setting]
+    found = (*found, experiment.many_scales, experiment.precision, experiment.loss_scale)
+    assert found == SETTINGS[setting]
     assert (experiment.backbone, experiment.dataset, experiment.scale) == (BACKBONES[name], "coco", (1333, 800))
     assert experiment.global_batch == 8 * experiment.batch_size == 16
     assert (experiment.drop_path, experiment.channels, experiment.head_std) == (0.2, 256, 0.01)
@@ -261,7 +262,7 @@ def test_initial_weights_and_proposals_are_those_of_the_experiment():
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_learning_rates_and_weight_decay_equal_the_recipes(setting):
     experiment = load_experiment(FOLDER / f"configs/{setting.format('alt_gvt_s')}.py")
-    _, lr, decay, epochs, milestones, many_scales = SETTINGS[setting]
+    _, lr, decay, epochs, milestones, many_scales, *_ = SETTINGS[setting]
     with torch.device("meta"):
         model = build_detector(experiment, 80, pretrained=False)
     steps = 7330  # of an epoch: 117,266 images, 16 each
