@@ -56,8 +56,9 @@ def build_dataset(kind: str, data_root: str, is_train: bool, shapes_size: int) -
 class CocoDetection(Dataset):
     """Images with boxes and masks in COCO's format.
 
-    Label i is the i-th category by ascending id. Targets omit crowds and boxes without an area. The training part
-    skips images without boxes and those with a side under 32 pixels.
+    Label i is the i-th category by ascending id. Targets omit crowds, annotations marked `ignore` and boxes without
+    an area. The training part skips images without any annotation and those with a side under 32 pixels; images whose
+    annotations are all omitted are trained as background, as in the original.
 
     Args:
         folder: Folder of the images.
@@ -78,7 +79,7 @@ class CocoDetection(Dataset):
         if is_train:
             self.ids = [i for i in self.ids if self._is_trained(i)]
         if not self.ids:
-            raise UserError(f"{annotations}: has no images{' with boxes to train on' if is_train else ''}")
+            raise UserError(f"{annotations}: has no images{' with annotations to train on' if is_train else ''}")
         missing = next((i for i in self.ids if not os.path.isfile(folder / self.coco.imgs[i]["file_name"])), None)
         if missing is not None:
             raise UserError(
@@ -122,17 +123,18 @@ class CocoDetection(Dataset):
             ) from error
 
     def _used_annotations(self, image_id: int) -> list[dict]:
-        """Return the annotations of an image that training uses."""
+        """Return the annotations of an image that targets contain."""
         image = self.coco.imgs[image_id]
         return [
             annotation
             for annotation in self.coco.imgToAnns[image_id]
-            if not annotation["iscrowd"] and _is_box(annotation, image["width"], image["height"])
+            if not (annotation["iscrowd"] or annotation.get("ignore"))
+            and _is_box(annotation, image["width"], image["height"])
         ]
 
     def _is_trained(self, image_id: int) -> bool:
         image = self.coco.imgs[image_id]
-        return min(image["width"], image["height"]) >= MIN_SIDE and bool(self._used_annotations(image_id))
+        return min(image["width"], image["height"]) >= MIN_SIDE and bool(self.coco.imgToAnns[image_id])
 
 
 class Shapes(Dataset):

@@ -21,7 +21,7 @@ from tests.small_data import COCO_SIZES, circle, write_coco
 def test_training_leaves_out_what_the_original_does(coco_folder):
     train, val = (build_dataset("coco", str(coco_folder), is_train, 0) for is_train in (True, False))
     assert train.classes == ["person", "dog", "toothbrush"]  # by id
-    assert train.ids == [3, 7, 12, 42]  # neither without boxes nor with a side under 32
+    assert train.ids == [3, 7, 12, 42]  # neither without annotations nor with a side under 32
     assert val.ids == [3, 7, 12, 40, 41, 42]
     assert train.sizes == [(COCO_SIZES[i][1], COCO_SIZES[i][0]) for i in train.ids]
     image, target = train[1]
@@ -38,17 +38,65 @@ def test_training_leaves_out_what_the_original_does(coco_folder):
 
 @pytest.fixture
 def written(tmp_path):
-    """Return a function that writes COCO's layout with annotations changed, and opens the validation set."""
+    """Return a function that writes COCO's layout with annotations changed, and opens a part of it."""
 
-    def write(change):
+    def write(change, is_train=False):
         write_coco(tmp_path)
-        path = tmp_path / "annotations/instances_val2017.json"
+        path = tmp_path / f"annotations/instances_{'train' if is_train else 'val'}2017.json"
         content = json.loads(path.read_text())
         change(content)
         path.write_text(json.dumps(content))
-        return build_dataset("coco", str(tmp_path), False, 0)
+        return build_dataset("coco", str(tmp_path), is_train, 0)
 
     return write
+
+
+def test_images_of_crowds_and_ignored_annotations_are_background(written):
+    """The original trains on all images with annotations, and omits these; in its evaluation only crowds differ."""
+
+    def change(content):
+        for annotation in content["annotations"]:
+            annotation["iscrowd"] = int(annotation["image_id"] == 3)
+            annotation["ignore"] = int(annotation["image_id"] == 7)
+        content["annotations"][-1]["ignore"] = True  # in image 42
+
+    train = written(change, is_train=True)
+    assert train.ids == [3, 7, 12, 42]
+    assert [target["labels"].tolist() for _, target in train] == [[], [], [0, 2, 1], [0, 2]]
+    assert train[0][1]["masks"].shape == (0, 50, 100)
+
+
+def expected_boxes(annotations: list[dict], size, scale_size, flip: bool) -> np.ndarray:
+    """Return boxes as the original computes them: corners, scaled by each side's own factor, clipped, flipped."""
+    (height, width), (new_height, new_width) = size, scale_size
+    rows = []
+    for x, y, w, h in (annotation["bbox"] for annotation in annotations):
+        x1, x2 = (min(max(side * new_width / width, 0), new_width) for side in (x, x + w))
+        y1, y2 = (min(max(side * new_height / height, 0), new_height) for side in (y, y + h))
+        rows.append([new_width - x2, y1, new_width - x1, y2] if flip else [x1, y1, x2, y2])
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_boxes_are_clipped_to_resized_images_as_in_the_original(flip, written, monkeypatch):
+    rng = np.random.default_rng(0)
+
+    def change(content):
+        for annotation in content["annotations"]:
+            width, height = COCO_SIZES[annotation["image_id"]]
+            corner = rng.uniform(-0.3, 0.7, 2) * (width, height)
+            sides = rng.uniform(0.4, 0.9, 2) * (width, height)
+            annotation.update(bbox=[*corner.tolist(), *sides.tolist()], iscrowd=0, area=50)
+
+    monkeypatch.setattr(np.random, "rand", lambda: 0.9 if flip else 0.1)
+    dataset = written(change, is_train=True)
+    clipped = 0
+    for image_id, (image, target) in zip(dataset.ids, dataset, strict=True):
+        resized, new = one_scale(image, target, scale=(133, 77))
+        boxes = expected_boxes(dataset.coco.imgToAnns[image_id], image.shape[1:], resized.shape[1:], flip)
+        np.testing.assert_allclose(new["boxes"].numpy(), boxes, atol=1e-4)
+        clipped += np.isin(boxes, (0, *resized.shape[1:])).sum()
+    assert clipped > 5
 
 
 def evaluate_truth(dataset) -> dict[str, float]:
