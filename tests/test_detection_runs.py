@@ -24,10 +24,12 @@ from detection.network import TwinsMaskRCNN, build_detector
 from detection.pictures import draw_detections
 from tests.conftest import BACKBONES, ROOT, Run, assert_same_run, fails, read_log, run_bash_in, run_processes
 from tests.test_engine import on_processes
+from tests.test_models import DATA
 
 FOLDER = ROOT / "detection"
 MASK = "configs/mask_rcnn_alt_gvt_s_fpn_1x_coco_pvt_setting.py"
 RETINA = "configs/retinanet_alt_gvt_s_fpn_1x_coco_pvt_setting.py"
+PUBLISHED = json.loads((DATA / "published_ap.json").read_text())
 TINY = ["--device", "cpu", "--num_workers", "0"]
 SMALL = ["backbone=alt_gvt_tiny", "pretrained=", "channels=16", "roi_samples=16", "scale=(128, 96)", "batch_size=1"]
 SMALL += ["global_batch=2", "epochs=2", "milestones=(1,)", "warmup_iterations=3", "lr=1e-3", "drop_path=0.3"]
@@ -246,6 +248,31 @@ def test_the_published_experiments(setting, name):
     docstring = path.read_text().split('"""')[1]
     assert f"bash dist_train.sh configs/{path.name} 8" in docstring
     assert f"bash dist_test.sh configs/{path.name} checkpoint_file 8" in docstring
+
+
+@pytest.mark.parametrize(("name", "figures"), PUBLISHED["experiments"].items())
+def test_docstrings_state_the_published_figures(name, figures):
+    docstring = " ".join((FOLDER / f"configs/{name}.py").read_text().split('"""')[1].split())
+    stated = {
+        kind: [
+            float(number) for number in re.findall(r"\d+\.\d", docstring[docstring.index(f"{kind} AP") :])[: len(row)]
+        ]
+        for kind, row in figures.items()
+    }
+    assert stated == figures
+    assert len(re.findall(r"\d+\.\d\b", docstring)) == sum(map(len, figures.values()))
+    tables = "tables 3 and 8" if name.startswith("retinanet") else "tables 4 and 8"
+    assert (f"{tables} of the paper (arXiv 2104.13840)" in docstring) == bool(figures)
+    assert figures or re.search("neither the config nor its AP is published|the paper has no AP for it", docstring)
+
+
+def test_every_published_experiment_is_in_the_table_of_figures():
+    assert set(PUBLISHED["experiments"]) == {setting.format(name) for setting in SETTINGS for name in BACKBONES}
+    table = (ROOT / "README.md").read_text()
+    for setting in SETTINGS:
+        rows = [PUBLISHED["experiments"][setting.format(name)] for name in BACKBONES]
+        cells = [" / ".join(f"{values[0]:.1f}" for values in row.values()) or "\N{EN DASH}" for row in rows]
+        assert f"| {' | '.join(cells)} |" in table, setting
 
 
 def test_initial_weights_and_proposals_are_those_of_the_experiment():
