@@ -57,6 +57,11 @@ def fitted_size(size: Sequence[int], scale: tuple[int, int], ratio: float = 1.0)
         ratio: Factor by which the scale is multiplied.
     """
     longer, shorter = (int(side * ratio) for side in sorted(scale, reverse=True))
+    if torch.jit.is_tracing():  # sides are tensors
+        sides = torch.stack([torch.as_tensor(side) for side in size])
+        factor = torch.minimum(longer / sides.max(), shorter / sides.min())
+        height, width = (sides * factor + 0.5).long().clamp(min=1).unbind()
+        return height, width
     # Functions that take the symbolic sizes of an export, too.
     factor = torch.sym_min(longer / torch.sym_max(*size), shorter / torch.sym_min(*size))
     height, width = (torch.sym_max(1, torch.sym_int(side * factor + 0.5)) for side in size)

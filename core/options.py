@@ -149,15 +149,22 @@ def add_loader_options(group, num_workers: int = 10) -> None:
 
 
 def add_compute_options(group, amp: str = "auto") -> None:
-    """Add the options of computation: compilation and mixed precision."""
+    """Add the options of computation: compilation and mixed precision.
+
+    Args:
+        group: Group or parser to add them to.
+        amp: Default of `--amp`: `"auto"`, `"off"`, or `"published"` where experiments have a precision, see
+            `dense.training.build_experiment`.
+    """
+    published = "published: that of the experiment on a GPU, off on a CPU; " if amp == "published" else ""
     group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
     group.add_argument(
         "--amp",
         nargs="?",
         const="auto",
         default=amp,
-        choices=("auto", "off", "bf16", "fp16"),
-        help="mixed precision; auto: bf16 on GPUs that support it, fp16 on other GPUs, off on a CPU",
+        choices=tuple(dict.fromkeys((amp, "auto", "off", "bf16", "fp16"))),
+        help=f"mixed precision; {published}auto: bf16 on GPUs that support it, fp16 on other GPUs, off on a CPU",
     )
 
 

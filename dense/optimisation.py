@@ -23,6 +23,32 @@ def parameter_groups(model: nn.Module, weight_decay: float, not_decayed: Sequenc
     return [group for group in groups if group["params"]]
 
 
+def build_scaler(device: torch.device, loss_scale: float, enabled: bool) -> torch.amp.GradScaler:
+    """Build the gradient scaler of fp16.
+
+    Args:
+        device: Device of the model.
+        loss_scale: The loss scale; 0 for one that adapts without a limit, as usual in PyTorch.
+        enabled: False if the run does not use fp16.
+    """
+    if loss_scale and enabled:
+        return LimitedScaler(device.type, init_scale=loss_scale)
+    return torch.amp.GradScaler(device.type, enabled=enabled)
+
+
+class LimitedScaler(torch.amp.GradScaler):
+    """Gradient scaler with a constant loss scale, which is lowered for a while if gradients overflow.
+
+    Differs from the original: a step with an overflow is skipped, and halves the scale for the next 2000 steps. The
+    original's scale was static, and an overflow would have ended the run with NaN weights.
+    """
+
+    def update(self, new_scale: float | None = None) -> None:
+        super().update(new_scale)
+        if self.get_scale() > self._init_scale:
+            super().update(self._init_scale)
+
+
 # ------------------------------------------------------------- factors of the peak learning rate, by iteration from 0
 
 

@@ -27,7 +27,7 @@ from core.run import Run, choose_accumulation, describe_batch
 from core.run_folder import BEST_CHECKPOINT
 from dense.experiments import load_experiment
 from dense.networks import HUB
-from dense.optimisation import IterationSchedule, parameter_groups
+from dense.optimisation import IterationSchedule, build_scaler, parameter_groups
 from engine import train_one_epoch
 from models.cpu import accelerate
 from samplers import EpochSampler
@@ -58,7 +58,7 @@ def get_train_parser(description: str) -> ArgumentParser:
         help="start from these weights of a whole network; heads for other classes are re-initialised",
     )
     group.add_argument("--grad-checkpointing", action="store_true", help="save memory, for about a third more time")
-    add_compute_options(group, amp="off")
+    add_compute_options(group, amp="published")
     add_process_options(parser)
     return parser
 
@@ -71,7 +71,7 @@ def get_test_parser(description: str) -> ArgumentParser:
     parser.add_argument("config", metavar="CONFIG", help="experiment file in configs/")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="weights of the network, our own or published ones")
     _add_experiment_options(parser)
-    add_compute_options(parser.add_argument_group("run"), amp="off")
+    add_compute_options(parser.add_argument_group("run"), amp="published")
     add_process_options(parser)
     return parser
 
@@ -91,13 +91,19 @@ def _add_experiment_options(parser: ArgumentParser) -> None:
 
 
 def build_experiment(args: argparse.Namespace, kind: type) -> Any:
-    """Load the experiment of the config, change it as the options say, and check that it is of the class `kind`."""
+    """Load the experiment of the config, change it as the options say, and check that it is of the class `kind`.
+
+    `--amp published` is replaced by the precision of the experiment.
+    """
     experiment = load_experiment(args.config, args.cfg_options, kind)
     if args.data_root and experiment.dataset == "shapes":
         raise UserError(
             f"--data-root {args.data_root}: the shapes data set is generated and has no folder; for your own data, "
             "choose another data set with --cfg-options dataset=..."
         )
+    if args.amp == "published":
+        on_gpu = args.device != "cpu" and torch.cuda.is_available()
+        args.amp = experiment.precision if on_gpu else "off"
     shortcuts = {name: getattr(args, name, None) for name in ("data_root", "pretrained")}
     return dataclasses.replace(experiment, **{name: value for name, value in shortcuts.items() if value is not None})
 
@@ -189,14 +195,15 @@ def build_state(
     sampler: EpochSampler,
     device: torch.device,
 ) -> TrainState:
-    """Build the training state of an experiment, with AdamW, the schedule, and the loss scaler for fp16."""
+    """Build the training state of an experiment, with AdamW, the schedule, and the gradient scaler for fp16."""
+    is_fp16 = choose_amp(args.amp, device) == torch.float16
     groups = parameter_groups(model, experiment.weight_decay, experiment.not_decayed)
     optimizer = torch.optim.AdamW(groups, lr=experiment.lr, betas=(0.9, 0.999))
     return TrainState(
         model=model,
         optimizer=optimizer,
         lr_scheduler=IterationSchedule(optimizer, lr_factor),
-        scaler=torch.amp.GradScaler(device.type, enabled=choose_amp(args.amp, device) == torch.float16),
+        scaler=build_scaler(device, experiment.loss_scale, is_fp16),
         sampler=sampler,
     )
 

@@ -56,8 +56,9 @@ def build_dataset(kind: str, data_root: str, is_train: bool, shapes_size: int) -
 class CocoDetection(Dataset):
     """Images with boxes and masks in COCO's format.
 
-    Label i is the i-th category by ascending id. Targets omit crowds and boxes without an area. The training part
-    skips images without boxes and those with a side under 32 pixels.
+    Label i is the i-th category by ascending id. Targets omit crowds, annotations marked `ignore` and boxes without
+    an area. The training part skips images without any annotation and those with a side under 32 pixels; images whose
+    annotations are all omitted are trained as background, as in the original.
 
     Args:
         folder: Folder of the images.
@@ -78,7 +79,7 @@ class CocoDetection(Dataset):
         if is_train:
             self.ids = [i for i in self.ids if self._is_trained(i)]
         if not self.ids:
-            raise UserError(f"{annotations}: has no images{' with boxes to train on' if is_train else ''}")
+            raise UserError(f"{annotations}: has no images{' with annotations to train on' if is_train else ''}")
         missing = next((i for i in self.ids if not os.path.isfile(folder / self.coco.imgs[i]["file_name"])), None)
         if missing is not None:
             raise UserError(
@@ -122,17 +123,18 @@ class CocoDetection(Dataset):
             ) from error
 
     def _used_annotations(self, image_id: int) -> list[dict]:
-        """Return the annotations of an image that training uses."""
+        """Return the annotations of an image that targets contain."""
         image = self.coco.imgs[image_id]
         return [
             annotation
             for annotation in self.coco.imgToAnns[image_id]
-            if not annotation["iscrowd"] and _is_box(annotation, image["width"], image["height"])
+            if not (annotation["iscrowd"] or annotation.get("ignore"))
+            and _is_box(annotation, image["width"], image["height"])
         ]
 
     def _is_trained(self, image_id: int) -> bool:
         image = self.coco.imgs[image_id]
-        return min(image["width"], image["height"]) >= MIN_SIDE and bool(self._used_annotations(image_id))
+        return min(image["width"], image["height"]) >= MIN_SIDE and bool(self.coco.imgToAnns[image_id])
 
 
 class Shapes(Dataset):
@@ -336,9 +338,10 @@ def collate(samples: Sequence[Sample]) -> tuple[list[Tensor], list[Target]]:
 class GroupedBatches(EpochSampler):
     """Batch sampler of distributed training whose batches hold only wide images or only others, which saves padding.
 
-    The order depends on (seed, epoch) alone. The wide images and the others are shuffled and divided into steps,
-    the last of which is filled up with the group's first images; then the steps are shuffled. Each process takes its
-    part of each step.
+    A batch is what a process sees at once; a step mixes batches of both kinds. The wide images and the others are
+    shuffled, filled up with their first images to whole steps and divided into batches; then all batches are shuffled.
+    The order depends on (seed, epoch) and on the batch size, so a step covers the same images for any number of
+    processes with the same batch size.
 
     Args:
         sizes: Height and width of each image of the data set.
@@ -371,12 +374,11 @@ class GroupedBatches(EpochSampler):
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         rng = np.random.default_rng((self.seed, self.epoch))
-        steps = []
+        filled = []
         for group in self.groups:
-            order = rng.permutation(group)
-            whole = np.resize(order, -(-len(order) // self.global_batch) * self.global_batch)
-            steps.extend(whole.reshape(-1, self.global_batch))
-        for step in rng.permutation(len(steps))[self.step :]:
-            own = steps[step][self.rank :: self.world_size]
-            for first in range(0, len(own), self.batch_size):
-                yield [SampleKey(self.epoch, int(index), 0) for index in own[first : first + self.batch_size]]
+            whole = -(-len(group) // self.global_batch) * self.global_batch
+            filled.append(np.resize(rng.permutation(group), whole))
+        batches = rng.permutation(np.concatenate(filled).reshape(-1, self.batch_size))
+        first = self.step * self.global_batch // self.batch_size
+        for batch in batches[first + self.rank :: self.world_size]:
+            yield [SampleKey(self.epoch, int(index), 0) for index in batch]

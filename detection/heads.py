@@ -108,6 +108,13 @@ def match_anchors(matcher: Matcher, boxes: Tensor, anchors: Tensor, inside: Tens
     return matches
 
 
+def smaller(a: int, b: int) -> int:
+    """Return the smaller of two integers, which may be symbolic in an export or a tensor in a trace."""
+    if torch.jit.is_tracing():
+        return torch.minimum(torch.as_tensor(a), torch.as_tensor(b))
+    return torch.sym_min(a, b)
+
+
 def suppress(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float) -> Tensor:
     """Non-maximum suppression within classes: return the indices of the boxes to keep, by descending scores.
 
@@ -162,7 +169,7 @@ class ProposalNetwork(RegionProposalNetwork):
         """
         boxes = proposals.split(num_anchors_per_level, dim=1)
         logits = objectness.detach().reshape(proposals.shape[0], -1).split(num_anchors_per_level, dim=1)
-        best = [x.topk(torch.sym_min(self.pre_nms_top_n(), x.shape[1]), dim=1).indices for x in logits]
+        best = [x.topk(smaller(self.pre_nms_top_n(), x.shape[1]), dim=1).indices for x in logits]
         levels = torch.cat([torch.full_like(index[0], level) for level, index in enumerate(best)])
         final_boxes, final_scores = [], []
         for image, size in enumerate(image_shapes):

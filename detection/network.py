@@ -36,6 +36,7 @@ from detection.heads import (
     Target,
     TwinsRoIHeads,
     match_anchors,
+    smaller,
     suppress,
 )
 from transforms import STATISTICS, normalise
@@ -160,7 +161,7 @@ def pad_side(side: int, divisor: int) -> int:
 
 def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
     """Paste probabilities `(N, m, m)` within boxes `(N, 4)` into images; return bool masks `(N, height, width)`."""
-    if torch.compiler.is_exporting():
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
         return paste_masks_at_once(masks, boxes, height, width)
     pasted = masks.new_zeros((len(masks), height, width), dtype=torch.bool)
     for mask, box, whole in zip(masks, boxes, pasted, strict=True):
@@ -254,7 +255,7 @@ class TwinsRetinaNet(CompiledBackbone, RetinaNet):
             levels = zip(head_outputs["cls_logits"], head_outputs["bbox_regression"], anchors[index], strict=True)
             for logits, codes, level_anchors in levels:
                 probabilities = logits[index].float().sigmoid()  # (anchors, classes)
-                count = torch.sym_min(self.topk_candidates, probabilities.shape[0])  # symbolic in an export
+                count = smaller(self.topk_candidates, probabilities.shape[0])  # symbolic in an export
                 best = probabilities.max(dim=1).values.topk(count).indices
                 boxes.append(self.box_coder.decode_single(codes[index][best], level_anchors[best]))
                 scores.append(probabilities[best])

@@ -1,5 +1,6 @@
 """Experiments, backbones, parameter groups and schedules of the dense tasks."""
 
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Literal
@@ -8,9 +9,11 @@ import pytest
 import timm
 import torch
 
+from core.options import choose_amp
 from dense.experiments import NonNegative, Positive, Rate, Side, change_fields, check_fields, load_experiment
 from dense.networks import build_backbone
-from dense.optimisation import IterationSchedule, linear_warmup, parameter_groups, poly_decay
+from dense.optimisation import IterationSchedule, build_scaler, linear_warmup, parameter_groups, poly_decay
+from dense.training import build_experiment, build_state, get_test_parser, get_train_parser
 from segmentation.configs.recipes import Experiment
 from tests.conftest import ROOT
 from utils import UserError
@@ -130,6 +133,71 @@ def test_internal_errors_of_experiments_keep_their_traceback(monkeypatch):
     monkeypatch.setattr("dense.experiments._as_type", fail)
     with pytest.raises(TypeError, match="internal"):
         load_experiment(ROOT / "segmentation/configs/upernet_alt_gvt_tiny_shapes.py")
+
+
+# ------------------------------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("is_test", [False, True])
+def test_experiments_are_run_in_their_precision_on_a_gpu(is_test, monkeypatch):
+    parser, files = (get_test_parser(""), ["weights"]) if is_test else (get_train_parser(""), [])
+
+    def choose(config: str, *options: str) -> str:
+        args = parser.parse_args([str(ROOT / config), *files, *options])
+        build_experiment(args, object)
+        return args.amp
+
+    half = "detection/configs/mask_rcnn_pcpvt_s_fpn_3x_coco_swin_setting.py"
+    full = "segmentation/configs/fpn_pcpvt_s_512x512_80k_ade20k.py"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert (
+        choose(half) == choose(half, "--device", "cuda:1") == choose(full, "--cfg-options", "precision=fp16") == "fp16"
+    )
+    assert choose(full) == choose(half, "--cfg-options", "precision=fp32") == "fp32"
+    assert choose(half, "--device", "cpu") == "off"
+    assert [choose(half, "--amp", name) for name in ("off", "bf16", "auto")] == ["off", "bf16", "auto"]
+    assert choose(half, "--amp") == "auto"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose(half) == "off"
+    gpu = torch.device("cuda", 0)
+    assert [choose_amp(name, gpu) for name in ("fp32", "fp16", "bf16")] == [None, torch.float16, torch.bfloat16]
+
+
+def step_scaled(scaler: torch.amp.GradScaler, model: torch.nn.Module, value: float) -> float:
+    """Take a step with an input; return the scale of the next step."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    model.zero_grad()
+    scaler.scale(model(torch.full((1, 1), value)).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return scaler.get_scale()
+
+
+def test_a_published_loss_scale_is_an_upper_limit():
+    cpu, model = torch.device("cpu"), torch.nn.Linear(1, 1)
+    scaler = build_scaler(cpu, 512.0, enabled=True)
+    scaler.set_growth_interval(2)
+    assert [step_scaled(scaler, model, 1.0) for _ in range(3)] == [512, 512, 512]
+    before = model.weight.clone()
+    assert step_scaled(scaler, model, math.inf) == 256
+    assert torch.equal(model.weight, before)
+    assert [step_scaled(scaler, model, 1.0) for _ in range(4)] == [256, 512, 512, 512]
+    adaptive = build_scaler(cpu, 0.0, enabled=True)
+    adaptive.set_growth_interval(1)
+    assert step_scaled(adaptive, model, 1.0) == 2 * 65536
+    assert not build_scaler(cpu, 512.0, enabled=False).is_enabled()
+
+
+def test_a_published_loss_scale_reaches_the_training(monkeypatch):
+    monkeypatch.setattr("dense.training.choose_amp", lambda name, device: torch.float16)
+    for config, scale in (
+        ("mask_rcnn_pcpvt_s_fpn_3x_coco_swin_setting", 512),
+        ("retinanet_pcpvt_s_fpn_3x_ms_coco", 65536),
+    ):
+        experiment = load_experiment(ROOT / f"detection/configs/{config}.py")
+        args = get_train_parser("").parse_args(["x"])
+        state = build_state(args, experiment, torch.nn.Linear(1, 1), lambda step: 1.0, None, torch.device("cpu"))
+        assert (state.scaler.is_enabled(), state.scaler.get_scale()) == (True, scale)
 
 
 # ------------------------------------------------------------------------------------------------------- networks

@@ -24,10 +24,12 @@ from detection.network import TwinsMaskRCNN, build_detector
 from detection.pictures import draw_detections
 from tests.conftest import BACKBONES, ROOT, Run, assert_same_run, fails, read_log, run_bash_in, run_processes
 from tests.test_engine import on_processes
+from tests.test_models import DATA
 
 FOLDER = ROOT / "detection"
 MASK = "configs/mask_rcnn_alt_gvt_s_fpn_1x_coco_pvt_setting.py"
 RETINA = "configs/retinanet_alt_gvt_s_fpn_1x_coco_pvt_setting.py"
+PUBLISHED = json.loads((DATA / "published_ap.json").read_text())
 TINY = ["--device", "cpu", "--num_workers", "0"]
 SMALL = ["backbone=alt_gvt_tiny", "pretrained=", "channels=16", "roi_samples=16", "scale=(128, 96)", "batch_size=1"]
 SMALL += ["global_batch=2", "epochs=2", "milestones=(1,)", "warmup_iterations=3", "lr=1e-3", "drop_path=0.3"]
@@ -223,11 +225,11 @@ def test_compiled_and_half_precision_detectors(config):
 
 # -------------------------------------------------------------------------------------------------------- experiments
 
-SETTINGS = {  # detector, lr, weight decay, epochs, milestones, many scales
-    "retinanet_{}_fpn_1x_coco_pvt_setting": ("retinanet", 1e-4, 1e-4, 12, (8, 11), False),
-    "retinanet_{}_fpn_3x_ms_coco": ("retinanet", 1e-4, 0.05, 36, (27, 33), True),
-    "mask_rcnn_{}_fpn_1x_coco_pvt_setting": ("mask_rcnn", 2e-4, 1e-4, 12, (8, 11), False),
-    "mask_rcnn_{}_fpn_3x_coco_swin_setting": ("mask_rcnn", 1e-4, 0.05, 36, (27, 33), True),
+SETTINGS = {  # detector, lr, weight decay, epochs, milestones, many scales, precision and loss scale
+    "retinanet_{}_fpn_1x_coco_pvt_setting": ("retinanet", 1e-4, 1e-4, 12, (8, 11), False, "fp32", 0),
+    "retinanet_{}_fpn_3x_ms_coco": ("retinanet", 1e-4, 0.05, 36, (27, 33), True, "fp32", 0),
+    "mask_rcnn_{}_fpn_1x_coco_pvt_setting": ("mask_rcnn", 2e-4, 1e-4, 12, (8, 11), False, "fp32", 0),
+    "mask_rcnn_{}_fpn_3x_coco_swin_setting": ("mask_rcnn", 1e-4, 0.05, 36, (27, 33), True, "fp16", 512),
 }
 
 
@@ -237,7 +239,8 @@ def test_the_published_experiments(setting, name):
     path = FOLDER / f"configs/{setting.format(name)}.py"
     experiment = load_experiment(path)
     found = (experiment.detector, experiment.lr, experiment.weight_decay, experiment.epochs, experiment.milestones)
-    assert (*found, experiment.many_scales) == SETTINGS[setting]
+    found = (*found, experiment.many_scales, experiment.precision, experiment.loss_scale)
+    assert found == SETTINGS[setting]
     assert (experiment.backbone, experiment.dataset, experiment.scale) == (BACKBONES[name], "coco", (1333, 800))
     assert experiment.global_batch == 8 * experiment.batch_size == 16
     assert (experiment.drop_path, experiment.channels, experiment.head_std) == (0.2, 256, 0.01)
@@ -245,6 +248,31 @@ def test_the_published_experiments(setting, name):
     docstring = path.read_text().split('"""')[1]
     assert f"bash dist_train.sh configs/{path.name} 8" in docstring
     assert f"bash dist_test.sh configs/{path.name} checkpoint_file 8" in docstring
+
+
+@pytest.mark.parametrize(("name", "figures"), PUBLISHED["experiments"].items())
+def test_docstrings_state_the_published_figures(name, figures):
+    docstring = " ".join((FOLDER / f"configs/{name}.py").read_text().split('"""')[1].split())
+    stated = {
+        kind: [
+            float(number) for number in re.findall(r"\d+\.\d", docstring[docstring.index(f"{kind} AP") :])[: len(row)]
+        ]
+        for kind, row in figures.items()
+    }
+    assert stated == figures
+    assert len(re.findall(r"\d+\.\d\b", docstring)) == sum(map(len, figures.values()))
+    tables = "tables 3 and 8" if name.startswith("retinanet") else "tables 4 and 8"
+    assert (f"{tables} of the paper (arXiv 2104.13840)" in docstring) == bool(figures)
+    assert figures or re.search("neither the config nor its AP is published|the paper has no AP for it", docstring)
+
+
+def test_every_published_experiment_is_in_the_table_of_figures():
+    assert set(PUBLISHED["experiments"]) == {setting.format(name) for setting in SETTINGS for name in BACKBONES}
+    table = (ROOT / "README.md").read_text()
+    for setting in SETTINGS:
+        rows = [PUBLISHED["experiments"][setting.format(name)] for name in BACKBONES]
+        cells = [" / ".join(f"{values[0]:.1f}" for values in row.values()) or "\N{EN DASH}" for row in rows]
+        assert f"| {' | '.join(cells)} |" in table, setting
 
 
 def test_initial_weights_and_proposals_are_those_of_the_experiment():
@@ -261,7 +289,7 @@ def test_initial_weights_and_proposals_are_those_of_the_experiment():
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_learning_rates_and_weight_decay_equal_the_recipes(setting):
     experiment = load_experiment(FOLDER / f"configs/{setting.format('alt_gvt_s')}.py")
-    _, lr, decay, epochs, milestones, many_scales = SETTINGS[setting]
+    _, lr, decay, epochs, milestones, many_scales, *_ = SETTINGS[setting]
     with torch.device("meta"):
         model = build_detector(experiment, 80, pretrained=False)
     steps = 7330  # of an epoch: 117,266 images, 16 each

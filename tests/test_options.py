@@ -506,6 +506,8 @@ FIELDS_BESIDE = {
     },
 }
 FIELDS_ELSEWHERE = {
+    "precision": "test_experiments_are_run_in_their_precision_on_a_gpu",
+    "loss_scale": "test_a_published_loss_scale_reaches_the_training",
     "pretrained": "test_a_tiny_network_learns_from_a_classifiers_weights",
     "dataset": "test_fine_tuning_makes_new_heads_for_other_classes",
     "data_root": "test_a_training_leaves_what_is_promised",

@@ -3,7 +3,8 @@
     bash dist_train.sh configs/mask_rcnn_alt_gvt_b_fpn_1x_coco_pvt_setting.py 8
     bash dist_test.sh configs/mask_rcnn_alt_gvt_b_fpn_1x_coco_pvt_setting.py checkpoint_file 8 --eval bbox segm
 
-To expect: a published experiment; the paper reports the AP of the published settings.
+To expect, by tables 4 and 8 of the paper (arXiv 2104.13840), in percent on val2017:
+box AP 45.2 (AP50 67.6, AP75 49.3) and mask AP 41.5 (AP50 64.5, AP75 44.8).
 """
 
 from detection.configs.recipes import mask_rcnn_1x_pvt_setting

@@ -3,8 +3,7 @@
     bash dist_train.sh configs/mask_rcnn_alt_gvt_l_fpn_3x_coco_swin_setting.py 8
     bash dist_test.sh configs/mask_rcnn_alt_gvt_l_fpn_3x_coco_swin_setting.py checkpoint_file 8 --eval bbox segm
 
-To expect: a published experiment; the paper reports the AP of the published settings.
-The published runs used fp16: --amp fp16.
+To expect: the config is published, but the paper has no AP for it.
 """
 
 from detection.configs.recipes import mask_rcnn_3x_swin_setting

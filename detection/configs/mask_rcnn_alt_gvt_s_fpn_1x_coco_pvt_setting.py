@@ -3,7 +3,8 @@
     bash dist_train.sh configs/mask_rcnn_alt_gvt_s_fpn_1x_coco_pvt_setting.py 8
     bash dist_test.sh configs/mask_rcnn_alt_gvt_s_fpn_1x_coco_pvt_setting.py checkpoint_file 8 --eval bbox segm
 
-To expect: a published experiment; the paper reports the AP of the published settings.
+To expect, by tables 4 and 8 of the paper (arXiv 2104.13840), in percent on val2017:
+box AP 43.4 (AP50 66.0, AP75 47.3) and mask AP 40.3 (AP50 63.2, AP75 43.4).
 """
 
 from detection.configs.recipes import mask_rcnn_1x_pvt_setting

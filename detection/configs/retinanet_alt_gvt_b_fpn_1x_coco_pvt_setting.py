@@ -3,7 +3,8 @@
     bash dist_train.sh configs/retinanet_alt_gvt_b_fpn_1x_coco_pvt_setting.py 8
     bash dist_test.sh configs/retinanet_alt_gvt_b_fpn_1x_coco_pvt_setting.py checkpoint_file 8 --eval mAP
 
-To expect: a published experiment; the paper reports the AP of the published settings.
+To expect, by tables 3 and 8 of the paper (arXiv 2104.13840), in percent on val2017:
+box AP 45.3 (AP50 66.7, AP75 48.1).
 """
 
 from detection.configs.recipes import retinanet_1x_pvt_setting

@@ -3,7 +3,8 @@
     bash dist_train.sh configs/retinanet_pcpvt_b_fpn_3x_ms_coco.py 8
     bash dist_test.sh configs/retinanet_pcpvt_b_fpn_3x_ms_coco.py checkpoint_file 8 --eval mAP
 
-To expect: a published experiment; the paper reports the AP of the published settings.
+To expect, by tables 3 and 8 of the paper (arXiv 2104.13840), in percent on val2017:
+box AP 46.4 (AP50 67.7, AP75 49.8).
 """
 
 from detection.configs.recipes import retinanet_3x_ms_setting

@@ -3,7 +3,7 @@
     bash dist_train.sh configs/retinanet_pcpvt_l_fpn_3x_ms_coco.py 8
     bash dist_test.sh configs/retinanet_pcpvt_l_fpn_3x_ms_coco.py checkpoint_file 8 --eval mAP
 
-To expect: not published, only completes the grid; the paper reports the AP of the published settings.
+To expect: neither the config nor its AP is published; it completes the grid.
 """
 
 from detection.configs.recipes import retinanet_3x_ms_setting

@@ -42,6 +42,8 @@ class Experiment:
     warmup_ratio: float = 1e-6  # factor of the learning rate at iteration 0
     power: NonNegative[float] = 1.0
     min_lr: NonNegative[float] = 0.0
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"  # of training and testing on a GPU
+    loss_scale: NonNegative[float] = 0.0  # of fp16 in training; 0: adapted
 
     # The evaluation.
     eval_interval: Positive[int] = 16_000  # iterations between evaluations; a checkpoint is saved after each
