@@ -128,29 +128,6 @@ def test_one_trace_for_all_sizes(name, kwargs):
     check_sizes(torch.jit.trace(model, image(1, 160, 160)), model, [SMALL, *SIZES])
 
 
-ONNX_SIZES = [(2, 96, 128), (3, 64, 224), (1, 160, 97), (1, 256, 256)]  # batch, height, width
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TINY)
-def test_onnx_export(name, tmp_path):
-    onnx = pytest.importorskip("onnx")
-    pytest.importorskip("onnxscript")
-    from onnx.reference import ReferenceEvaluator
-
-    model = timm.create_model(name, num_classes=3).eval()
-    path = tmp_path / "twins.onnx"
-    options = {"dynamo": True, "verbose": False, "dynamic_shapes": DYNAMIC}
-    torch.onnx.export(model, (image(*ONNX_SIZES[0]),), str(path), **options)
-    onnx.checker.check_model(str(path))
-    exported = onnx.load(str(path))
-    run = ReferenceEvaluator(exported).run
-    for size in ONNX_SIZES:
-        (found,) = run(None, {exported.graph.input[0].name: image(*size).numpy()})
-        with torch.no_grad():
-            torch.testing.assert_close(torch.from_numpy(found), model(image(*size)), rtol=0, atol=1e-4)
-
-
 @pytest.mark.parametrize("stage_norm", [False, True])
 @pytest.mark.parametrize("name", TINY)
 def test_feature_extractors_of_timm(name, stage_norm):

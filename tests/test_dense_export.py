@@ -37,7 +37,7 @@ def test_pooling_is_torchs(size, bins):
 
 def build_tiny_segmentor(head: str, backbone: str) -> Segmentor:
     torch.manual_seed(0)
-    body = build_backbone(backbone, "", depths=DEPTHS)
+    body = build_backbone(backbone, "", depths=DEPTHS, window_padding="released")
     if head == "fpn":
         return Segmentor(body, FPNHead(16, 5, channels=16), FPN(body.embed_dims, 16)).eval()
     return Segmentor(body, UPerHead(body.embed_dims, 5, channels=16)).eval()
@@ -77,7 +77,7 @@ def export(network: nn.Module, example: torch.Tensor, exporter: str, path):
 def test_segmentation_networks_run_at_all_sizes(head, exporter, backbone, tmp_path):
     network = build_tiny_segmentor(head, backbone)
     run = export(network, image(2, 3, 160, 128), exporter, str(tmp_path / "network.onnx"))
-    for batch, height, width in [(1, 32, 32), (1, 64, 96), (2, 160, 128), (1, 225, 230), (3, 224, 224), (1, 480, 640)]:
+    for batch, height, width in [(1, 32, 32), (1, 64, 96), (1, 96, 224), (1, 225, 230), (3, 224, 224), (1, 480, 640)]:
         images = image(batch, 3, height, width)
         with torch.no_grad():
             torch.testing.assert_close(run(images)[0], network(images), rtol=0, atol=1e-4)
