@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 import models
 from core.checkpoint import TrainState
+from core.description import Description, check_same_classes, read_description, remembered_options
 from core.distributed import Processes, parallelise
 from core.launch import one_line, run_script
 from core.optimizer import build_optimizer, build_scheduler, describe_peak_lr, note_schedule
@@ -42,7 +43,7 @@ from core.options import (
     number,
     train_settings,
 )
-from core.recipes import RECIPES, get_recipe, note_precision, note_published, note_recipe
+from core.recipes import RECIPES, differences, get_recipe, note_precision, note_published, note_recipe
 from core.run import Run, choose_accumulation, describe_batch
 from core.run_folder import BEST_CHECKPOINT, BEST_EMA_CHECKPOINT
 from datasets import IGNORED_TARGET, add_data_options, build_train_loader, build_val_loader
@@ -449,7 +450,12 @@ def run_evaluation(args: argparse.Namespace, processes: Processes) -> None:
     if not path and not args.pretrained:
         raise UserError("--eval needs weights: --resume FILE, or --pretrained for the published ones")
     val_loader = build_val_loader(args, processes)
-    nb_classes = check_classes(args, val_loader.dataset.dataset.classes)
+    classes = val_loader.dataset.dataset.classes
+    nb_classes = check_classes(args, classes)
+    if path:
+        check_same_classes(path, read_description(path).classes, classes)
+        for difference in differences(args, remembered_options(path), "checkpoint"):
+            logger.info("note: %s", difference)
     model = build_model(args.model, nb_classes, pretrained=args.pretrained)
     if path:
         logger.info("%s", models.load_weights(model, path, ema=args.model_ema))
@@ -477,14 +483,15 @@ def run_training(args: argparse.Namespace, processes: Processes) -> None:
         settings = train_settings(args, device, accumulation)
         val_loader = build_val_loader(args, processes)
         train_loader = build_train_loader(args, processes, global_batch)
-        nb_classes = check_classes(args, train_loader.dataset.dataset.classes)
+        classes = train_loader.dataset.dataset.classes
+        nb_classes = check_classes(args, classes)
         seed_everything(args.seed)  # the same initial weights on all processes
         # The weights get the memory format of the tokens: convolutions and the exchange of gradients need no copies.
         model = build_trained_model(args, nb_classes, run.is_new).to(device, memory_format=torch.channels_last)
         state = build_state(args, model, train_loader.sampler, device)
         compute_losses = build_compute_losses(args, nb_classes, device)
         seed_everything(args.seed + processes.rank)  # different mixup and drop path on each process
-        run.resume(state, same=("model", "opt"))
+        run.resume(state, Description("classification", classes), same=("model", "opt"))
         compile_if_asked(model, args.compile)
         parallel_model = parallelise(model, processes)
         announce(args, processes, state, nb_classes, accumulation)
@@ -554,15 +561,18 @@ def report_evaluation(stats: dict[str, float], what: str = "network") -> None:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the options, with --recipe twice: the second time the values of the recipe are the defaults."""
+    """Parse the options twice: the second time the values of the recipe and of an evaluated training are defaults."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
-    if args.recipe:
-        try:
+    weights = args.resume or args.finetune
+    try:
+        if args.recipe:
             parser.set_defaults(**get_recipe(args.recipe, args.model))
-        except UserError as error:
-            parser.error(str(error))
-        args = parser.parse_args(argv)
+        if args.eval and weights:
+            parser.set_defaults(**remembered_options(weights))
+    except ValueError as error:  # a UserError or TwinsError
+        parser.error(str(error))
+    args = parser.parse_args(argv)
     check_args(parser, args)
     check_ranges(parser, args)
     return args

@@ -13,7 +13,8 @@ from core.meters import EpochMeter
 from models.complexity import count_module_parameters
 from utils import UserError
 
-FORMAT = 2  # version of the format that this code writes; checkpoints of format 1 have no version entry
+# Version of the format that this code writes. Checkpoints of format 1 have no version entry; 2 has no description.
+FORMAT = 3
 
 REQUIRED_KEYS = {
     "model",
@@ -76,8 +77,13 @@ class TrainState:
         """Number of images of the current epoch that all processes have trained on."""
         return self.meter.step * self.sampler.global_batch
 
-    def to_checkpoint(self, args: dict[str, Any]) -> dict[str, Any]:
-        """Return a dict that loads with `weights_only=True`. All processes must call it."""
+    def to_checkpoint(self, args: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
+        """Return a dict that loads with `weights_only=True`. All processes must call it.
+
+        Args:
+            args: Options of the run.
+            description: Description of the network, see core/description.py.
+        """
         return {
             "model": self.model.state_dict(),
             "model_ema": self.model_ema.module.state_dict() if self.model_ema else None,
@@ -92,6 +98,7 @@ class TrainState:
             "history": self.history,
             "random_states": gather(utils.get_random_state()),
             "args": args,
+            "description": description,
             "versions": utils.versions(),
             "format": FORMAT,
         }

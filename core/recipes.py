@@ -78,10 +78,10 @@ def published_name(model: str) -> str:
     return get_arch_name(model).removesuffix("_v0")
 
 
-def differences(args: argparse.Namespace, recipe: dict[str, Any]) -> list[str]:
-    """Return a description of each option that differs from a recipe."""
+def differences(args: argparse.Namespace, recipe: dict[str, Any], source: str = "recipe") -> list[str]:
+    """Return a description of each option that differs from a recipe or another source of options."""
     return [
-        f"{name.replace('_', '-')} {getattr(args, name)} (recipe: {value})"
+        f"{name.replace('_', '-')} {getattr(args, name)} ({source}: {value})"
         for name, value in recipe.items()
         if getattr(args, name) != value
     ]

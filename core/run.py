@@ -10,6 +10,7 @@ from typing import Any
 
 import models
 from core.checkpoint import FORMAT, REQUIRED_KEYS, TrainState
+from core.description import Description, check_same_classes
 from core.distributed import get_world_size, on_main
 from core.run_folder import RunFolder
 from core.signals import signals_noted
@@ -32,7 +33,7 @@ class Run:
 
         with Run(options) as run:
             state = ...  # initial weights only if `run.is_new`; `resume` replaces them otherwise
-            run.resume(state, same=("model", "opt"))
+            run.resume(state, description, same=("model", "opt"))
             for epoch in run.epochs(300, {"test_acc1": "checkpoint_best.pth"}):
                 train_stats = train_one_epoch(..., state, settings, run)
                 run.finish_epoch(train_stats, test_stats)
@@ -53,6 +54,7 @@ class Run:
         self.folder = RunFolder(options["output_dir"], options["keep"]) if options["output_dir"] else None
         self.checkpoint: Path | None = None  # to resume from
         self.state: TrainState | None = None
+        self.description: Description | None = None
         self.best_files: Mapping[str, str] = {}
         self.total_epochs = 0
         self.first_epoch = 0
@@ -91,17 +93,18 @@ class Run:
             on_main(self.folder.refuse_results)
         return resumed
 
-    def resume(self, state: TrainState, same: Sequence[str]) -> None:
+    def resume(self, state: TrainState, description: Description, same: Sequence[str]) -> None:
         """Restore the state from the checkpoint, if there is one. Log what differs from an exact resume.
 
         Args:
             state: The state of the run, newly built.
+            description: Description of the network, which checkpoints hold.
             same: Names of options that must not change.
 
         Raises:
             UserError: If the file is not a checkpoint of a run, or does not fit.
         """
-        self.state = state
+        self.state, self.description = state, description
         if self.checkpoint is None:
             return
         path, content = self.checkpoint, models.read_file(self.checkpoint)
@@ -147,6 +150,7 @@ class Run:
                 raise UserError(
                     f"{path}: its run used {name} {content['args'][name]}; use the same, not {self.options[name]}"
                 )
+        check_same_classes(path, content.get("description", {}).get("classes", ()), self.description.classes)
 
     def epochs(self, total: int, best_files: Mapping[str, str]) -> Iterator[int]:
         """Iterate over the remaining epochs. `finish_epoch` ends each of them.
@@ -195,7 +199,7 @@ class Run:
         """
         if self.folder is None:
             return
-        content = self.state.to_checkpoint(self.options)
+        content = self.state.to_checkpoint(self.options, self.description.to_checkpoint())
 
         def write() -> None:
             for name in best:  # the best first: after a kill between the two, the resumed run repeats the evaluation

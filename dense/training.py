@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from core.checkpoint import TrainState
+from core.description import Description
 from core.distributed import Processes, parallelise, synchronise_norms
 from core.options import (
     ArgumentParser,
@@ -121,6 +122,7 @@ class Task:
         evaluate: Function that returns the figures of the network on the validation set. All processes call it.
         best_figure: Name of the figure that selects the best epoch.
         same: Fields of the experiment that must not change when the run is resumed.
+        description: Task and classes.
     """
 
     model: nn.Module
@@ -131,6 +133,7 @@ class Task:
     evaluate: Callable[[nn.Module], dict[str, float]]
     best_figure: str
     same: tuple[str, ...]
+    description: Description
 
 
 def run_training(
@@ -163,7 +166,7 @@ def run_training(
             model.backbone.set_grad_checkpointing()
         state = build_state(args, experiment, model, task.lr_factor, task.sampler, device)
         seed_everything(args.seed + processes.rank)  # different drop path and dropout in each process
-        run.resume(state, task.same)
+        run.resume(state, task.description, task.same)
         compile_if_asked(model, args.compile)
         parallel_model = parallelise(model, processes)
         logger.info("%s: %d parameters on %s", Path(args.config).stem, state.n_parameters, device)

@@ -19,6 +19,7 @@ if __name__ == "__main__":  # instead of this folder, whose file names would sha
 from torch import nn
 from torch.utils.data import DataLoader
 
+from core.description import Description
 from core.distributed import Processes
 from core.launch import run_script
 from core.options import choose_amp, loader_options
@@ -84,6 +85,7 @@ def build_task(args: argparse.Namespace, experiment: Experiment, processes: Proc
         evaluate=evaluate,
         best_figure=f"test_{KINDS[experiment.detector][-1]}_AP",
         same=("backbone", "detector", "dataset"),
+        description=Description("detection", dataset.classes),
     )
 
 

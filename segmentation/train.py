@@ -18,6 +18,7 @@ if __name__ == "__main__":  # instead of this folder, whose file names would sha
 
 from torch.utils.data import DataLoader
 
+from core.description import Description
 from core.distributed import Processes
 from core.launch import run_script
 from core.options import choose_amp, loader_options
@@ -95,6 +96,7 @@ def build_task(args: argparse.Namespace, experiment: Experiment, processes: Proc
         evaluate=evaluate_model,
         best_figure="test_mIoU",
         same=("backbone", "head", "dataset", "eval_interval"),
+        description=Description("segmentation", classes, eval_loader.dataset.dataset.colours),
     )
 
 

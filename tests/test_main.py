@@ -11,6 +11,7 @@ import torch
 from timm.optim import create_optimizer_v2
 
 import main
+from core.description import check_same_classes
 from core.optimizer import check_optimizer
 from core.options import choose_amp
 from core.recipes import PUBLISHED
@@ -37,6 +38,7 @@ from tests.conftest import (
     run_processes,
 )
 from tests.test_models import DATA
+from utils import UserError
 
 CPU = torch.device("cpu")
 
@@ -103,6 +105,49 @@ def test_evaluation_of_a_checkpoint_repeats_the_metrics(trained, image_folder, r
         expected = [f"* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}"]
         expected += [f"Accuracy of the network on the 21 test images: {acc1:.1f}%"]
         assert final_lines(output) == output.splitlines()[-2:] == expected
+
+
+def test_evaluation_remembers_the_training(trained, image_folder, tmp_path, run_in_process):
+    """Model and input come from the checkpoint; what the command line says wins and is named."""
+    folder, _, _ = trained
+    assert torch.load(folder / "checkpoint.pth", weights_only=True)["description"] == {
+        "task": "classification",
+        "classes": ["n01440764", "n01443537", "n01484850"],
+        "colours": (),
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+    }
+    weights = ["--eval", "--resume", folder / "checkpoint.pth", "--device", "cpu", "--num_workers", "0"]
+    expected, _ = run_in_process(*weights, *TINY, "--data-path", image_folder)
+    output, _ = run_in_process(*weights, "--data-path", image_folder)
+    assert final_lines(output) == final_lines(expected)
+    assert "note:" not in output
+    output, _ = run_in_process(*weights, "--data-path", image_folder, "--input-size", "64")
+    assert "note: input-size 64 (checkpoint: 32)" in output
+    assert "evaluating alt_gvt_tiny at 64 pixels" in output
+
+
+def test_data_of_other_classes_are_refused(trained, image_folder, tmp_path, run_in_process):
+    folder, _, _ = trained
+    for names, message in (
+        (("n01440764", "n01443537", "ray"), "class 2 is 'n01484850', and 'ray' in the data"),
+        (("n01440764", "n01443537"), "checkpoint.pth: is of 3 classes, but the data have 2"),
+    ):
+        for split in ("train", "val"):
+            shutil.rmtree(tmp_path / split, ignore_errors=True)
+            for name in names:
+                shutil.copytree(image_folder / split / "n01440764", tmp_path / split / name)
+        for options in (["--eval"], ["--output_dir", tmp_path / "run", "--model-ema"]):
+            _, error = run_in_process(*TINY, *options, "--resume", folder / "checkpoint.pth", "--data-path", tmp_path)
+            assert message in error
+            assert len(error.splitlines()) == 1
+
+
+def test_classes_in_another_order_are_refused():
+    check_same_classes("x.pth", [], ["a", "b"])
+    check_same_classes("x.pth", ["a", "b"], ["a", "b"])
+    with pytest.raises(UserError, match="its classes are those of the data in another order: class 0 is 'b'"):
+        check_same_classes("x.pth", ["b", "a"], ["a", "b"])
 
 
 def test_resuming_equals_an_uninterrupted_run(trained, image_folder, tmp_path, run_in_process):
@@ -424,7 +469,7 @@ def test_bad_checkpoints_end_with_one_line(trained, image_folder, tmp_path, run_
             *("--resume", folder / "checkpoint.pth", "--model", "pcpvt_tiny", "--model-ema"),
         ],
         "its run had a moving average (EMA); add --model-ema": ["--resume", folder / "checkpoint.pth"],
-        "head.weight (3, 128) in the file, (10, 128) in the model": [
+        "checkpoint.pth: is of 3 classes, but the data have 10": [
             *("--resume", folder / "checkpoint.pth", "--model-ema", "--data-set", "SHAPES"),
         ],
         "no training state to resume": ["--resume", tmp_path / "bare.pth"],

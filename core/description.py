@@ -1,0 +1,80 @@
+"""What a checkpoint says about its network besides the weights: task, classes, normalisation and options."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+import models
+from core.checkpoint import REQUIRED_KEYS
+from utils import UserError
+
+TASKS = {"model": "classification", "head": "segmentation", "detector": "detection"}  # by an option of their runs
+
+
+@dataclass(frozen=True)
+class Description:
+    """Description of a trained network.
+
+    Attributes:
+        task: `"classification"`, `"segmentation"` or `"detection"`; empty if unknown.
+        classes: Names of the classes, in the order of the outputs; empty in checkpoints of formats 1 and 2.
+        colours: RGB colours of the classes, from 0 to 255; empty for the default ones.
+        mean: Mean of each channel of the images, of values from 0 to 1; the network sees normalised images.
+        std: Standard deviation of each channel.
+        options: Options of the run: those of main.py, or the fields of the experiment.
+    """
+
+    task: str
+    classes: Sequence[str] = ()
+    colours: Sequence[tuple[int, int, int]] = ()
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def to_checkpoint(self) -> dict[str, Any]:
+        """Return the entry of a checkpoint, which has the options in another entry."""
+        content = asdict(self)
+        del content["options"]
+        return content
+
+
+def read_description(path: str | Path) -> Description:
+    """Read the description of a checkpoint of this code. For other files of weights nothing is known.
+
+    Raises:
+        TwinsError: If the file is missing or damaged, or would execute code.
+    """
+    content = models.read_file(path)
+    if not set(content) >= REQUIRED_KEYS:
+        return Description(task="")
+    options = content["args"]
+    task = next(task for option, task in TASKS.items() if option in options)
+    return Description(**({"task": task} | content.get("description", {})), options=options)
+
+
+def remembered_options(path: str | Path) -> dict[str, Any]:
+    """Return the options of the training of a classifier that shape the network and its input."""
+    names = ("model", "input_size", "eval_crop_ratio", "data_set", "inat_category")
+    options = read_description(path).options
+    return {name: options[name] for name in names if name in options}
+
+
+def check_same_classes(path: str | Path, known: Sequence[str], classes: Sequence[str]) -> None:
+    """Check that data have the classes of a checkpoint, in the same order; unknown ones (empty) pass.
+
+    Raises:
+        UserError: If they differ.
+    """
+    if not known or list(known) == list(classes):
+        return
+    if len(known) != len(classes):
+        raise UserError(f"{path}: is of {len(known)} classes, but the data have {len(classes)}; fine-tune it first")
+    index = next(index for index, names in enumerate(zip(known, classes, strict=True)) if names[0] != names[1])
+    order = "in another order" if sorted(known) == sorted(classes) else "with other names"
+    raise UserError(
+        f"{path}: its classes are those of the data {order}: class {index} is {known[index]!r}, and "
+        f"{classes[index]!r} in the data; use the data's own weights, or fine-tune it first"
+    )
