@@ -23,6 +23,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from core import shapes
 from core.images import load_image
+from detection.configs.recipes import Experiment
 from samplers import EpochSampler, SampleKey
 from utils import UserError
 
@@ -33,24 +34,25 @@ Target = dict[str, Tensor | int]
 Sample = tuple[Tensor, Target]
 
 
-def build_dataset(kind: str, data_root: str, is_train: bool, shapes_size: int) -> Dataset:
-    """Build the training or the validation part of a data set.
+def build_dataset(experiment: Experiment, is_train: bool, labelled: bool = True) -> Dataset:
+    """Build the training or the validation part of the data set of an experiment.
 
     Args:
-        kind: `"coco"` or `"shapes"`.
-        data_root: Folder of `annotations/instances_{train,val}2017.json`, `train2017/` and `val2017/`.
+        experiment: The experiment.
         is_train: True for the training part, False for the validation part.
-        shapes_size: Side length of the shapes' images in pixels.
+        labelled: False for a part whose file may list images and categories alone.
 
     Raises:
         UserError: If the files are missing or invalid.
     """
-    if kind == "shapes":
-        return Shapes(is_train, shapes_size)
-    root, split = Path(data_root), "train2017" if is_train else "val2017"
+    if experiment.dataset == "shapes":
+        return Shapes(is_train, max(experiment.scale))
+    root = Path(experiment.data_root)
     if not root.is_dir():
         raise UserError(f"{root}: there is no such folder; set the folder of the data set with --data-root")
-    return CocoDetection(root / split, root / "annotations" / f"instances_{split}.json", is_train)
+    if is_train:
+        return CocoDetection(root / experiment.train_images, root / experiment.train_annotations, is_train)
+    return CocoDetection(root / experiment.val_images, root / experiment.val_annotations, is_train, labelled)
 
 
 class CocoDetection(Dataset):
@@ -64,14 +66,15 @@ class CocoDetection(Dataset):
         folder: Folder of the images.
         annotations: JSON file of the annotations.
         is_train: True to skip the images that training does not use.
+        labelled: False if the file may list images and categories alone.
 
     Raises:
         UserError: If a file is missing, or the annotations are invalid or inconsistent.
     """
 
-    def __init__(self, folder: Path, annotations: Path, is_train: bool):
+    def __init__(self, folder: Path, annotations: Path, is_train: bool, labelled: bool = True):
         self.folder, self.annotations = folder, annotations
-        self.coco = read_annotations(annotations)
+        self.coco = read_annotations(annotations, labelled)
         self.category_ids = sorted(self.coco.cats)
         self.classes = [self.coco.cats[category]["name"] for category in self.category_ids]
         self.label_of = {category: label for label, category in enumerate(self.category_ids)}
@@ -192,8 +195,12 @@ def encode_mask(mask: np.ndarray) -> dict:
     return {"size": code["size"], "counts": code["counts"].decode()}
 
 
-def read_annotations(path: Path) -> COCO:
+def read_annotations(path: Path, labelled: bool = True) -> COCO:
     """Read and check a file in COCO's format.
+
+    Args:
+        path: JSON file.
+        labelled: False if the list of annotations may be missing, as in COCO's files of test sets.
 
     Raises:
         UserError: If the file is missing, is not JSON, or holds an invalid or inconsistent entry, which is named.
@@ -202,14 +209,20 @@ def read_annotations(path: Path) -> COCO:
         content = json.loads(path.read_text())
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}); --data-root must be the folder of annotations/{path.name}"
+            f"{path}: cannot be read ({error.strerror}); set its folder with --data-root, and its name with "
+            "--cfg-options train_annotations=... and val_annotations=..."
         ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not valid JSON ({error}); download it again") from error
     content = content if isinstance(content, dict) else {}
+    if not labelled:
+        content.setdefault("annotations", [])
     lists = [content.get(name) for name in ("images", "annotations", "categories")]
     if not all(isinstance(entries, list) for entries in lists):
-        raise UserError(f"{path}: is not in COCO's format; it needs the lists images, annotations and categories")
+        raise UserError(
+            f"{path}: is not in COCO's format; it needs the lists images, annotations and categories; test a "
+            "set without annotations with --format-only"
+        )
     try:
         _check_annotations(*lists)
     except UserError as error:

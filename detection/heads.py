@@ -253,14 +253,22 @@ class TwinsRoIHeads(RoIHeads):
         all_scores = class_logits.softmax(dim=1)
         found = []
         for boxes, scores, size in zip(all_boxes.split(numbers), all_scores.split(numbers), image_shapes, strict=True):
-            boxes = clip_boxes_to_image(boxes, size)
-            candidates, labels = torch.where(scores[:, 1:] > self.score_thresh)
-            boxes, scores, labels = boxes[candidates, labels + 1], scores[candidates, labels + 1], labels + 1
-            wide = remove_small_boxes(boxes, min_size=1e-2)
-            boxes, scores, labels = boxes[wide], scores[wide], labels[wide]
-            keep = suppress(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
-            found.append((boxes[keep], scores[keep], labels[keep]))
+            found.append(self.select(clip_boxes_to_image(boxes, size), scores))
         return tuple(zip(*found, strict=True))
+
+    def select(self, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the boxes, scores and labels that remain by the thresholds and non-maximum suppression.
+
+        Args:
+            boxes: Box of each proposal and class, `(n, classes, 4)`.
+            scores: Scores `(n, classes)`; class 0 is the background.
+        """
+        candidates, labels = torch.where(scores[:, 1:] > self.score_thresh)
+        boxes, scores, labels = boxes[candidates, labels + 1], scores[candidates, labels + 1], labels + 1
+        wide = remove_small_boxes(boxes, min_size=1e-2)
+        boxes, scores, labels = boxes[wide], scores[wide], labels[wide]
+        keep = suppress(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
+        return boxes[keep], scores[keep], labels[keep]
 
     def forward(self, features, proposals, image_shapes, targets=None) -> tuple[list[Target], dict[str, Tensor]]:
         if not self.training:

@@ -14,11 +14,12 @@ from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
 
 from core.distributed import gather_on_main, on_main
+from core.launch import one_line
 from core.meters import show_progress
 from core.signals import stop_if_requested, stop_requested
 from detection.data import encode_mask
 from engine import to_device
-from utils import make_folder, write_text
+from utils import UserError, make_folder, write_text
 
 logger = logging.getLogger("twins")
 
@@ -114,6 +115,31 @@ def write_results(results: list[dict], path: Path) -> None:
     """Write results to a JSON file that COCO's server accepts."""
     make_folder(path.parent)
     write_text(path, json.dumps(results))
+
+
+def read_results(path: Path, image_ids: list[int], kinds: Iterable[str]) -> list[dict]:
+    """Read and check results in COCO's format, as `write_results` and mmdetection write them.
+
+    Args:
+        path: JSON file.
+        image_ids: Ids of the images that may occur.
+        kinds: `"bbox"`, `"segm"` or both: what each result must have.
+
+    Raises:
+        UserError: If the file cannot be read or holds other things.
+    """
+    try:
+        results = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read as JSON ({one_line(error)}); write it by --out") from error
+    keys = {"image_id", "category_id", "bbox", "score"} | ({"segmentation"} if "segm" in kinds else set())
+    if not isinstance(results, list) or not all(isinstance(row, dict) and keys <= set(row) for row in results):
+        raise UserError(f"{path}: is not a list of results in COCO's format, each with {', '.join(sorted(keys))}")
+    known = set(image_ids)
+    for row in results:
+        if not isinstance(row["image_id"], int) or row["image_id"] not in known:
+            raise UserError(f"{path}: has a result of image {row['image_id']}, which the annotations do not list")
+    return results
 
 
 def _evaluate(truth: COCO, image_ids: list[int], results: list[dict], kind: str) -> COCOeval:

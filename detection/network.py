@@ -58,9 +58,15 @@ def build_detector(experiment: Experiment, num_classes: int, pretrained: bool) -
     # The published models were trained with zero padding that takes part in the attention of windows.
     body = build_backbone(experiment.backbone, weights, drop_path_rate=experiment.drop_path, window_padding="zero")
     if experiment.detector == "retinanet":
-        return TwinsRetinaNet(body, num_classes, experiment.scale, experiment.channels, experiment.head_std)
-    sizes = experiment.channels, experiment.proposals, experiment.roi_samples
-    return TwinsMaskRCNN(body, num_classes, experiment.scale, *sizes)
+        model = TwinsRetinaNet(body, num_classes, experiment.scale, experiment.channels, experiment.head_std)
+        head = model
+    else:
+        sizes = experiment.channels, experiment.proposals, experiment.roi_samples
+        model = TwinsMaskRCNN(body, num_classes, experiment.scale, *sizes)
+        head = model.roi_heads
+    head.score_thresh, head.nms_thresh = experiment.score_threshold, experiment.nms_threshold
+    head.detections_per_img = experiment.detections
+    return model
 
 
 # -------------------------------------------------------------------------------------------- backbone and pyramid
@@ -248,23 +254,33 @@ class TwinsRetinaNet(CompiledBackbone, RetinaNet):
         return {"classification": classification / positives, "bbox_regression": box_regression / positives}
 
     def postprocess_detections(self, head_outputs, anchors, image_shapes) -> list[Target]:
-        """Differs from torchvision: candidates are the 1000 anchors of each level whose best class scores highest."""
+        """Return the objects of each image."""
         detections = []
         for index, size in enumerate(image_shapes):
-            boxes, scores = [], []
-            levels = zip(head_outputs["cls_logits"], head_outputs["bbox_regression"], anchors[index], strict=True)
-            for logits, codes, level_anchors in levels:
-                probabilities = logits[index].float().sigmoid()  # (anchors, classes)
-                count = smaller(self.topk_candidates, probabilities.shape[0])  # symbolic in an export
-                best = probabilities.max(dim=1).values.topk(count).indices
-                boxes.append(self.box_coder.decode_single(codes[index][best], level_anchors[best]))
-                scores.append(probabilities[best])
-            boxes, scores = clip_boxes_to_image(torch.cat(boxes), size), torch.cat(scores)
-            candidates, labels = torch.where(scores > self.score_thresh)
-            boxes, scores = boxes[candidates], scores[candidates, labels]
-            keep = suppress(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
-            detections.append({"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]})
+            levels = {name: [x[index] for x in head_outputs[name]] for name in ("cls_logits", "bbox_regression")}
+            detections.append(self.select(*self.find_candidates(**levels, anchors=anchors[index], size=size)))
         return detections
+
+    def find_candidates(self, cls_logits: list[Tensor], bbox_regression: list[Tensor], anchors, size):
+        """Return the boxes `(n, 4)` of an image's candidates, and their scores `(n, classes)`.
+
+        Differs from torchvision: candidates are the 1000 anchors of each level whose best class scores highest.
+        """
+        boxes, scores = [], []
+        for logits, codes, level_anchors in zip(cls_logits, bbox_regression, anchors, strict=True):
+            probabilities = logits.float().sigmoid()  # (anchors, classes)
+            count = smaller(self.topk_candidates, probabilities.shape[0])  # symbolic in an export
+            best = probabilities.max(dim=1).values.topk(count).indices
+            boxes.append(self.box_coder.decode_single(codes[best], level_anchors[best]))
+            scores.append(probabilities[best])
+        return clip_boxes_to_image(torch.cat(boxes), size), torch.cat(scores)
+
+    def select(self, boxes: Tensor, scores: Tensor) -> Target:
+        """Return the objects that remain of candidates, by the thresholds and non-maximum suppression."""
+        candidates, labels = torch.where(scores > self.score_thresh)
+        boxes, scores = boxes[candidates], scores[candidates, labels]
+        keep = suppress(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
+        return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
 
 
 # ----------------------------------------------------------------------------------------------------- Mask R-CNN

@@ -2,6 +2,9 @@
 
     bash dist_test.sh configs/retinanet_alt_gvt_s_fpn_1x_coco_pvt_setting.py checkpoint_file 8 --eval mAP
     bash dist_test.sh configs/mask_rcnn_alt_gvt_tiny_shapes.py checkpoint_file 1 --eval bbox segm --show-dir pictures
+    bash dist_test.sh configs/mask_rcnn_alt_gvt_tiny_shapes.py results.json 1
+
+The last evaluates results that --out has written, without the network.
 
 On bad input the script prints one line that names it and exits with a non-zero code; --traceback shows the traceback.
 """
@@ -17,7 +20,7 @@ if __name__ == "__main__":  # instead of this folder, whose file names would sha
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from core.distributed import Processes, on_main
 from core.images import save_png
@@ -25,8 +28,9 @@ from core.launch import run_script
 from core.options import SHARE, ArgumentParser, choose_amp, compile_if_asked
 from core.signals import signals_noted
 from dense.training import build_experiment, describe, get_test_parser
+from detection.augmented import AugmentedDetector
 from detection.configs.recipes import Experiment
-from detection.metrics import find_objects, summarise, write_results
+from detection.metrics import find_objects, read_results, summarise, write_results
 from detection.network import build_detector
 from detection.pictures import draw_detections
 from detection.train import KINDS, build_eval_loader
@@ -49,7 +53,11 @@ def get_parser() -> ArgumentParser:
         metavar="KIND",
         help="results to evaluate: bbox, segm, or mAP for all that the detector has",
     )
+    group.add_argument("--aug-test", action="store_true", help="merge the objects found at test_scales, with flips")
     group.add_argument("--out", metavar="FILE", help="write the results to this JSON file, in COCO's format")
+    group.add_argument(
+        "--format-only", action="store_true", help="compute no figures, for test sets without annotations; needs --out"
+    )
     group.add_argument(
         "--show-dir", metavar="FOLDER", help="write pictures with boxes, masks, class names and scores to this folder"
     )
@@ -64,21 +72,44 @@ def get_parser() -> ArgumentParser:
 
 
 def run_test(args: argparse.Namespace, processes: Processes) -> None:
-    """Test the weights of a file and log the figures."""
+    """Test the weights of a file, or evaluate results, and log the figures."""
     experiment = build_experiment(args, Experiment)
     kinds = KINDS[experiment.detector]
     wanted = kinds if "mAP" in args.eval else tuple(dict.fromkeys(args.eval))
     if not set(wanted) <= set(kinds):
         raise UserError(f"--eval segm: {experiment.detector} finds no masks; remove segm")
-    loader = build_eval_loader(args, experiment, processes)
+    if args.format_only and not args.out:
+        raise UserError("--format-only: there is no file to write; name it with --out")
+    loader = build_eval_loader(args, experiment, processes, labelled=not args.format_only)
+    dataset = loader.dataset
+    if Path(args.checkpoint).suffix == ".json":
+        if args.out or args.show_dir:
+            raise UserError(
+                f"{args.checkpoint}: results are only evaluated; remove --out, --format-only and --show-dir"
+            )
+        results = read_results(Path(args.checkpoint), dataset.ids, wanted)
+    else:
+        results = detect(args, experiment, loader, processes)
+    if args.out:
+        on_main(partial(write_results, results, Path(args.out)))
+    if not args.format_only:
+        logger.info("%s", describe(summarise(dataset.coco, dataset.ids, results, wanted)))
+
+
+def detect(
+    args: argparse.Namespace, experiment: Experiment, loader: DataLoader, processes: Processes
+) -> list[dict] | None:
+    """Return the results of the network in COCO's format, in the main process."""
     dataset = loader.dataset
     model = build_detector(experiment, len(dataset.classes), pretrained=False)
     logger.info("%s", load_detector(model, args.checkpoint))
     accelerate(model).to(processes.device)
     compile_if_asked(model, args.compile)
+    if args.aug_test:
+        model = AugmentedDetector(model, experiment.test_scales or [experiment.scale])
     show = build_painter(dataset, args.show_dir, args.show_score_thr) if args.show_dir else None
     with signals_noted():
-        results = find_objects(
+        return find_objects(
             model,
             loader,
             processes.device,
@@ -86,9 +117,6 @@ def run_test(args: argparse.Namespace, processes: Processes) -> None:
             amp_dtype=choose_amp(args.amp, processes.device),
             on_detections=show,
         )
-    if args.out:
-        on_main(partial(write_results, results, Path(args.out)))
-    logger.info("%s", describe(summarise(dataset.coco, dataset.ids, results, wanted)))
 
 
 def build_painter(dataset: Dataset, folder: str, min_score: float) -> Callable[[int, dict[str, Tensor]], None]:

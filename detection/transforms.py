@@ -60,9 +60,14 @@ def random_flip(image: Tensor, target: Target) -> Sample:
     """Flip an image and its target horizontally with probability 0.5."""
     if np.random.rand() < 0.5:
         return image, target
-    x1, y1, x2, y2 = target["boxes"].unbind(1)
-    boxes = torch.stack([image.shape[2] - x2, y1, image.shape[2] - x1, y2], dim=1)
+    boxes = flip_boxes(target["boxes"], image.shape[2])
     return image.flip(2), {**target, "boxes": boxes, "masks": target["masks"].flip(2)}
+
+
+def flip_boxes(boxes: Tensor, width: int) -> Tensor:
+    """Flip boxes `(..., 4)` horizontally within an image of a width in pixels."""
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    return torch.stack([width - x2, y1, width - x1, y2], dim=-1)
 
 
 def random_crop(image: Tensor, target: Target, smallest: int, largest: int) -> Sample:

@@ -122,10 +122,11 @@ def test_average_precision_of_torchmetrics(monkeypatch):
     from torchmetrics.detection import MeanAveragePrecision
 
     from detection import data
+    from detection.configs.recipes import shapes_setting
     from detection.metrics import METRICS, summarise, to_results
 
     monkeypatch.setattr(data, "SHAPES_VAL", 12)
-    dataset = data.build_dataset("shapes", "", False, 64)
+    dataset = data.build_dataset(shapes_setting("alt_gvt_tiny", "retinanet", scale=(64, 64)), is_train=False)
     # By default torchmetrics has the thresholds of COCO in float32, which moves recalls that equal one.
     thresholds = {
         "iou_thresholds": np.linspace(0.5, 0.95, 10).tolist(),

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import shutil
 from collections import Counter
 from functools import partial
 
@@ -12,14 +13,20 @@ import torch
 from pycocotools import mask as mask_coding
 
 from detection import data as detection_data
+from detection.configs.recipes import Experiment, shapes_setting
 from detection.data import GroupedBatches, build_dataset, collate
 from detection.metrics import summarise, to_results
 from detection.transforms import many_scales, one_scale, random_crop, random_flip, resize
 from tests.small_data import COCO_SIZES, circle, write_coco
 
 
+def open_coco(root, is_train: bool, **options):
+    """Open a part of a data set in COCO's layout."""
+    return build_dataset(Experiment("alt_gvt_tiny", "retinanet", data_root=str(root)), is_train, **options)
+
+
 def test_training_leaves_out_what_the_original_does(coco_folder):
-    train, val = (build_dataset("coco", str(coco_folder), is_train, 0) for is_train in (True, False))
+    train, val = (open_coco(coco_folder, is_train) for is_train in (True, False))
     assert train.classes == ["person", "dog", "toothbrush"]  # by id
     assert train.ids == [3, 7, 12, 42]  # neither without annotations nor with a side under 32
     assert val.ids == [3, 7, 12, 40, 41, 42]
@@ -36,6 +43,21 @@ def test_training_leaves_out_what_the_original_does(coco_folder):
     assert val[5][1]["labels"].tolist() == [0, 2, 1]  # with the box over the border
 
 
+def test_data_may_lie_in_other_folders(coco_folder, tmp_path):
+    for split, folder in (("train2017", "a/train"), ("val2017", "b")):
+        shutil.copytree(coco_folder / split, tmp_path / folder)
+        shutil.copy(coco_folder / f"annotations/instances_{split}.json", tmp_path / folder / "labels.json")
+    places = {"train_images": "a/train", "train_annotations": "a/train/labels.json"}
+    places |= {"val_images": "b", "val_annotations": "b/labels.json"}
+    experiment = Experiment("alt_gvt_tiny", "retinanet", data_root=str(tmp_path), **places)
+    for is_train in (True, False):
+        mine, published = build_dataset(experiment, is_train), open_coco(coco_folder, is_train)
+        assert mine.ids == published.ids
+        assert all(torch.equal(a, b) for (a, _), (b, _) in zip(mine, published, strict=True))
+        assert mine.folder == tmp_path / places["train_images" if is_train else "val_images"]
+        assert mine.annotations == tmp_path / places["train_annotations" if is_train else "val_annotations"]
+
+
 @pytest.fixture
 def written(tmp_path):
     """Return a function that writes COCO's layout with annotations changed, and opens a part of it."""
@@ -46,7 +68,7 @@ def written(tmp_path):
         content = json.loads(path.read_text())
         change(content)
         path.write_text(json.dumps(content))
-        return build_dataset("coco", str(tmp_path), is_train, 0)
+        return open_coco(tmp_path, is_train)
 
     return write
 
@@ -184,18 +206,18 @@ def test_faults_of_the_annotations_are_named(change, message, written, tmp_path)
 
 def test_missing_and_broken_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere: there is no such folder; set the folder of .* with --data-root"):
-        build_dataset("coco", str(tmp_path / "nowhere"), True, 0)
+        open_coco(tmp_path / "nowhere", is_train=True)
     with pytest.raises(ValueError, match=r"instances_train2017\.json: cannot be read"):
-        build_dataset("coco", str(tmp_path), True, 0)
+        open_coco(tmp_path, is_train=True)
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations/instances_train2017.json").write_text('{"images": [')
     with pytest.raises(ValueError, match=r"instances_train2017\.json: is not valid JSON"):
-        build_dataset("coco", str(tmp_path), True, 0)
+        open_coco(tmp_path, is_train=True)
 
 
 def test_shapes_have_the_boxes_of_their_masks(monkeypatch):
     monkeypatch.setattr(detection_data, "SHAPES_VAL", 20)
-    dataset = build_dataset("shapes", "", False, 96)
+    dataset = build_dataset(shapes_setting("alt_gvt_tiny", "retinanet"), is_train=False)
     assert len(dataset.coco.anns) == sum(len(dataset[i][1]["labels"]) for i in range(20))
     for annotation in dataset.coco.anns.values():
         mask = mask_coding.decode(annotation["segmentation"])
@@ -390,7 +412,7 @@ def test_another_global_batch_continues_within_the_epoch():
 
 
 def test_batches_keep_images_and_targets_together(coco_folder):
-    dataset = build_dataset("coco", str(coco_folder), True, 0)
+    dataset = open_coco(coco_folder, is_train=True)
     images, targets = collate([dataset[0], dataset[1]])
     assert [image.shape[1:] for image in images] == [(50, 100), (60, 80)]
     assert [target["image_id"] for target in targets] == [3, 7]

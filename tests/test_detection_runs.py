@@ -20,6 +20,7 @@ from detection import data as detection_data
 from detection import metrics
 from detection import test as test_script
 from detection import train as train_script
+from detection.configs.recipes import shapes_setting
 from detection.network import TwinsMaskRCNN, build_detector
 from detection.pictures import draw_detections
 from tests.conftest import BACKBONES, ROOT, Run, assert_same_run, fails, read_log, run_bash_in, run_processes
@@ -31,6 +32,7 @@ MASK = "configs/mask_rcnn_alt_gvt_s_fpn_1x_coco_pvt_setting.py"
 RETINA = "configs/retinanet_alt_gvt_s_fpn_1x_coco_pvt_setting.py"
 PUBLISHED = json.loads((DATA / "published_ap.json").read_text())
 TINY = ["--device", "cpu", "--num_workers", "0"]
+SHAPES = shapes_setting("alt_gvt_tiny", "retinanet", scale=(64, 64))
 SMALL = ["backbone=alt_gvt_tiny", "pretrained=", "channels=16", "roi_samples=16", "scale=(128, 96)", "batch_size=1"]
 SMALL += ["global_batch=2", "epochs=2", "milestones=(1,)", "warmup_iterations=3", "lr=1e-3", "drop_path=0.3"]
 
@@ -122,7 +124,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(coco_folder, tmp_path, start)
 def evaluate_on_two(rank: int) -> tuple:
     """Evaluate true objects as found ones; return what this process gathered, evaluated and was told."""
     detection_data.SHAPES_VAL = 5
-    dataset = detection_data.build_dataset("shapes", "", False, 64)
+    dataset = detection_data.build_dataset(SHAPES, is_train=False)
 
     class Truth(torch.nn.Module):
         def forward(self, images):
@@ -224,6 +226,16 @@ def test_compiled_and_half_precision_detectors(config):
 
 
 # -------------------------------------------------------------------------------------------------------- experiments
+
+
+def test_schedules_are_chosen_by_one_field():
+    for name, expected in (("1x", (12, (8, 11))), ("2x", (24, (16, 22))), ("3x", (36, (27, 33)))):
+        for config in (MASK, "configs/retinanet_pcpvt_s_fpn_3x_ms_coco.py"):
+            experiment = load_experiment(FOLDER / config, [f"schedule={name}"])
+            assert (experiment.epochs, experiment.milestones) == expected
+    experiment = load_experiment(FOLDER / MASK, ["epochs=7", "milestones=5,"])
+    assert (experiment.epochs, experiment.milestones) == (7, (5,))
+
 
 SETTINGS = {  # detector, lr, weight decay, epochs, milestones, many scales, precision and loss scale
     "retinanet_{}_fpn_1x_coco_pvt_setting": ("retinanet", 1e-4, 1e-4, 12, (8, 11), False, "fp32", 0),
@@ -410,7 +422,7 @@ def test_only_objects_above_the_threshold_are_shown(tmp_path, monkeypatch):
         return to_pil_image(image)
 
     monkeypatch.setattr(test_script, "draw_detections", draw)
-    show = test_script.build_painter(detection_data.build_dataset("shapes", "", False, 64), str(tmp_path), 0.4)
+    show = test_script.build_painter(detection_data.build_dataset(SHAPES, is_train=False), str(tmp_path), 0.4)
     scores = torch.tensor([0.3, 0.5, 0.4])
     show(0, {"boxes": torch.zeros(3, 4), "scores": scores, "labels": torch.zeros(3, dtype=torch.int64)})
     assert drawn[0].tolist() == pytest.approx([0.5, 0.4])

@@ -155,6 +155,7 @@ DENSE_TEST = DENSE_TRAIN | {
     "eval": "test_weights_that_do_not_fit_are_refused",
     "aug_test": "test_figures_equal_those_of_the_written_predictions",
     "out": "test_figures_equal_pycocotools_on_the_written_results",
+    "format_only": "test_a_set_without_annotations_has_results_but_no_figures",
     "show_dir": "test_the_figures_are_the_same_for_any_number_of_processes",
     "show_score_thr": "test_only_objects_above_the_threshold_are_shown",
 }
@@ -506,6 +507,15 @@ FIELDS_BESIDE = {
     },
 }
 FIELDS_ELSEWHERE = {
+    "train_annotations": "test_data_may_lie_in_other_folders",
+    "train_images": "test_data_may_lie_in_other_folders",
+    "val_annotations": "test_data_may_lie_in_other_folders",
+    "val_images": "test_data_may_lie_in_other_folders",
+    "schedule": "test_schedules_are_chosen_by_one_field",
+    "score_threshold": "test_objects_are_chosen_by_the_thresholds_of_the_experiment",
+    "nms_threshold": "test_objects_are_chosen_by_the_thresholds_of_the_experiment",
+    "detections": "test_objects_are_chosen_by_the_thresholds_of_the_experiment",
+    "test_scales": "test_saved_results_are_evaluated_without_the_network",
     "precision": "test_experiments_are_run_in_their_precision_on_a_gpu",
     "loss_scale": "test_a_published_loss_scale_reaches_the_training",
     "pretrained": "test_a_tiny_network_learns_from_a_classifiers_weights",

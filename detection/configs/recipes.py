@@ -8,6 +8,8 @@ from typing import Literal
 
 from dense.experiments import NonNegative, Positive, Rate, Side, check_fields
 
+SCHEDULES = {"1x": (12, (8, 11)), "2x": (24, (16, 22)), "3x": (36, (27, 33))}  # epochs, milestones
+
 
 @dataclass(frozen=True)
 class Experiment:
@@ -26,6 +28,10 @@ class Experiment:
     # The data, and their augmentation.
     dataset: Literal["coco", "shapes"] = "coco"
     data_root: str = "data/coco"
+    train_annotations: str = "annotations/instances_train2017.json"  # in data_root, as the following
+    train_images: str = "train2017"
+    val_annotations: str = "annotations/instances_val2017.json"
+    val_images: str = "val2017"
     scale: tuple[Side, Side] = (1333, 800)  # limits of an image's longer and shorter side in pixels
     many_scales: bool = False  # train with random scales and crops instead of that scale
     batch_size: Positive[int] = 2  # images per process per batch, at most
@@ -37,13 +43,24 @@ class Experiment:
     not_decayed: tuple[str, ...] = ()  # parts of the names of parameters without weight decay
     epochs: Positive[int] = 12
     milestones: tuple[Positive[int], ...] = (8, 11)  # epochs
+    schedule: Literal["custom", "1x", "2x", "3x"] = "custom"  # any but custom sets epochs and milestones
     warmup_iterations: NonNegative[int] = 500
     warmup_ratio: float = 0.001  # factor of the learning rate at iteration 0
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"  # of training and testing on a GPU
     loss_scale: NonNegative[float] = 0.0  # of fp16 in training; 0: adapted
 
+    # The evaluation.
+    score_threshold: Rate = 0.05  # minimum score of an object
+    nms_threshold: Positive[float] = 0.5  # IoU above which the lower of two scores of a class is dropped
+    detections: Positive[int] = 100  # objects per image, at most
+    test_scales: tuple[tuple[Side, Side], ...] = ()  # scales of --aug-test; (): scale alone
+
     def __post_init__(self):
         check_fields(self)
+        if self.schedule != "custom":
+            epochs, milestones = SCHEDULES[self.schedule]
+            object.__setattr__(self, "epochs", epochs)
+            object.__setattr__(self, "milestones", milestones)
 
 
 def retinanet_1x_pvt_setting(backbone: str, **changes) -> Experiment:
