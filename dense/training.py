@@ -69,7 +69,11 @@ def get_test_parser(description: str) -> ArgumentParser:
         prog="test.py", usage="bash dist_test.sh CONFIG CHECKPOINT GPUS [options]", description=description
     )
     parser.add_argument("config", metavar="CONFIG", help="experiment file in configs/")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="weights of the network, our own or published ones")
+    parser.add_argument(
+        "checkpoint",
+        metavar="CHECKPOINT",
+        help="weights of the network, our own or published ones, or results of --out, to evaluate them again",
+    )
     _add_experiment_options(parser)
     add_compute_options(parser.add_argument_group("run"), amp="off")
     add_process_options(parser)
@@ -91,7 +95,10 @@ def _add_experiment_options(parser: ArgumentParser) -> None:
 
 
 def build_experiment(args: argparse.Namespace, kind: type) -> Any:
-    """Load the experiment of the config, change it as the options say, and check that it is of the class `kind`."""
+    """Load the experiment of the config, change it as the options say, and check that it is of the class `kind`.
+
+    Its method `resolve`, if it has one, then replaces fields that depend on others.
+    """
     experiment = load_experiment(args.config, args.cfg_options, kind)
     if args.data_root and experiment.dataset == "shapes":
         raise UserError(
@@ -99,7 +106,9 @@ def build_experiment(args: argparse.Namespace, kind: type) -> Any:
             "choose another data set with --cfg-options dataset=..."
         )
     shortcuts = {name: getattr(args, name, None) for name in ("data_root", "pretrained")}
-    return dataclasses.replace(experiment, **{name: value for name, value in shortcuts.items() if value is not None})
+    changes = {name: value for name, value in shortcuts.items() if value is not None}
+    experiment = dataclasses.replace(experiment, **changes)
+    return experiment.resolve() if hasattr(experiment, "resolve") else experiment
 
 
 @dataclasses.dataclass(frozen=True)

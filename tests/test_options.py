@@ -152,6 +152,7 @@ DENSE_TRAIN = {
 DENSE_TEST = DENSE_TRAIN | {
     "checkpoint": "test_figures_equal_those_of_the_written_predictions",
     "eval": "test_weights_that_do_not_fit_are_refused",
+    "format_only": "test_predictions_of_a_test_set_without_labels",
     "aug_test": "test_figures_equal_those_of_the_written_predictions",
     "out": "test_figures_equal_pycocotools_on_the_written_results",
     "show_dir": "test_the_figures_are_the_same_for_any_number_of_processes",
@@ -504,6 +505,17 @@ FIELDS_BESIDE = {
     },
 }
 FIELDS_ELSEWHERE = {
+    "train_images": "test_other_folders_suffixes_lists_and_an_ignored_label",
+    "train_labels": "test_other_folders_suffixes_lists_and_an_ignored_label",
+    "train_split": "test_other_folders_suffixes_lists_and_an_ignored_label",
+    "val_images": "test_other_folders_suffixes_lists_and_an_ignored_label",
+    "val_labels": "test_other_folders_suffixes_lists_and_an_ignored_label",
+    "val_split": "test_other_folders_suffixes_lists_and_an_ignored_label",
+    "test_images": "test_a_test_part_has_no_labels",
+    "test_split": "test_a_test_part_has_no_labels",
+    "image_suffix": "test_other_folders_suffixes_lists_and_an_ignored_label",
+    "label_suffix": "test_other_folders_suffixes_lists_and_an_ignored_label",
+    "ignored_label": "test_other_folders_suffixes_lists_and_an_ignored_label",
     "pretrained": "test_a_tiny_network_learns_from_a_classifiers_weights",
     "dataset": "test_fine_tuning_makes_new_heads_for_other_classes",
     "data_root": "test_a_training_leaves_what_is_promised",

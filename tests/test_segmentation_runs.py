@@ -15,16 +15,17 @@ from PIL import Image
 from core.distributed import Processes, synchronise_norms
 from dense.experiments import load_experiment
 from dense.optimisation import IterationSchedule
-from dense.training import build_state, get_train_parser, log_norms
+from dense.training import build_experiment, build_state, get_train_parser, log_norms
 from segmentation import data as segmentation_data
 from segmentation import test as test_script
 from segmentation import train as train_script
+from segmentation.configs.recipes import Experiment
 from segmentation.data import build_dataset
 from segmentation.network import Segmentor, build_segmentor
 from segmentation.pictures import draw_overlay
 from tests import forks
 from tests.conftest import BACKBONES, ROOT, Run, assert_same_run, fails, read_log, run_bash_in, run_processes
-from tests.small_data import ADE20K_SIZES, make_labels, write_ade20k
+from tests.small_data import ADE20K_SIZES, make_labels, write_ade20k, write_street_scenes
 
 FOLDER = ROOT / "segmentation"
 UPERNET = "configs/upernet_alt_gvt_s_512x512_160k_ade20k_swin_setting.py"
@@ -102,6 +103,100 @@ def test_figures_equal_those_of_the_written_predictions(way, trained, ade20k_fol
     assert result.stdout.splitlines()[-1] == expected
     if way == "single-scale":
         assert f"mIoU {miou:.2f}  mAcc {macc:.2f}" in output  # what the training said about the same weights
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """File of a small network with random weights."""
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
+    torch.manual_seed(0)
+    model = build_segmentor(load_experiment(FOLDER / UPERNET, SMALL), 150, pretrained=False)
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def run_test(capsys, checkpoint, *options, changes=()) -> list[str]:
+    """Run test.py and return the lines of its output."""
+    command = [FOLDER / UPERNET, checkpoint, *TINY, *options, "--cfg-options", *SMALL, *changes]
+    test_script.main([str(arg) for arg in command])
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes", "expected"),
+    [
+        ([], [], (1, {"flip": False})),
+        (["--aug-test"], ["test_ratios=1,2"], (2, {"flip": True})),
+        ([], ["window=32", "stride=21"], (1, {"flip": False, "window": 32, "stride": 21})),
+    ],
+    ids=WAYS,
+)
+def test_options_of_a_test_reach_the_prediction(flags, changes, expected, weights, ade20k_folder, capsys, monkeypatch):
+    seen = []
+
+    def record(model, images, size, **options):
+        assert not model.training
+        seen.append((len(images), options))
+        return torch.zeros(size, dtype=torch.int64)
+
+    monkeypatch.setattr("segmentation.network.predict", record)
+    run_test(capsys, weights, "--data-root", ade20k_folder, *flags, changes=changes)
+    assert seen == [expected] * 5
+
+
+def test_predictions_of_a_test_set_without_labels(weights, ade20k_folder, tmp_path, capsys):
+    """As the benchmark of ADE20K takes them: PNG files with labels 1 to 150."""
+    shutil.copytree(ade20k_folder / "images/validation", tmp_path / "data/images/testing")
+    options = ["--data-root", tmp_path / "data", "--out", tmp_path / "out", "--format-only"]
+    lines = run_test(capsys, weights, *options)
+    assert lines[-1] == f"wrote predictions of 5 images to {tmp_path / 'out'}"
+    assert not [line for line in lines if "mIoU" in line]
+    run_test(capsys, weights, "--data-root", ade20k_folder, "--out", tmp_path / "val")
+    for i, (width, height) in enumerate(ADE20K_SIZES):
+        with Image.open(tmp_path / f"out/ADE_valid_{i + 1:08}.png") as image:
+            labels = np.asarray(image)
+            assert (image.mode, image.size) == ("L", (width, height))
+        assert 1 <= labels.min() <= labels.max() <= 150
+        assert np.array_equal(labels, np.asarray(Image.open(tmp_path / f"val/ADE_valid_{i + 1:08}.png")))
+    line = fails(capsys, test_script, FOLDER / UPERNET, weights, *TINY, "--format-only")
+    assert "--format-only: there is no folder to write to; name it with --out" in line
+
+
+def test_predictions_are_evaluated_again_without_the_network(weights, ade20k_folder, tmp_path, capsys, monkeypatch):
+    expected = run_test(capsys, weights, "--data-root", ade20k_folder, "--out", tmp_path / "out")
+    monkeypatch.setattr(test_script, "build_segmentor", None)
+    options = ["--data-root", ade20k_folder]
+    lines = run_test(capsys, tmp_path / "out", *options, "--show-dir", tmp_path / "shown")
+    start = next(i for i, line in enumerate(lines) if line.startswith("class "))
+    assert lines[start:] == expected[-len(lines[start:]) :]
+    assert "mIoU" in lines[-1]
+    assert len(list((tmp_path / "shown").iterdir())) == 5
+    command = [FOLDER / UPERNET, tmp_path / "out", *TINY, *options]
+    assert "predictions are only evaluated; remove --out" in fails(capsys, test_script, *command, "--out", tmp_path)
+    path = tmp_path / "out/ADE_valid_00000002.png"
+    for labels, message in (
+        (np.ones((70, 91), np.uint8), "no prediction of this image: each of its 90x70 pixels needs a class"),
+        (np.zeros((70, 90), np.uint8), "no prediction of this image: each of its 90x70 pixels needs a class"),
+        (np.full((70, 90), 151, np.uint8), "has the label 151, but there are 150 classes"),
+        (None, "cannot be read as an image"),
+    ):
+        path.unlink()
+        if labels is not None:
+            Image.fromarray(labels).save(path)
+        line = fails(capsys, test_script, *command)
+        assert f"{path}: " in line
+        assert message in line
+
+
+def test_ones_own_data_train_and_are_evaluated(tmp_path):
+    """In folders of their own; the labels that are ignored are not classes."""
+    fields = write_street_scenes(tmp_path / "data")
+    changes = [*SMALL, *(f"{name}={value}" for name, value in fields.items()), "iterations=3"]
+    options = [FOLDER / UPERNET, *TINY, "--data-root", tmp_path / "data", "--work-dir", tmp_path / "run"]
+    train_script.main([str(arg) for arg in (*options, "--cfg-options", *changes)])
+    (line,) = read_log(tmp_path / "run")
+    assert 0 <= line["test_mIoU"] <= 1
+    assert (tmp_path / "run/checkpoint_best.pth").exists()
 
 
 @pytest.mark.slow
@@ -192,9 +287,7 @@ def test_mixed_precision_reaches_the_evaluation(ade20k_folder, tmp_path, monkeyp
 def test_a_tiny_network_learns_from_a_classifiers_weights(config, tmp_path, capsys, monkeypatch):
     """By heart: eight images of shapes, on which it is evaluated, too."""
     monkeypatch.setattr(segmentation_data, "SHAPES_TRAIN", 8)
-    monkeypatch.setattr(
-        train_script, "build_dataset", lambda kind, root, is_train, size: build_dataset(kind, root, True, size)
-    )
+    monkeypatch.setattr(train_script, "build_dataset", lambda experiment, part: build_dataset(experiment, "train"))
     torch.manual_seed(0)
     torch.save(timm.create_model("alt_gvt_tiny", num_classes=10).state_dict(), tmp_path / "classifier.pth")
     changes = ["iterations=100", "eval_interval=100", "scale=(32, 32)", "crop_size=32", "warmup_iterations=10"]
@@ -323,6 +416,22 @@ def test_docstrings_and_readme_state_the_published_figures():
         backbone = re.search("(alt_gvt|pcpvt)_[sbl]", name)[0]
         shown = " / ".join(str(figures[source]) for source in ("readme", "readme_aug_test") if source in figures)
         assert f"| `{backbone}` | {shown or figures['paper']} |" in readme
+
+
+@pytest.mark.parametrize("iterations", [20_000, 40_000, 80_000, 160_000])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_one_field_sets_a_schedule(name, iterations):
+    """The rates end at that iteration, and there are ten evaluations."""
+    for config in (f"upernet_{name}_512x512_160k_ade20k_swin_setting.py", f"fpn_{name}_512x512_80k_ade20k.py"):
+        args = get_train_parser("").parse_args([str(FOLDER / "configs" / config)])
+        args.cfg_options = [f"iterations={iterations}"]
+        experiment = build_experiment(args, Experiment)
+        assert (experiment.iterations, experiment.eval_interval) == (iterations, iterations // 10)
+        half, last = (train_script.lr_factor(i, experiment) for i in (iterations // 2, iterations))
+        assert half == pytest.approx(0.5 if "upernet" in config else 0.01 + 0.99 * 0.5**0.9)
+        assert last == pytest.approx(experiment.min_lr / experiment.lr)
+        args.cfg_options.append("eval_interval=2000")
+        assert build_experiment(args, Experiment).eval_interval == 2000
 
 
 def rates(config: str, iterations: list[int]) -> list[float]:
