@@ -69,11 +69,7 @@ def get_test_parser(description: str) -> ArgumentParser:
         prog="test.py", usage="bash dist_test.sh CONFIG CHECKPOINT GPUS [options]", description=description
     )
     parser.add_argument("config", metavar="CONFIG", help="experiment file in configs/")
-    parser.add_argument(
-        "checkpoint",
-        metavar="CHECKPOINT",
-        help="weights of the network, our own or published ones, or results of --out, to evaluate them again",
-    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="weights of a network, or results that --out wrote")
     _add_experiment_options(parser)
     add_compute_options(parser.add_argument_group("run"), amp="off")
     add_process_options(parser)

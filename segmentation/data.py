@@ -5,7 +5,7 @@ A data set returns `(image, labels)`: an RGB image, uint8 `(3, H, W)`, and class
 add it to `build_dataset`, and add its name to `dataset` in `configs/recipes.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -87,8 +87,8 @@ class MaskFolder(Dataset):
 
     def __init__(
         self,
-        images: Mapping[str, Path],
-        labels: Mapping[str, Path] | None,
+        images: dict[str, Path],
+        labels: dict[str, Path] | None,
         classes: Sequence[str],
         colours: Sequence[tuple],
         first_label: int = 0,
@@ -122,17 +122,7 @@ class MaskFolder(Dataset):
 
 
 def read_labels(path: Path, num_classes: int, first_label: int, ignored_label: int = 255) -> Tensor:
-    """Read a PNG file of labels as class indices or `IGNORED_LABEL`, uint8 `(H, W)`.
-
-    Args:
-        path: The file.
-        num_classes: Number of classes.
-        first_label: Label of the first class in the file. Lower labels are ignored.
-        ignored_label: Label in the file that is ignored, as 255 is.
-
-    Raises:
-        UserError: If the file cannot be read or has another label.
-    """
+    """Read a PNG file of labels as class indices or `IGNORED_LABEL`, uint8 `(H, W)`; see `MaskFolder`."""
     image = decode_image(str(path))
     if image.mode not in ("L", "P", "1"):
         raise UserError(
@@ -145,7 +135,7 @@ def read_labels(path: Path, num_classes: int, first_label: int, ignored_label: i
     if highest > last:
         raise UserError(
             f"{path}: has the label {highest}, but there are {num_classes} classes, labelled {first_label} to {last}; "
-            "255 marks ignored pixels, and so does ignored_label"
+            "255 and ignored_label mark ignored pixels"
         )
     return torch.from_numpy(labels.astype(np.uint8))
 
@@ -183,10 +173,8 @@ def read_classes(path: Path) -> tuple[list[str], list[tuple[int, ...]]]:
     Raises:
         UserError: If the file is missing, not in UTF-8, or holds no class or too many.
     """
-    lines = [
-        line.split()
-        for line in _read_lines(path, "write one class per line in it, with a colour if you like: road 128 64 128")
-    ]
+    remedy = "write one class per line in it, with a colour if you like: road 128 64 128"
+    lines = [line.split() for line in _read_lines(path, remedy)]
     if not 0 < len(lines) < IGNORED_LABEL:
         raise UserError(f"{path}: has {len(lines)} classes; it must have 1 to {IGNORED_LABEL - 1}, one per line")
     names, colours = [], make_colours(len(lines))

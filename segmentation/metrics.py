@@ -105,18 +105,13 @@ def evaluate(
 
 
 def build_reader(folder: Path, dataset: Dataset) -> Callable[[int, Sequence[Tensor], tuple[int, int]], Tensor]:
-    """Return a function for `evaluate` that reads predictions, PNG files in the labels of the data set.
-
-    The function raises a UserError if a file is missing or does not fit the image.
-    """
+    """Return a function for `evaluate` that reads predictions as test.py writes them; it raises a `UserError`."""
 
     def read_prediction(index: int, images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         path = folder / f"{dataset.name(index)}.png"
         prediction = read_labels(path, len(dataset.classes), dataset.first_label)
         if prediction.shape != size or (prediction == IGNORED_LABEL).any():
-            raise UserError(
-                f"{path}: is no prediction of this image: each of its {size[1]}x{size[0]} pixels needs a class"
-            )
+            raise UserError(f"{path}: is no prediction of this image: {size[1]}x{size[0]} pixels, each with a class")
         return prediction
 
     return read_prediction

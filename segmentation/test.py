@@ -61,9 +61,7 @@ def get_parser() -> ArgumentParser:
         "--out", metavar="FOLDER", help="write the predictions to this folder as PNG, with the data set's labels"
     )
     group.add_argument(
-        "--format-only",
-        action="store_true",
-        help="predict the images of test_images, which have no labels, instead of evaluating; needs --out",
+        "--format-only", action="store_true", help="predict the test part, which has no labels; needs --out"
     )
     group.add_argument(
         "--show-dir", metavar="FOLDER", help="write pictures of image, prediction, labels and legend to this folder"

@@ -175,8 +175,8 @@ def test_predictions_are_evaluated_again_without_the_network(weights, ade20k_fol
     assert "predictions are only evaluated; remove --out" in fails(capsys, test_script, *command, "--out", tmp_path)
     path = tmp_path / "out/ADE_valid_00000002.png"
     for labels, message in (
-        (np.ones((70, 91), np.uint8), "no prediction of this image: each of its 90x70 pixels needs a class"),
-        (np.zeros((70, 90), np.uint8), "no prediction of this image: each of its 90x70 pixels needs a class"),
+        (np.ones((70, 91), np.uint8), "no prediction of this image: 90x70 pixels, each with a class"),
+        (np.zeros((70, 90), np.uint8), "no prediction of this image: 90x70 pixels, each with a class"),
         (np.full((70, 90), 151, np.uint8), "has the label 151, but there are 150 classes"),
         (None, "cannot be read as an image"),
     ):
