@@ -70,7 +70,7 @@ def get_test_parser(description: str) -> ArgumentParser:
         prog="test.py", usage="bash dist_test.sh CONFIG CHECKPOINT GPUS [options]", description=description
     )
     parser.add_argument("config", metavar="CONFIG", help="experiment file in configs/")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="weights of the network, our own or published ones")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="weights of a network, or results that --out wrote")
     _add_experiment_options(parser)
     add_compute_options(parser.add_argument_group("run"), amp="published")
     add_process_options(parser)
@@ -94,7 +94,7 @@ def _add_experiment_options(parser: ArgumentParser) -> None:
 def build_experiment(args: argparse.Namespace, kind: type) -> Any:
     """Load the experiment of the config, change it as the options say, and check that it is of the class `kind`.
 
-    `--amp published` is replaced by the precision of the experiment.
+    `--amp published` is replaced by the precision of the experiment, and fields that depend on others are set.
     """
     experiment = load_experiment(args.config, args.cfg_options, kind)
     if args.data_root and experiment.dataset == "shapes":
@@ -106,7 +106,8 @@ def build_experiment(args: argparse.Namespace, kind: type) -> Any:
         on_gpu = args.device != "cpu" and torch.cuda.is_available()
         args.amp = experiment.precision if on_gpu else "off"
     shortcuts = {name: getattr(args, name, None) for name in ("data_root", "pretrained")}
-    return dataclasses.replace(experiment, **{name: value for name, value in shortcuts.items() if value is not None})
+    changes = {name: value for name, value in shortcuts.items() if value is not None}
+    return dataclasses.replace(experiment, **changes).resolve()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,9 +16,11 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from core import shapes
 from core.images import decode_image, load_image, make_colours
+from segmentation.configs.recipes import Experiment
 from utils import UserError
 
 SHAPES_TRAIN, SHAPES_VAL = 10_000, 500  # images
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 IGNORED_LABEL = 255  # of pixels that neither the loss nor the evaluation counts
 
 ADE20K_CLASSES = Path(__file__).with_name("ade20k_classes.txt")  # labelled 1 to 150 in the files
@@ -26,105 +28,116 @@ ADE20K_CLASSES = Path(__file__).with_name("ade20k_classes.txt")  # labelled 1 to
 Sample = tuple[Tensor, Tensor]
 
 
-def build_dataset(kind: str, data_root: str, is_train: bool, shapes_size: int) -> Dataset:
-    """Build the training or the validation part of a data set.
+def build_dataset(experiment: Experiment, part: str) -> Dataset:
+    """Build a part of the data set of an experiment.
 
     Args:
-        kind: `"ade20k"`, `"folder"` or `"shapes"`.
-        data_root: Folder of the files; unused for shapes.
-        is_train: True for the training part, False for the validation part.
-        shapes_size: Side length of the shapes' images in pixels.
+        experiment: The experiment.
+        part: `"train"`, `"val"`, or `"test"` for images without labels.
 
     Raises:
         UserError: If the files are missing or inconsistent.
     """
-    if kind == "shapes":
-        return Shapes(is_train, shapes_size)
-    root = Path(data_root)
+    if experiment.dataset == "shapes":
+        return Shapes(part == "train", max(experiment.scale))
+    root = Path(experiment.data_root)
     if not root.is_dir():
         raise UserError(f"{root}: there is no such folder; set the folder of the data set with --data-root")
-    split = "training" if is_train else "validation"
-    if kind == "ade20k":
-        return MaskFolder(root, split, *read_classes(ADE20K_CLASSES), first_label=1)
-    return MaskFolder(root, split, *read_classes(root / "classes.txt"))
+    is_ade20k = experiment.dataset == "ade20k"
+    classes, colours = read_classes(ADE20K_CLASSES if is_ade20k else root / "classes.txt")
+    images, labels = find_files(experiment, part)
+    return MaskFolder(images, labels, classes, colours, int(is_ade20k), experiment.ignored_label)
+
+
+def find_files(experiment: Experiment, part: str) -> tuple[dict[str, Path], dict[str, Path] | None]:
+    """Return the files of a part's images and of their labels, by name; None for the labels of `"test"`."""
+    root = Path(experiment.data_root)
+    folder, split = root / getattr(experiment, f"{part}_images"), getattr(experiment, f"{part}_split")
+    suffixes = [experiment.image_suffix] if experiment.image_suffix else IMAGE_SUFFIXES
+    images = _list_files(folder, f"{part}_images", suffixes)
+    if split:
+        names = _read_lines(root / split, "write the names of the images in it, one per line, without suffix")
+        missing = next((name for name in names if name not in images), None)
+        if missing is not None:
+            raise UserError(f"{root / split}: lists {missing}, but {folder / missing}{suffixes[0]} is missing")
+        images = {name: images[name] for name in names}
+    if not images:
+        raise UserError(f"{split or folder} holds no images ({', '.join(suffixes)})")
+    if part == "test":
+        return images, None
+    folder = root / getattr(experiment, f"{part}_labels")
+    labels = _list_files(folder, f"{part}_labels", [experiment.label_suffix])
+    for name, image in images.items():
+        if name not in labels:
+            raise UserError(f"{image}: has no labels; {folder / name}{experiment.label_suffix} is missing")
+    return images, labels
 
 
 class MaskFolder(Dataset):
-    """Images, and PNG files with the class of each pixel, in the layout of ADE20K.
-
-    The labels of `images/{training,validation}/NAME.jpg` are `annotations/{training,validation}/NAME.png`; NAME may
-    contain folders.
+    """Images, and PNG files with the class of each pixel.
 
     Args:
-        root: Folder of `images` and `annotations`.
-        split: `"training"` or `"validation"`.
+        images: Files of the images, by name.
+        labels: Files of the labels, by the same names; None if there are none: then all pixels are ignored.
         classes: Names of the classes.
         colours: RGB colours of the classes.
-        first_label: Label of the first class in the files. Lower labels and 255 are ignored.
-
-    Raises:
-        UserError: If a folder or a label file is missing.
+        first_label: Label of the first class in the files. Lower labels are ignored.
+        ignored_label: Label in the files that is ignored, as 255 is.
     """
 
-    def __init__(self, root: Path, split: str, classes: Sequence[str], colours: Sequence[tuple], first_label: int = 0):
-        self.classes, self.colours, self.first_label = list(classes), list(colours), first_label
-        self.images, self.labels = root / "images" / split, root / "annotations" / split
-        for folder in (self.images, self.labels):
-            if not folder.is_dir():
-                raise UserError(
-                    f"{folder} is missing; {root} must hold images/ and annotations/, each with training/ and "
-                    "validation/"
-                )
-        files = (file for file in self.images.rglob("*") if file.suffix.lower() in (".jpg", ".jpeg", ".png"))
-        self.files = sorted(file.relative_to(self.images) for file in files)
-        if not self.files:
-            raise UserError(f"{self.images} holds no images (.jpg, .jpeg or .png)")
-        pngs = (file for file in self.labels.rglob("*") if file.suffix.lower() == ".png")
-        self.label_files = {file.relative_to(self.labels).with_suffix(""): file for file in pngs}
-        seen = set()
-        for file in self.files:
-            if file.with_suffix("") not in self.label_files:
-                label = self.labels / file.with_suffix(".png")
-                raise UserError(f"{self.images / file}: has no labels; {label} is missing")
-            if file.with_suffix("") in seen:
-                raise UserError(f"{self.images / file}: is a second image with this name; rename or remove it")
-            seen.add(file.with_suffix(""))
+    def __init__(
+        self,
+        images: dict[str, Path],
+        labels: dict[str, Path] | None,
+        classes: Sequence[str],
+        colours: Sequence[tuple],
+        first_label: int = 0,
+        ignored_label: int = 255,
+    ):
+        self.images, self.labels = images, labels
+        self.names = list(images)
+        self.classes, self.colours = list(classes), list(colours)
+        self.first_label, self.ignored_label = first_label, ignored_label
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.names)
 
     def name(self, index: int) -> str:
         """Return the name of an image's file without its suffix."""
-        return str(self.files[index].with_suffix(""))
+        return self.names[index]
 
     def __getitem__(self, index: int) -> Sample:
-        image_path = self.images / self.files[index]
-        image = pil_to_tensor(load_image(str(image_path)))
-        label_path = self.label_files[self.files[index].with_suffix("")]
-        labels = self._read_labels(label_path)
+        name = self.names[index]
+        image = pil_to_tensor(load_image(str(self.images[name])))
+        if self.labels is None:
+            return image, torch.full(image.shape[1:], IGNORED_LABEL, dtype=torch.uint8)
+        labels = read_labels(self.labels[name], len(self.classes), self.first_label, self.ignored_label)
         if labels.shape != image.shape[1:]:
             (height, width), (h, w) = image.shape[1:], labels.shape
             raise UserError(
-                f"{label_path}: has {w}x{h} pixels, but {image_path} has {width}x{height}; each pixel needs a label"
+                f"{self.labels[name]}: has {w}x{h} pixels, but {self.images[name]} has {width}x{height}; each pixel "
+                "needs a label"
             )
         return image, labels
 
-    def _read_labels(self, path: Path) -> Tensor:
-        image = decode_image(str(path))
-        if image.mode not in ("L", "P", "1"):
-            raise UserError(
-                f"{path}: is a PNG of mode {image.mode}; labels must be one channel of 8 bits, the class of each pixel"
-            )
-        stored = np.array(image, dtype=np.int16)
-        labels = np.where((stored < self.first_label) | (stored == 255), IGNORED_LABEL, stored - self.first_label)
-        highest = stored[labels != IGNORED_LABEL].max(initial=0)
-        last = len(self.classes) - 1 + self.first_label
-        if highest > last:
-            raise UserError(
-                f"{path}: has the label {highest}, but there are {len(self.classes)} classes, labelled "
-                f"{self.first_label} to {last}; 255 marks ignored pixels"
-            )
-        return torch.from_numpy(labels.astype(np.uint8))
+
+def read_labels(path: Path, num_classes: int, first_label: int, ignored_label: int = 255) -> Tensor:
+    """Read a PNG file of labels as class indices or `IGNORED_LABEL`, uint8 `(H, W)`; see `MaskFolder`."""
+    image = decode_image(str(path))
+    if image.mode not in ("L", "P", "1"):
+        raise UserError(
+            f"{path}: is a PNG of mode {image.mode}; labels must be one channel of 8 bits, the class of each pixel"
+        )
+    stored = np.array(image, dtype=np.int16)
+    is_ignored = (stored < first_label) | (stored == 255) | (stored == ignored_label)
+    labels = np.where(is_ignored, IGNORED_LABEL, stored - first_label)
+    highest, last = stored[~is_ignored].max(initial=0), num_classes - 1 + first_label
+    if highest > last:
+        raise UserError(
+            f"{path}: has the label {highest}, but there are {num_classes} classes, labelled {first_label} to {last}; "
+            "255 and ignored_label mark ignored pixels"
+        )
+    return torch.from_numpy(labels.astype(np.uint8))
 
 
 class Shapes(Dataset):
@@ -160,15 +173,8 @@ def read_classes(path: Path) -> tuple[list[str], list[tuple[int, ...]]]:
     Raises:
         UserError: If the file is missing, not in UTF-8, or holds no class or too many.
     """
-    try:
-        lines = [line.split() for line in path.read_text("utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not in UTF-8 ({error}); save it in UTF-8") from error
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); write one class per line in it, with a colour if you like: "
-            "road 128 64 128"
-        ) from error
+    remedy = "write one class per line in it, with a colour if you like: road 128 64 128"
+    lines = [line.split() for line in _read_lines(path, remedy)]
     if not 0 < len(lines) < IGNORED_LABEL:
         raise UserError(f"{path}: has {len(lines)} classes; it must have 1 to {IGNORED_LABEL - 1}, one per line")
     names, colours = [], make_colours(len(lines))
@@ -177,3 +183,28 @@ def read_classes(path: Path) -> tuple[list[str], list[tuple[int, ...]]]:
         names.append(" ".join(words[:-3] if has_colour else words))
         colours[i] = tuple(map(int, words[-3:])) if has_colour else colours[i]
     return names, colours
+
+
+def _read_lines(path: Path, remedy: str) -> list[str]:
+    """Return the lines of a file without surrounding spaces and empty lines."""
+    try:
+        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not in UTF-8 ({error}); save it in UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
+
+
+def _list_files(folder: Path, field: str, suffixes: Sequence[str]) -> dict[str, Path]:
+    """Return the files of a folder with one of the suffixes, by their names without it, which may contain folders."""
+    if not folder.is_dir():
+        raise UserError(f"{folder} is missing; set the folder with --cfg-options {field}=...")
+    files = {}
+    for file in sorted(folder.rglob("*")):
+        suffix = next((suffix for suffix in suffixes if file.name.lower().endswith(suffix.lower())), None)
+        if suffix is not None:
+            name = str(file.relative_to(folder))[: -len(suffix)]
+            if name in files:
+                raise UserError(f"{file}: is a second file with this name; rename or remove it")
+            files[name] = file
+    return files

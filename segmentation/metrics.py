@@ -1,14 +1,16 @@
 """Evaluation of segmentation: intersection over union and accuracy from a confusion matrix."""
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from core.distributed import all_reduce
 from core.meters import show_progress
 from core.signals import stop_if_requested, stop_requested
-from segmentation.network import predict
+from segmentation.data import IGNORED_LABEL, read_labels
 from utils import UserError
 
 
@@ -41,7 +43,13 @@ class ConfusionMatrix:
         return {"IoU": hits / (labelled + predicted - hits), "Acc": hits / labelled}
 
     def summary(self) -> dict[str, float]:
-        """Return `mIoU` and `mAcc`, means over the classes that occur, and `aAcc`, over all pixels; from 0 to 1."""
+        """Return `mIoU` and `mAcc`, means over the classes that occur, and `aAcc`, over all pixels; from 0 to 1.
+
+        Raises:
+            UserError: If there is no labelled pixel.
+        """
+        if not self.counts.any():
+            raise UserError("there is no labelled pixel to evaluate")
         classes = self.per_class()
         counts = self.counts.cpu().double()
         return {
@@ -63,44 +71,47 @@ class ConfusionMatrix:
 
 
 def evaluate(
-    model: nn.Module,
+    predict_image: Callable[[int, Sequence[Tensor], tuple[int, int]], Tensor],
     data_loader: Iterable,
     device: torch.device,
     num_classes: int,
-    *,
-    amp_dtype: torch.dtype | None = None,
     on_prediction: Callable[[int, Tensor], None] | None = None,
-    **inference,
 ) -> ConfusionMatrix:
-    """Evaluate a segmentation network; each image is counted exactly once.
+    """Evaluate the predictions of images; each image is counted exactly once.
 
     Args:
-        model: A `Segmentor`.
+        predict_image: Function of the index of an image, the image in one or more sizes `(3, h, w)`, and the height and
+            width of the result, the predicted classes `(H, W)`. See `build_predictor` and `build_reader`.
         data_loader: Loader of this process's share of the images, one at a time: the index, the image in one or more
-            sizes `(3, h, w)`, and the labels `(H, W)`.
-        device: Device of the model.
+            sizes, and the labels `(H, W)`.
+        device: Device of the counts.
         num_classes: Number of classes.
-        amp_dtype: Type of autocast; None for full precision.
-        on_prediction: Function called with the index of each image and its predicted classes `(H, W)`, on the CPU.
-        **inference: Arguments of `predict`: `flip`, `window`, `stride`.
+        on_prediction: Function called with the index of each image and its predicted classes, on the CPU.
 
     Raises:
-        UserError: If there is no labelled pixel.
         Interrupted: On all processes, if any process received a signal to stop; the others finish their part.
     """
-    model.eval()
     matrix = ConfusionMatrix(num_classes, device)
     for index, images, labels in show_progress(data_loader, "evaluation"):
         if stop_requested():
             break
-        images = [image[None].to(device, non_blocking=True) for image in images]
-        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            prediction = predict(model, images, tuple(labels.shape), **inference)
-        matrix.update(prediction, labels.to(device, non_blocking=True))
+        prediction = predict_image(index, images, tuple(labels.shape))
+        matrix.update(prediction.to(device), labels.to(device, non_blocking=True))
         if on_prediction is not None:
             on_prediction(index, prediction.cpu())
     stop_if_requested(device)
     matrix.reduce()
-    if not matrix.counts.any():
-        raise UserError("there is no labelled pixel to evaluate")
     return matrix
+
+
+def build_reader(folder: Path, dataset: Dataset) -> Callable[[int, Sequence[Tensor], tuple[int, int]], Tensor]:
+    """Return a function for `evaluate` that reads predictions as test.py writes them; it raises a `UserError`."""
+
+    def read_prediction(index: int, images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        path = folder / f"{dataset.name(index)}.png"
+        prediction = read_labels(path, len(dataset.classes), dataset.first_label)
+        if prediction.shape != size or (prediction == IGNORED_LABEL).any():
+            raise UserError(f"{path}: is no prediction of this image: {size[1]}x{size[0]} pixels, each with a class")
+        return prediction
+
+    return read_prediction

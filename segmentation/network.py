@@ -1,6 +1,6 @@
 """Segmentation networks of a backbone, an optional neck and heads: their losses and inference."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -96,6 +96,29 @@ def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """
     logits = F.interpolate(logits.float(), size=labels.shape[1:], mode="bilinear", align_corners=False)
     return F.cross_entropy(logits, labels.long(), ignore_index=IGNORED_LABEL, reduction="sum") / labels.numel()
+
+
+def build_predictor(
+    model: Segmentor, experiment: Experiment, amp_dtype: torch.dtype | None, flip: bool = False
+) -> Callable[[int, Sequence[Tensor], tuple[int, int]], Tensor]:
+    """Return a function for `segmentation.metrics.evaluate` that predicts the classes of an image with a network.
+
+    Args:
+        model: The network; it is set to evaluation mode.
+        experiment: Experiment with the sliding window.
+        amp_dtype: Type of autocast; None for full precision.
+        flip: True to average over each size and its mirror image.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    sliding = {"window": experiment.window, "stride": experiment.stride} if experiment.window else {}
+
+    def predict_image(index: int, images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        images = [image[None].to(device, non_blocking=True) for image in images]
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+            return predict(model, images, size, flip=flip, **sliding)
+
+    return predict_image
 
 
 @torch.inference_mode()

@@ -1,7 +1,10 @@
 """Test a segmentation network of configs/ on the validation set: mIoU, mAcc and aAcc, overall and per class.
 
     bash dist_test.sh configs/upernet_pcpvt_l_512x512_160k_ade20k_swin_setting.py checkpoint_file 8 --eval mIoU
-    bash dist_test.sh configs/upernet_alt_gvt_tiny_shapes.py checkpoint_file 1 --show-dir pictures
+    bash dist_test.sh configs/upernet_alt_gvt_tiny_shapes.py checkpoint_file 1 --show-dir pictures --out predictions
+    bash dist_test.sh configs/upernet_alt_gvt_tiny_shapes.py predictions 1
+
+The last evaluates predictions that --out has written, without the network.
 
 On bad input the script prints one line that names it and exits with a non-zero code; --traceback shows the traceback.
 """
@@ -29,12 +32,12 @@ from dense.training import build_experiment, describe, get_test_parser
 from models.cpu import accelerate
 from segmentation.configs.recipes import Experiment
 from segmentation.data import IGNORED_LABEL
-from segmentation.metrics import evaluate
-from segmentation.network import build_segmentor
+from segmentation.metrics import build_reader, evaluate
+from segmentation.network import build_predictor, build_segmentor
 from segmentation.pictures import draw_overlay
-from segmentation.train import build_eval_loader, inference_options
+from segmentation.train import build_eval_loader
 from segmentation.weights import load_segmentor
-from utils import make_folder
+from utils import UserError, make_folder
 
 logger = logging.getLogger("twins")
 
@@ -58,34 +61,41 @@ def get_parser() -> ArgumentParser:
         "--out", metavar="FOLDER", help="write the predictions to this folder as PNG, with the data set's labels"
     )
     group.add_argument(
+        "--format-only", action="store_true", help="predict the test part, which has no labels; needs --out"
+    )
+    group.add_argument(
         "--show-dir", metavar="FOLDER", help="write pictures of image, prediction, labels and legend to this folder"
     )
     return parser
 
 
 def run_test(args: argparse.Namespace, processes: Processes) -> None:
-    """Test the weights of a file and log the figures."""
+    """Test the weights of a file, or the predictions in a folder, and log the figures."""
     experiment = build_experiment(args, Experiment)
-    loader = build_eval_loader(args, experiment, processes, experiment.test_ratios if args.aug_test else (1.0,))
+    if args.format_only and not args.out:
+        raise UserError("--format-only: there is no folder to write to; name it with --out")
+    ratios = experiment.test_ratios if args.aug_test else (1.0,)
+    loader = build_eval_loader(args, experiment, processes, ratios, "test" if args.format_only else "val")
     dataset = loader.dataset.dataset
     classes = dataset.classes
+    if Path(args.checkpoint).is_dir():
+        if args.out:
+            raise UserError(f"{args.checkpoint}: predictions are only evaluated; remove --out and --format-only")
+        predict_image = build_reader(Path(args.checkpoint), dataset)
+    else:
+        model = build_segmentor(experiment, len(classes), pretrained=False)
+        logger.info("%s", load_segmentor(model, args.checkpoint))
+        accelerate(model).to(processes.device)
+        compile_if_asked(model, args.compile)
+        amp_dtype = choose_amp(args.amp, processes.device)
+        predict_image = build_predictor(model, experiment, amp_dtype, flip=args.aug_test)
     write = build_writer(dataset, args.out, args.show_dir)
-    model = build_segmentor(experiment, len(classes), pretrained=False)
-    logger.info("%s", load_segmentor(model, args.checkpoint))
-    accelerate(model).to(processes.device)
-    compile_if_asked(model, args.compile)
     with signals_noted():
-        matrix = evaluate(
-            model,
-            loader,
-            processes.device,
-            len(classes),
-            amp_dtype=choose_amp(args.amp, processes.device),
-            on_prediction=write,
-            flip=args.aug_test,
-            **inference_options(experiment),
-        )
-    logger.info("%s\n%s", matrix.table(classes), describe(matrix.summary()))
+        matrix = evaluate(predict_image, loader, processes.device, len(classes), on_prediction=write)
+    if args.format_only:
+        logger.info("wrote predictions of %d images to %s", len(dataset), args.out)
+    else:
+        logger.info("%s\n%s", matrix.table(classes), describe(matrix.summary()))
 
 
 def build_writer(dataset: Dataset, out: str | None, show_dir: str | None) -> Callable[[int, Tensor], None]:

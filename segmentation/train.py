@@ -29,7 +29,7 @@ from samplers import EndlessSampler, EvalSampler, SeededSet
 from segmentation.configs.recipes import Experiment
 from segmentation.data import build_dataset
 from segmentation.metrics import evaluate
-from segmentation.network import Segmentor, build_segmentor
+from segmentation.network import Segmentor, build_predictor, build_segmentor
 from segmentation.transforms import EvalViews, TrainViews
 from segmentation.weights import load_segmentor
 from utils import UserError
@@ -39,11 +39,11 @@ logger = logging.getLogger("twins")
 
 def build_train_loader(args: argparse.Namespace, experiment: Experiment, processes: Processes) -> DataLoader:
     """Build the loader of the training set; its epoch is the interval between evaluations."""
-    dataset = build_dataset(experiment.dataset, experiment.data_root, True, max(experiment.scale))
+    dataset = build_dataset(experiment, "train")
     views = TrainViews(dataset, experiment.scale, experiment.scale_range, experiment.crop_size)
     sampler = EndlessSampler(
         len(views),
-        steps=experiment.eval_interval,
+        steps=experiment.interval,
         global_batch=experiment.global_batch,
         world_size=processes.world_size,
         rank=processes.rank,
@@ -55,11 +55,14 @@ def build_train_loader(args: argparse.Namespace, experiment: Experiment, process
 
 
 def build_eval_loader(
-    args: argparse.Namespace, experiment: Experiment, processes: Processes, ratios: Sequence[float] = (1.0,)
+    args: argparse.Namespace,
+    experiment: Experiment,
+    processes: Processes,
+    ratios: Sequence[float] = (1.0,),
+    part: str = "val",
 ) -> DataLoader:
-    """Build the loader of this process's share of the validation set, one image at a time."""
-    dataset = build_dataset(experiment.dataset, experiment.data_root, False, max(experiment.scale))
-    views = EvalViews(dataset, experiment.scale, ratios)
+    """Build the loader of this process's share of the `"val"` or `"test"` part of a data set, one image at a time."""
+    views = EvalViews(build_dataset(experiment, part), experiment.scale, ratios)
     sampler = EvalSampler(len(views), world_size=processes.world_size, rank=processes.rank)
     return DataLoader(views, batch_size=None, sampler=sampler, **loader_options(args, processes.device))
 
@@ -75,14 +78,8 @@ def build_task(args: argparse.Namespace, experiment: Experiment, processes: Proc
         logger.info("%s", load_segmentor(model, args.finetune, finetune=True))
 
     def evaluate_model(model: Segmentor) -> dict[str, float]:
-        matrix = evaluate(
-            model,
-            eval_loader,
-            processes.device,
-            len(classes),
-            amp_dtype=choose_amp(args.amp, processes.device),
-            **inference_options(experiment),
-        )
+        predict_image = build_predictor(model, experiment, choose_amp(args.amp, processes.device))
+        matrix = evaluate(predict_image, eval_loader, processes.device, len(classes))
         figures = matrix.summary()
         logger.info("%s\n%s", matrix.table(classes), describe(figures))
         return {f"test_{name}": value for name, value in figures.items()}
@@ -91,7 +88,7 @@ def build_task(args: argparse.Namespace, experiment: Experiment, processes: Proc
         model=model,
         train_loader=train_loader,
         sampler=train_loader.sampler,
-        epochs=experiment.iterations // experiment.eval_interval,
+        epochs=experiment.iterations // experiment.interval,
         lr_factor=partial(lr_factor, experiment=experiment),
         evaluate=evaluate_model,
         best_figure="test_mIoU",
@@ -115,11 +112,6 @@ def lr_factor(iteration: int, experiment: Experiment) -> float:
     min_ratio = experiment.min_lr / experiment.lr
     warmup = linear_warmup(iteration, experiment.warmup_iterations, experiment.warmup_ratio)
     return warmup * poly_decay(iteration, experiment.iterations, experiment.power, min_ratio)
-
-
-def inference_options(experiment: Experiment) -> dict:
-    """Return the arguments of `predict` for an experiment: sliding windows, or none for the whole image."""
-    return {"window": experiment.window, "stride": experiment.stride} if experiment.window else {}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from core import shapes
 from main import main
@@ -107,6 +108,42 @@ def run_in_process(capsys):
 
     yield run
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def small_sets():
+    """Use few shapes, and one thread, so that equal runs are equal bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("datasets.SHAPES_TRAIN", 8)
+        patch.setattr("datasets.SHAPES_VAL", 4)
+        for module in ("segmentation.data", "detection.data"):
+            patch.setattr(f"{module}.SHAPES_TRAIN", 8)
+            patch.setattr(f"{module}.SHAPES_VAL", 2)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def compiled(monkeypatch) -> list[nn.Module]:
+    """List of the modules that are compiled."""
+    modules = []
+    monkeypatch.setattr(nn.Module, "compile", lambda self, *_, **__: modules.append(self))
+    return modules
+
+
+@pytest.fixture
+def recomputed(monkeypatch) -> list[nn.Module]:
+    """List of the blocks that use gradient checkpointing, in each step."""
+    blocks = []
+
+    def checkpoint(block, x, **_):
+        blocks.append(block)
+        return block(x)
+
+    monkeypatch.setattr("models.layers.checkpoint", checkpoint)
+    return blocks
 
 
 def run_bash_in(folder: Path, *command) -> subprocess.CompletedProcess:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -34,6 +35,27 @@ def write_ade20k(root: Path, high: int = 151, count: int = 5) -> None:
             write_noise(root / "images" / split / f"{name}.jpg", size, (part, i))
             (root / "annotations" / split).mkdir(parents=True, exist_ok=True)
             Image.fromarray(make_labels(size, i, high)).save(root / "annotations" / split / f"{name}.png")
+
+
+def write_street_scenes(root: Path) -> dict[str, Any]:
+    """Write a data set as that of Cityscapes, with a folder per city; return the fields of its experiment.
+
+    Labels are 0 to 3, of which 3 is to be ignored. The training set is a list of two of three images.
+    """
+    sizes = {"bonn/bonn_1": (64, 48), "bonn/bonn_2": (90, 70), "ulm/ulm_1": (50, 80)}
+    for part in ("train", "val"):
+        for i, (name, size) in enumerate(sizes.items()):
+            write_noise(root / "leftImg8bit" / part / f"{name}_leftImg8bit.png", size, (part == "val", i))
+            for suffix, high in (("labelIds", 34), ("labelTrainIds", 4)):
+                path = root / "gtFine" / part / f"{name}_gtFine_{suffix}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(make_labels(size, i, high)).save(path)
+    (root / "classes.txt").write_text("road\nsky\ncar\n")
+    (root / "some.txt").write_text("ulm/ulm_1\n\n  bonn/bonn_1 \n")
+    folders = {"images": "leftImg8bit", "labels": "gtFine"}
+    fields = {f"{part}_{kind}": f"{folder}/{part}" for part in ("train", "val") for kind, folder in folders.items()}
+    suffixes = {"image_suffix": "_leftImg8bit.png", "label_suffix": "_gtFine_labelTrainIds.png"}
+    return {"dataset": "folder", "ignored_label": 3, "train_split": "some.txt", **fields, **suffixes}
 
 
 def circle(width: int, height: int) -> np.ndarray:

@@ -11,7 +11,6 @@ import torch
 from timm.optim import create_optimizer_v2
 
 import main
-from core.description import check_same_classes
 from core.optimizer import check_optimizer
 from core.options import choose_amp
 from core.recipes import PUBLISHED
@@ -38,7 +37,6 @@ from tests.conftest import (
     run_processes,
 )
 from tests.test_models import DATA
-from utils import UserError
 
 CPU = torch.device("cpu")
 
@@ -141,13 +139,6 @@ def test_data_of_other_classes_are_refused(trained, image_folder, tmp_path, run_
             _, error = run_in_process(*TINY, *options, "--resume", folder / "checkpoint.pth", "--data-path", tmp_path)
             assert message in error
             assert len(error.splitlines()) == 1
-
-
-def test_classes_in_another_order_are_refused():
-    check_same_classes("x.pth", [], ["a", "b"])
-    check_same_classes("x.pth", ["a", "b"], ["a", "b"])
-    with pytest.raises(UserError, match="its classes are those of the data in another order: class 0 is 'b'"):
-        check_same_classes("x.pth", ["b", "a"], ["a", "b"])
 
 
 def test_resuming_equals_an_uninterrupted_run(trained, image_folder, tmp_path, run_in_process):

@@ -2,9 +2,7 @@
 
 import argparse
 import copy
-from dataclasses import fields
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,20 +14,11 @@ from core.distributed import Processes
 from core.options import loader_options
 from core.run_folder import RunFolder
 from datasets import build_dataset, build_train_loader, build_val_loader
-from dense.experiments import load_experiment
-from dense.training import get_train_parser
-from detection import data as detection_data
-from detection import test as detection_test
-from detection import train as detection_train
-from detection.configs.recipes import Experiment as DetectionExperiment
 from main import build_optimizer, build_scheduler, build_trained_model, get_args_parser
-from models import Twins, cpu
-from segmentation import data as segmentation_data
-from segmentation import test as segmentation_test
-from segmentation import train as segmentation_train
-from segmentation.configs.recipes import Experiment as SegmentationExperiment
-from tests.conftest import ROOT, TINY, assert_equal, read_log
+from models import Twins
+from tests.conftest import ROOT, TINY, assert_equal
 
+pytestmark = pytest.mark.usefixtures("small_sets")
 CPU = torch.device("cpu")
 BASE = [*TINY, "--data-set", "SHAPES", "--epochs", "1", "--warmup-epochs", "0", "--lr", "1e-2", "--unscale-lr"]
 
@@ -121,59 +110,6 @@ ELSEWHERE = {
     "deterministic": "test_deterministic_algorithms",
     "traceback": "test_traceback_on_demand",
 }
-# Tests of the options of train.py in the dense tasks.
-DENSE_TRAIN = {
-    "config": "test_files_without_an_experiment_are_refused",
-    "data_root": "test_a_training_leaves_what_is_promised",
-    "cfg_options": "test_fields_are_changed_with_their_types",
-    "num_workers": "test_loaders_follow_their_options",
-    "loader_timeout": "test_loaders_follow_their_options",
-    "pin_mem": "test_loaders_follow_their_options",
-    "output_dir": "test_a_training_leaves_what_is_promised",
-    "resume": "test_another_global_batch_continues_the_run",
-    "auto_resume": "test_another_global_batch_continues_at_the_same_step",
-    "save_every": "test_a_killed_run_ends_as_an_uninterrupted_one",
-    "keep": "test_options_of_a_dense_training",
-    "on_nonfinite": "test_options_of_a_dense_training",
-    "max_skipped": "test_options_of_a_dense_training",
-    "seed": "test_options_of_a_dense_training",
-    "print_freq": "test_options_of_a_dense_training",
-    "pretrained": "test_a_tiny_network_learns_from_a_classifiers_weights",
-    "finetune": "test_fine_tuning_makes_new_heads_for_other_classes",
-    "grad_checkpointing": "test_options_of_a_dense_training",
-    "compile": "test_options_of_a_dense_training",
-    "amp": "test_mixed_precision_reaches_the_evaluation",
-    "device": "test_unknown_device",
-    "dist_url": "test_processes_use_the_given_rendezvous",
-    "local_rank": "test_training_on_two_processes",
-    "deterministic": "test_deterministic_algorithms",
-    "traceback": "test_traceback_on_demand",
-}
-# Tests of the options of test.py in the dense tasks.
-DENSE_TEST = DENSE_TRAIN | {
-    "checkpoint": "test_figures_equal_those_of_the_written_predictions",
-    "eval": "test_weights_that_do_not_fit_are_refused",
-    "aug_test": "test_figures_equal_those_of_the_written_predictions",
-    "out": "test_figures_equal_pycocotools_on_the_written_results",
-    "format_only": "test_a_set_without_annotations_has_results_but_no_figures",
-    "show_dir": "test_the_figures_are_the_same_for_any_number_of_processes",
-    "show_score_thr": "test_only_objects_above_the_threshold_are_shown",
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def small_sets():
-    """Use few shapes, and one thread, so that equal runs are equal bit for bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("datasets.SHAPES_TRAIN", 8)
-        patch.setattr("datasets.SHAPES_VAL", 4)
-        for module in (segmentation_data, detection_data):
-            patch.setattr(module, "SHAPES_TRAIN", 8)
-            patch.setattr(module, "SHAPES_VAL", 2)
-        yield
-    torch.set_num_threads(threads)
 
 
 def parse(*argv) -> argparse.Namespace:
@@ -208,11 +144,7 @@ def options_of(parser) -> set[str]:
 def test_every_option_has_a_test():
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     assert options_of(get_args_parser()) == {*CHANGES, *CHANGES_BESIDE, *ELSEWHERE}
-    assert options_of(get_train_parser("")) == set(DENSE_TRAIN)
-    for script in (segmentation_test, detection_test):
-        assert options_of(script.get_parser()) <= set(DENSE_TEST)
-    for table in (ELSEWHERE, DENSE_TRAIN, DENSE_TEST):
-        assert not [name for name in table.values() if f"def {name}(" not in tests]
+    assert not [name for name in ELSEWHERE.values() if f"def {name}(" not in tests]
 
 
 def test_the_same_options_give_the_same_weights(run, tmp_path):
@@ -307,27 +239,6 @@ def test_decay_of_the_moving_average(run):
     assert not differ(averages[0], plain)
     assert differ(averages[1], averages[0])
     assert differ(averages[2], averages[1])
-
-
-@pytest.fixture
-def compiled(monkeypatch) -> list[nn.Module]:
-    """List of the modules that are compiled."""
-    modules = []
-    monkeypatch.setattr(nn.Module, "compile", lambda self, *_, **__: modules.append(self))
-    return modules
-
-
-@pytest.fixture
-def recomputed(monkeypatch) -> list[nn.Module]:
-    """List of the blocks that use gradient checkpointing, in each step."""
-    blocks = []
-
-    def checkpoint(block, x, **_):
-        blocks.append(block)
-        return block(x)
-
-    monkeypatch.setattr("models.layers.checkpoint", checkpoint)
-    return blocks
 
 
 def test_checkpointing_and_compiling_are_enabled(compiled, recomputed, tmp_path):
@@ -439,201 +350,3 @@ def test_a_distributed_evaluation_takes_a_part_of_the_images():
     for flags, count in (([], 4), (["--dist-eval"], 2)):
         loader = build_val_loader(parse(*BASE, *flags), Processes(CPU, rank=1, world_size=2))
         assert len(loader.sampler) == count
-
-
-# -------------------------------------------------------------------------------------- experiments of the dense tasks
-
-TASKS = {
-    "segmentation": (
-        segmentation_train,
-        "segmentation/configs/upernet_alt_gvt_tiny_shapes.py",
-        "channels=8 scale=(64,64) crop_size=48 batch_size=2 global_batch=2 iterations=2 eval_interval=2 "
-        "warmup_iterations=0 lr=1e-2",
-    ),
-    "detection": (
-        detection_train,
-        "detection/configs/mask_rcnn_alt_gvt_tiny_shapes.py",
-        "channels=8 scale=(64,64) batch_size=4 global_batch=4 epochs=1 milestones=() warmup_iterations=0 lr=1e-2 "
-        "proposals=20 roi_samples=8",
-    ),
-}
-EXPERIMENTS = {"segmentation": SegmentationExperiment, "detection": DetectionExperiment}
-FIELDS = {
-    "segmentation": {
-        "backbone": ["backbone=pcpvt_tiny"],
-        "head": ["head=fpn"],
-        "channels": ["channels=16"],
-        "window_padding": ["window_padding=zero"],
-        "drop_path": ["drop_path=0.5"],
-        "scale": ["scale=(96, 96)"],
-        "scale_range": ["scale_range=(0.5, 2.0)"],
-        "crop_size": ["crop_size=32"],
-        "global_batch": ["global_batch=4"],
-        "lr": ["lr=2e-2"],
-        "weight_decay": ["weight_decay=0.5"],
-        "not_decayed": ["not_decayed=('norm', 'pos_block', 'head')"],
-        "iterations": ["iterations=4"],
-        "warmup_iterations": ["warmup_iterations=2"],
-        "power": ["power=3.0"],
-        "min_lr": ["min_lr=5e-3"],
-    },
-    "detection": {
-        "backbone": ["backbone=pcpvt_tiny"],
-        "detector": ["detector=retinanet"],
-        "channels": ["channels=16"],
-        "proposals": ["proposals=5"],
-        "roi_samples": ["roi_samples=16"],
-        "drop_path": ["drop_path=0.5"],
-        "scale": ["scale=(96, 96)"],
-        "batch_size": ["batch_size=2"],
-        "global_batch": ["global_batch=8", "batch_size=8"],
-        "lr": ["lr=2e-2"],
-        "weight_decay": ["weight_decay=0.5"],
-        "not_decayed": ["not_decayed=('norm', 'pos_block')"],
-        "epochs": ["epochs=2"],
-        "warmup_iterations": ["warmup_iterations=2"],
-    },
-}
-FIELDS_BESIDE = {
-    "segmentation": {
-        "batch_size": (["head=fpn", "crop_size=64"], ["batch_size=1"]),
-        "neck_channels": (["head=fpn"], ["neck_channels=8"]),
-        "warmup_ratio": (["warmup_iterations=2"], ["warmup_ratio=0.5"]),
-    },
-    "detection": {
-        "milestones": (["epochs=2"], ["milestones=(1,)"]),
-        "head_std": (["detector=retinanet"], ["head_std=0.01"]),
-        "warmup_ratio": (["warmup_iterations=2"], ["warmup_ratio=0.5"]),
-    },
-}
-FIELDS_ELSEWHERE = {
-    "train_annotations": "test_data_may_lie_in_other_folders",
-    "train_images": "test_data_may_lie_in_other_folders",
-    "val_annotations": "test_data_may_lie_in_other_folders",
-    "val_images": "test_data_may_lie_in_other_folders",
-    "schedule": "test_schedules_are_chosen_by_one_field",
-    "score_threshold": "test_objects_are_chosen_by_the_thresholds_of_the_experiment",
-    "nms_threshold": "test_objects_are_chosen_by_the_thresholds_of_the_experiment",
-    "detections": "test_objects_are_chosen_by_the_thresholds_of_the_experiment",
-    "test_scales": "test_saved_results_are_evaluated_without_the_network",
-    "precision": "test_experiments_are_run_in_their_precision_on_a_gpu",
-    "loss_scale": "test_a_published_loss_scale_reaches_the_training",
-    "pretrained": "test_a_tiny_network_learns_from_a_classifiers_weights",
-    "dataset": "test_fine_tuning_makes_new_heads_for_other_classes",
-    "data_root": "test_a_training_leaves_what_is_promised",
-    "many_scales": "test_an_experiment_chooses_its_scales",
-    "eval_interval": "test_a_training_leaves_what_is_promised",
-    "test_ratios": "test_figures_equal_those_of_the_written_predictions",
-    "window": "test_figures_equal_those_of_the_written_predictions",
-    "stride": "test_figures_equal_those_of_the_written_predictions",
-}
-
-
-def train_dense(task: str, folder: Path, *changes: str) -> None:
-    """Train the small experiment of a task with some fields changed."""
-    script, config, setting = TASKS[task]
-    options = ["--device", "cpu", "--num_workers", "0", "--work-dir", str(folder)]
-    script.main([str(ROOT / config), *options, "--cfg-options", *setting.split(), *changes])
-
-
-@pytest.fixture(scope="module")
-def run_dense(tmp_path_factory):
-    """Return a function that trains an experiment of a task and returns the folder of the run."""
-
-    @cache
-    def run(task: str, *changes: str):
-        folder = tmp_path_factory.mktemp(task)
-        train_dense(task, folder, *changes)
-        return folder
-
-    return run
-
-
-@pytest.fixture
-def fast_calls(monkeypatch):
-    """List of the calls of the fast CPU layers, which small layers make, too."""
-    calls = []
-
-    def count(*args):
-        calls.append(args)
-        return multiply(*args)
-
-    multiply = cpu._multiply
-    monkeypatch.setattr(cpu, "LEAST_PRODUCTS", 1)
-    monkeypatch.setattr(cpu, "_multiply", count)
-    return calls
-
-
-@pytest.mark.parametrize("task", ["classification", *TASKS])
-def test_trainings_use_the_fast_layers(task, tmp_path, fast_calls):
-    if task == "classification":
-        main.main([*BASE, "--batch-size", "8", "--output_dir", str(tmp_path)])
-    else:
-        train_dense(task, tmp_path)
-    assert fast_calls
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_tests_of_dense_tasks_use_the_fast_layers(task, run_dense, fast_calls):
-    script = {"segmentation": segmentation_test, "detection": detection_test}[task]
-    checkpoint = run_dense(task) / "checkpoint.pth"
-    options = ["--device", "cpu", "--num_workers", "0", "--cfg-options", *TASKS[task][2].split()]
-    fast_calls.clear()
-    script.main([str(ROOT / TASKS[task][1]), str(checkpoint), *options])
-    assert fast_calls
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_options_of_a_dense_training(task, run_dense, compiled, recomputed, tmp_path, capsys):
-    script, config, setting = TASKS[task]
-    options = ["--device", "cpu", "--num_workers", "0", "--work-dir", str(tmp_path), "--seed", "1", "--keep", "1"]
-    options += ["--print-freq", "1", "--compile", "--grad-checkpointing", "--on-nonfinite", "skip"]
-    script.main([str(ROOT / config), *options, "--cfg-options", *setting.split()])
-    assert capsys.readouterr().out.count("epoch 0 [") == 2
-    assert {file.name for file in tmp_path.glob("checkpoint.*")} == {"checkpoint.pth"}
-    assert read_log(tmp_path)[0]["train_skipped"] == 0
-    assert compiled
-    assert len(recomputed) == 2 * 7  # steps x blocks
-    assert differ(load_weights(tmp_path), load_weights(run_dense(task)))
-    keys = []
-    for seed in ("0", "1"):
-        args = get_train_parser("").parse_args(["x", "--num_workers", "0", "--seed", seed])
-        loader = script.build_train_loader(args, load_experiment(ROOT / config, setting.split()), Processes(CPU))
-        sampler = loader.sampler if task == "segmentation" else loader.batch_sampler
-        keys.append((list(sampler), loader.dataset.seed))
-    assert keys[0][0] != keys[1][0]
-    assert (keys[0][1], keys[1][1]) == (0, 1)
-
-
-def test_every_field_of_an_experiment_has_a_test():
-    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
-    for task, experiment in EXPERIMENTS.items():
-        names = {field.name for field in fields(experiment)}
-        tested = {*FIELDS[task], *FIELDS_BESIDE[task]}
-        assert names - tested <= set(FIELDS_ELSEWHERE)
-        assert tested <= names
-    assert not [name for name in FIELDS_ELSEWHERE.values() if f"def {name}(" not in tests]
-
-
-@pytest.mark.parametrize(("task", "field"), [(task, field) for task in FIELDS for field in FIELDS[task]])
-def test_a_field_changes_the_weights(task, field, run_dense):
-    before, after = load_weights(run_dense(task)), load_weights(run_dense(task, *FIELDS[task][field]))
-    assert set(before) != set(after) or any(before[n].shape != after[n].shape for n in before) or differ(before, after)
-
-
-@pytest.mark.parametrize(("task", "field"), [(task, field) for task in FIELDS_BESIDE for field in FIELDS_BESIDE[task]])
-def test_a_field_beside_others_changes_the_weights(task, field, run_dense):
-    others, change = FIELDS_BESIDE[task][field]
-    before, after = load_weights(run_dense(task, *others)), load_weights(run_dense(task, *others, *change))
-    assert any(before[n].shape != after[n].shape for n in before) or differ(before, after)
-
-
-def test_an_experiment_chooses_its_scales():
-    for change, sizes in (("many_scales=False", {96}), ("many_scales=True", set(range(480, 801, 32)))):
-        config = ROOT / "detection/configs/mask_rcnn_alt_gvt_tiny_shapes.py"
-        args = get_train_parser("").parse_args(["x", "--num_workers", "0"])
-        loader = detection_train.build_train_loader(args, load_experiment(config, [change]), Processes(CPU))
-        (images, _), *_ = loader
-        found = {min(image.shape[1:]) for image in images}
-        assert found <= sizes
-        assert len(found) == 1 if len(sizes) == 1 else len(found) > 1

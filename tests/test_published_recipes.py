@@ -9,7 +9,7 @@ import torch
 from core.distributed import Processes
 from core.options import choose_amp
 from dense.optimisation import build_scaler, parameter_groups
-from dense.training import build_experiment, get_test_parser, get_train_parser, process_batch
+from dense.training import build_experiment, build_state, get_test_parser, get_train_parser, process_batch
 from detection import train as detection_train
 from detection.network import build_detector
 from models.layers import LocallyGroupedAttention
@@ -45,6 +45,13 @@ def test_every_published_experiment_is_in_the_table():
 
 
 @pytest.mark.parametrize(("task", "name"), EXPERIMENTS)
+def test_docstrings_have_the_published_commands(task, name):
+    docstring = (ROOT / task / "configs" / f"{name}.py").read_text().split('"""')[1]
+    assert f"bash dist_train.sh configs/{name}.py 8\n" in docstring
+    assert f"bash dist_test.sh configs/{name}.py checkpoint_file 8" in docstring
+
+
+@pytest.mark.parametrize(("task", "name"), EXPERIMENTS)
 def test_fields_are_the_published_ones(task, name):
     args, experiment = load(get_train_parser(""), task, name)
     recipe = TABLE[task][name]
@@ -65,13 +72,14 @@ def test_fields_are_the_published_ones(task, name):
 
 @pytest.mark.parametrize(("task", "name"), EXPERIMENTS)
 def test_learning_rates_are_the_published_ones(task, name):
-    _, experiment = load(get_train_parser(""), task, name)
+    args, experiment = load(get_train_parser(""), task, name, "--amp", "off")
     recipe = TABLE[task][name]
     if task == "segmentation":
         end, factor = recipe["iterations"], partial(segmentation_train.lr_factor, experiment=experiment)
     else:
         end = recipe["epochs"] * STEPS
         factor = partial(detection_train.lr_factor, experiment=experiment, steps=STEPS)
+    state = build_state(args, experiment, torch.nn.Linear(1, 1), factor, None, torch.device("cpu"))
     for iteration in (0, 1, 250, 499, 500, 1499, 1500, *range(0, end, STEPS // 2), end - 1):
         warmup = recipe["warmup_iterations"]
         start = recipe.get("warmup_ratio", 1.0) if iteration < warmup else 1.0
@@ -81,7 +89,9 @@ def test_learning_rates_are_the_published_ones(task, name):
             regular = (recipe["lr"] - recipe["min_lr"]) * left + recipe["min_lr"]
         else:
             regular = recipe["lr"] * 0.1 ** sum(iteration >= epoch * STEPS for epoch in recipe["milestones"])
-        assert experiment.lr * factor(iteration) == pytest.approx(regular * scale, rel=1e-9)
+        state.lr_scheduler.step_update(iteration)
+        for group in state.optimizer.param_groups:
+            assert group["lr"] == pytest.approx(regular * scale, rel=1e-9)
 
 
 @pytest.mark.parametrize(("task", "name"), EXPERIMENTS)

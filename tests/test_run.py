@@ -1,4 +1,4 @@
-"""The time left of a run, and the progress of an evaluation."""
+"""The time left of a run, the progress of an evaluation, and the classes of a checkpoint."""
 
 import time
 from datetime import timedelta
@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from core.description import check_same_classes
 from core.meters import EpochMeter, show_progress
 from core.run import Run
+from utils import UserError
 
 OPTIONS = {"output_dir": None, "keep": 2, "resume": None, "auto_resume": False, "seed": 0, "on_nonfinite": "stop"}
 
@@ -31,3 +33,10 @@ def test_progress_is_logged_now_and_then(monkeypatch, caplog):
     with caplog.at_level("INFO", "twins"):
         assert list(show_progress(["a", "b", "c", "d", "e"], "evaluation", seconds=15)) == ["a", "b", "c", "d", "e"]
     assert caplog.messages == ["evaluation [2/5]  eta 0:00:24", "evaluation [4/5]  eta 0:00:08"]
+
+
+def test_classes_in_another_order_are_refused():
+    check_same_classes("x.pth", [], ["a", "b"])
+    check_same_classes("x.pth", ["a", "b"], ["a", "b"])
+    with pytest.raises(UserError, match="its classes are those of the data in another order: class 0 is 'b'"):
+        check_same_classes("x.pth", ["b", "a"], ["a", "b"])

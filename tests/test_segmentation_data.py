@@ -11,7 +11,8 @@ from PIL import ExifTags, Image
 
 from core.images import fitted_size, resize_image
 from segmentation import transforms
-from segmentation.data import IGNORED_LABEL, MaskFolder, build_dataset, read_classes
+from segmentation.configs.recipes import Experiment
+from segmentation.data import IGNORED_LABEL, build_dataset, read_classes
 from segmentation.transforms import (
     EvalViews,
     TrainViews,
@@ -24,13 +25,17 @@ from segmentation.transforms import (
     scale_levels,
 )
 from tests.conftest import damage_jpeg
-from tests.small_data import ADE20K_SIZES, make_labels, write_ade20k
+from tests.small_data import ADE20K_SIZES, make_labels, write_ade20k, write_noise, write_street_scenes
 from tests.test_models import DATA
 from utils import UserError
 
 
+def open_part(root, part: str = "train", **fields):
+    return build_dataset(Experiment("alt_gvt_tiny", data_root=str(root), **fields), part)
+
+
 def test_ade20k_ignores_0_and_shifts_the_others(ade20k_folder):
-    dataset = build_dataset("ade20k", str(ade20k_folder), False, 0)
+    dataset = open_part(ade20k_folder, "val")
     assert (len(dataset.classes), dataset.classes[0], dataset.classes[149]) == (150, "wall", "flag")
     assert len(set(dataset.classes)) == len(set(dataset.colours)) == 150
     assert [dataset.name(i) for i in range(5)] == [f"ADE_valid_{i + 1:08}" for i in range(5)]
@@ -41,14 +46,14 @@ def test_ade20k_ignores_0_and_shifts_the_others(ade20k_folder):
         expected = np.where(stored == 0, IGNORED_LABEL, stored - 1)
         assert np.array_equal(labels.numpy(), expected)
         assert {IGNORED_LABEL, 149} <= set(labels.unique().tolist())
-        with Image.open(dataset.images / dataset.files[i]) as file:
+        with Image.open(ade20k_folder / f"images/validation/{dataset.name(i)}.jpg") as file:
             assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(file))
 
 
 def test_ones_own_folder(tmp_path):
     write_ade20k(tmp_path, high=3, count=2)
     (tmp_path / "classes.txt").write_text("road 128 64 128\ntraffic light\n\nsky 1 2 300\n")
-    dataset = build_dataset("folder", str(tmp_path), True, 0)
+    dataset = open_part(tmp_path, dataset="folder")
     assert dataset.classes == ["road", "traffic light", "sky 1 2 300"]
     assert dataset.colours[0] == (128, 64, 128)
     assert len(set(dataset.colours)) == 3
@@ -56,7 +61,7 @@ def test_ones_own_folder(tmp_path):
 
 
 def test_shapes_are_the_same_each_time_and_differ_between_parts():
-    train, val = (build_dataset("shapes", "", is_train, 48) for is_train in (True, False))
+    train, val = (open_part("", part, dataset="shapes", scale=(48, 48)) for part in ("train", "val"))
     assert (len(train.classes), train.classes[0]) == (11, "background")
     for a, b in zip(train[3], train[3], strict=True):
         assert torch.equal(a, b)
@@ -88,13 +93,13 @@ def break_folder(root, how: str) -> None:
 
 
 FAULTS = {
-    "no labels at all": r"annotations/validation is missing; .* must hold images/ and annotations/",
+    "no labels at all": r"annotations/validation is missing; set the folder with --cfg-options val_labels=",
     "one without labels": r"images/validation/ADE_valid_00000002\.jpg: has no labels; .*00000002\.png is missing",
     "sizes differ": r"00000002\.png: has 90x71 pixels, but .*00000002\.jpg has 90x70",
     "label too high": r"00000002\.png: has the label 151, but there are 150 classes, labelled 1 to 150",
     "colours for labels": r"00000002\.png: is a PNG of mode RGB; labels must be one channel",
     "damaged image": r"00000002\.jpg: cannot be read as an image",
-    "no images": r"images/validation holds no images",
+    "no images": r"images/validation holds no images \(\.jpg, \.jpeg, \.png\)",
 }
 
 
@@ -103,14 +108,14 @@ def test_faults_of_the_files_are_named(how, tmp_path):
     write_ade20k(tmp_path)
     break_folder(tmp_path, how)
     with pytest.raises(ValueError, match=FAULTS[how]):
-        list(build_dataset("ade20k", str(tmp_path), False, 0))
+        list(open_part(tmp_path, "val"))
 
 
 def test_missing_folders_and_class_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere: there is no such folder; set the folder of .* with --data-root"):
-        build_dataset("ade20k", str(tmp_path / "nowhere"), True, 0)
+        open_part(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"classes\.txt: cannot be read .* one class per line"):
-        build_dataset("folder", str(tmp_path), True, 0)
+        open_part(tmp_path, dataset="folder")
     (tmp_path / "classes.txt").write_text("\n")
     with pytest.raises(ValueError, match=r"classes\.txt: has 0 classes"):
         read_classes(tmp_path / "classes.txt")
@@ -118,11 +123,47 @@ def test_missing_folders_and_class_files_are_named(tmp_path):
 
 def test_stored_255_is_ignored_everywhere(tmp_path):
     write_ade20k(tmp_path, high=2, count=1)
+    (tmp_path / "classes.txt").write_text("a\nb")
     path = tmp_path / "annotations/training/ADE_train_00000001.png"
     Image.fromarray(np.full((48, 64), 255, np.uint8)).save(path)
-    for first_label in (0, 1):
-        dataset = MaskFolder(tmp_path, "training", ["a", "b"], [(0, 0, 0)] * 2, first_label)
-        assert dataset[0][1].unique().tolist() == [IGNORED_LABEL]
+    for dataset in ("ade20k", "folder"):
+        for ignored_label in (255, 7):
+            labels = open_part(tmp_path, dataset=dataset, ignored_label=ignored_label)[0][1]
+            assert labels.unique().tolist() == [IGNORED_LABEL]
+
+
+def test_other_folders_suffixes_lists_and_an_ignored_label(tmp_path):
+    fields = write_street_scenes(tmp_path)
+    train, val = (open_part(tmp_path, part, **fields) for part in ("train", "val"))
+    assert [train.name(i) for i in range(len(train))] == ["ulm/ulm_1", "bonn/bonn_1"]
+    assert [val.name(i) for i in range(len(val))] == ["bonn/bonn_1", "bonn/bonn_2", "ulm/ulm_1"]
+    assert open_part(tmp_path, "val", **fields | {"val_split": "some.txt"}).names == train.names
+    stored = make_labels((50, 80), 2, 4).astype(int)
+    assert {0, 3} <= set(stored.ravel())
+    assert np.array_equal(train[0][1].numpy(), np.where(stored == 3, IGNORED_LABEL, stored))
+    assert train[0][0].shape == (3, 80, 50)
+    assert not torch.equal(train[0][0], val[2][0])
+    with pytest.raises(UserError, match=r"ulm_1_gtFine_labelTrainIds\.png: has the label 3, but there are 3 classes"):
+        open_part(tmp_path, **fields | {"ignored_label": 4})[0]
+    (tmp_path / "some.txt").write_text("ulm/ulm_2")
+    with pytest.raises(
+        UserError, match=r"some\.txt: lists ulm/ulm_2, but .*train/ulm/ulm_2_leftImg8bit\.png is missing"
+    ):
+        open_part(tmp_path, **fields)
+    with pytest.raises(UserError, match=r"none\.txt: cannot be read .* names of the images"):
+        open_part(tmp_path, **fields | {"train_split": "none.txt"})
+
+
+def test_a_test_part_has_no_labels(tmp_path):
+    write_ade20k(tmp_path, count=1)
+    for number in (1, 2):
+        write_noise(tmp_path / f"images/testing/ADE_test_{number}.jpg", (64, 48), number)
+    dataset = open_part(tmp_path, "test")
+    assert dataset.names == ["ADE_test_1", "ADE_test_2"]
+    assert (dataset[0][1].shape, dataset[0][1].unique().tolist()) == ((48, 64), [IGNORED_LABEL])
+    (tmp_path / "one.txt").write_text("ADE_test_2\n")
+    assert open_part(tmp_path, "test", test_split="one.txt").names == ["ADE_test_2"]
+    assert open_part(tmp_path, "test", test_images="images/validation").names == ["ADE_valid_00000001"]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -148,7 +189,7 @@ def test_images_are_turned_by_their_exif_orientation_and_labels_are_not(orientat
         expected = turns[orientation - 1](np.asarray(image))
     labels = make_labels(expected.shape[1::-1], 0)
     Image.fromarray(labels).save(label_path, exif=exif)
-    dataset = build_dataset("ade20k", str(tmp_path), True, 0)
+    dataset = open_part(tmp_path)
     turned, read = dataset[0]
     assert np.array_equal(turned.permute(1, 2, 0).numpy(), expected)
     assert np.array_equal(read.numpy(), labels - 1)  # 0 becomes 255
@@ -281,7 +322,7 @@ def test_distortions_have_the_published_probabilities():
 
 
 def test_training_views_are_cropped_flipped_and_padded(ade20k_folder):
-    views = TrainViews(build_dataset("ade20k", str(ade20k_folder), True, 0), (160, 40), (0.5, 2.0), 64)
+    views = TrainViews(open_part(ade20k_folder), (160, 40), (0.5, 2.0), 64)
     random.seed(0)
     np.random.seed(0)
     padded = 0
@@ -341,7 +382,7 @@ def test_training_images_are_resized_by_a_random_factor():
 
 
 def test_views_of_an_evaluation(ade20k_folder):
-    dataset = build_dataset("ade20k", str(ade20k_folder), False, 0)
+    dataset = open_part(ade20k_folder, "val")
     index, images, labels = EvalViews(dataset, (2048, 64), (0.5, 1.0, 1.75))[2]
     assert index == 2
     assert [tuple(image.shape) for image in images] == [(3, 51, 32), (3, 102, 64), (3, 179, 112)]
@@ -354,7 +395,7 @@ def test_views_of_an_evaluation(ade20k_folder):
 
 
 def test_images_too_flat_for_the_network_are_named(ade20k_folder):
-    views = EvalViews(build_dataset("ade20k", str(ade20k_folder), False, 0), (2048, 48), (0.5, 1.0))
+    views = EvalViews(open_part(ade20k_folder, "val"), (2048, 48), (0.5, 1.0))
     with pytest.raises(ValueError, match=r"image ADE_valid_00000001: has 32x24 pixels when .* raise scale, or remove"):
         views[0]
 
@@ -363,12 +404,12 @@ def test_label_files_are_found_in_any_case_of_letters(tmp_path):
     write_ade20k(tmp_path, count=2)
     path = tmp_path / "annotations/training/ADE_train_00000002.png"
     path.rename(path.with_suffix(".PNG"))
-    dataset = build_dataset("ade20k", str(tmp_path), True, 0)
+    dataset = open_part(tmp_path)
     assert np.array_equal(dataset[1][1] != IGNORED_LABEL, make_labels(ADE20K_SIZES[1], 1) != 0)
     image = tmp_path / "images/training/ADE_train_00000002.jpg"
     image.with_suffix(".png").write_bytes(image.read_bytes())
-    with pytest.raises(ValueError, match=r"00000002\.png: is a second image with this name"):
-        build_dataset("ade20k", str(tmp_path), True, 0)
+    with pytest.raises(ValueError, match=r"00000002\.png: is a second file with this name"):
+        open_part(tmp_path)
 
 
 def test_class_files_that_are_no_text_are_named(tmp_path):

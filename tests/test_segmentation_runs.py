@@ -14,17 +14,17 @@ from PIL import Image
 
 from core.distributed import Processes, synchronise_norms
 from dense.experiments import load_experiment
-from dense.optimisation import IterationSchedule
-from dense.training import build_state, get_train_parser, log_norms
+from dense.training import build_experiment, get_train_parser, log_norms
 from segmentation import data as segmentation_data
 from segmentation import test as test_script
 from segmentation import train as train_script
+from segmentation.configs.recipes import Experiment
 from segmentation.data import build_dataset
 from segmentation.network import Segmentor, build_segmentor
 from segmentation.pictures import draw_overlay
 from tests import forks
 from tests.conftest import BACKBONES, ROOT, Run, assert_same_run, fails, read_log, run_bash_in, run_processes
-from tests.small_data import ADE20K_SIZES, make_labels, write_ade20k
+from tests.small_data import ADE20K_SIZES, make_labels, write_ade20k, write_street_scenes
 
 FOLDER = ROOT / "segmentation"
 UPERNET = "configs/upernet_alt_gvt_s_512x512_160k_ade20k_swin_setting.py"
@@ -102,6 +102,100 @@ def test_figures_equal_those_of_the_written_predictions(way, trained, ade20k_fol
     assert result.stdout.splitlines()[-1] == expected
     if way == "single-scale":
         assert f"mIoU {miou:.2f}  mAcc {macc:.2f}" in output  # what the training said about the same weights
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """File of a small network with random weights."""
+    path = tmp_path_factory.mktemp("weights") / "weights.pth"
+    torch.manual_seed(0)
+    model = build_segmentor(load_experiment(FOLDER / UPERNET, SMALL), 150, pretrained=False)
+    torch.save(model.state_dict(), path)
+    return path
+
+
+def run_test(capsys, checkpoint, *options, changes=()) -> list[str]:
+    """Run test.py and return the lines of its output."""
+    command = [FOLDER / UPERNET, checkpoint, *TINY, *options, "--cfg-options", *SMALL, *changes]
+    test_script.main([str(arg) for arg in command])
+    return capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("flags", "changes", "expected"),
+    [
+        ([], [], (1, {"flip": False})),
+        (["--aug-test"], ["test_ratios=1,2"], (2, {"flip": True})),
+        ([], ["window=32", "stride=21"], (1, {"flip": False, "window": 32, "stride": 21})),
+    ],
+    ids=WAYS,
+)
+def test_options_of_a_test_reach_the_prediction(flags, changes, expected, weights, ade20k_folder, capsys, monkeypatch):
+    seen = []
+
+    def record(model, images, size, **options):
+        assert not model.training
+        seen.append((len(images), options))
+        return torch.zeros(size, dtype=torch.int64)
+
+    monkeypatch.setattr("segmentation.network.predict", record)
+    run_test(capsys, weights, "--data-root", ade20k_folder, *flags, changes=changes)
+    assert seen == [expected] * 5
+
+
+def test_predictions_of_a_test_set_without_labels(weights, ade20k_folder, tmp_path, capsys):
+    """As the benchmark of ADE20K takes them: PNG files with labels 1 to 150."""
+    shutil.copytree(ade20k_folder / "images/validation", tmp_path / "data/images/testing")
+    options = ["--data-root", tmp_path / "data", "--out", tmp_path / "out", "--format-only"]
+    lines = run_test(capsys, weights, *options)
+    assert lines[-1] == f"wrote predictions of 5 images to {tmp_path / 'out'}"
+    assert not [line for line in lines if "mIoU" in line]
+    run_test(capsys, weights, "--data-root", ade20k_folder, "--out", tmp_path / "val")
+    for i, (width, height) in enumerate(ADE20K_SIZES):
+        with Image.open(tmp_path / f"out/ADE_valid_{i + 1:08}.png") as image:
+            labels = np.asarray(image)
+            assert (image.mode, image.size) == ("L", (width, height))
+        assert 1 <= labels.min() <= labels.max() <= 150
+        assert np.array_equal(labels, np.asarray(Image.open(tmp_path / f"val/ADE_valid_{i + 1:08}.png")))
+    line = fails(capsys, test_script, FOLDER / UPERNET, weights, *TINY, "--format-only")
+    assert "--format-only: there is no folder to write to; name it with --out" in line
+
+
+def test_predictions_are_evaluated_again_without_the_network(weights, ade20k_folder, tmp_path, capsys, monkeypatch):
+    expected = run_test(capsys, weights, "--data-root", ade20k_folder, "--out", tmp_path / "out")
+    monkeypatch.setattr(test_script, "build_segmentor", None)
+    options = ["--data-root", ade20k_folder]
+    lines = run_test(capsys, tmp_path / "out", *options, "--show-dir", tmp_path / "shown")
+    start = next(i for i, line in enumerate(lines) if line.startswith("class "))
+    assert lines[start:] == expected[-len(lines[start:]) :]
+    assert "mIoU" in lines[-1]
+    assert len(list((tmp_path / "shown").iterdir())) == 5
+    command = [FOLDER / UPERNET, tmp_path / "out", *TINY, *options]
+    assert "predictions are only evaluated; remove --out" in fails(capsys, test_script, *command, "--out", tmp_path)
+    path = tmp_path / "out/ADE_valid_00000002.png"
+    for labels, message in (
+        (np.ones((70, 91), np.uint8), "no prediction of this image: 90x70 pixels, each with a class"),
+        (np.zeros((70, 90), np.uint8), "no prediction of this image: 90x70 pixels, each with a class"),
+        (np.full((70, 90), 151, np.uint8), "has the label 151, but there are 150 classes"),
+        (None, "cannot be read as an image"),
+    ):
+        path.unlink()
+        if labels is not None:
+            Image.fromarray(labels).save(path)
+        line = fails(capsys, test_script, *command)
+        assert f"{path}: " in line
+        assert message in line
+
+
+def test_ones_own_data_train_and_are_evaluated(tmp_path):
+    """In folders of their own; the labels that are ignored are not classes."""
+    fields = write_street_scenes(tmp_path / "data")
+    changes = [*SMALL, *(f"{name}={value}" for name, value in fields.items()), "iterations=3"]
+    options = [FOLDER / UPERNET, *TINY, "--data-root", tmp_path / "data", "--work-dir", tmp_path / "run"]
+    train_script.main([str(arg) for arg in (*options, "--cfg-options", *changes)])
+    (line,) = read_log(tmp_path / "run")
+    assert 0 <= line["test_mIoU"] <= 1
+    assert (tmp_path / "run/checkpoint_best.pth").exists()
 
 
 @pytest.mark.slow
@@ -192,9 +286,7 @@ def test_mixed_precision_reaches_the_evaluation(ade20k_folder, tmp_path, monkeyp
 def test_a_tiny_network_learns_from_a_classifiers_weights(config, tmp_path, capsys, monkeypatch):
     """By heart: eight images of shapes, on which it is evaluated, too."""
     monkeypatch.setattr(segmentation_data, "SHAPES_TRAIN", 8)
-    monkeypatch.setattr(
-        train_script, "build_dataset", lambda kind, root, is_train, size: build_dataset(kind, root, True, size)
-    )
+    monkeypatch.setattr(train_script, "build_dataset", lambda experiment, part: build_dataset(experiment, "train"))
     torch.manual_seed(0)
     torch.save(timm.create_model("alt_gvt_tiny", num_classes=10).state_dict(), tmp_path / "classifier.pth")
     changes = ["iterations=100", "eval_interval=100", "scale=(32, 32)", "crop_size=32", "warmup_iterations=10"]
@@ -277,23 +369,6 @@ def test_batch_norms_are_synchronised_between_gpus_alone():
 # -------------------------------------------------------------------------------------------------------- experiments
 
 
-@pytest.mark.parametrize("name", BACKBONES)
-def test_the_published_experiments(name):
-    upernet = load_experiment(FOLDER / f"configs/upernet_{name}_512x512_160k_ade20k_swin_setting.py")
-    fpn = load_experiment(FOLDER / f"configs/fpn_{name}_512x512_80k_ade20k.py")
-    for experiment in (upernet, fpn):
-        assert (experiment.backbone, experiment.dataset) == (BACKBONES[name], "ade20k")
-        assert (experiment.scale, experiment.scale_range, experiment.crop_size) == ((2048, 512), (0.5, 2.0), 512)
-        assert experiment.test_ratios == (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-    assert (upernet.head, upernet.channels, upernet.iterations) == ("upernet", 512, 160_000)
-    assert upernet.global_batch == 8 * upernet.batch_size == (32 if name == "pcpvt_s" else 16)
-    assert upernet.drop_path == fpn.drop_path == (0.3 if name == "alt_gvt_l" else 0.2)
-    assert (upernet.lr, upernet.weight_decay, upernet.not_decayed) == (6e-5, 0.01, ("norm", "pos_block"))
-    assert (fpn.head, fpn.channels, fpn.iterations) == ("fpn", 128, 80_000)
-    assert fpn.global_batch == 8 * fpn.batch_size == 32
-    assert (fpn.lr, fpn.weight_decay, fpn.not_decayed) == (1e-4, 1e-4, ())
-
-
 def test_every_config_says_what_it_reproduces():
     configs = sorted(set((FOLDER / "configs").glob("*.py")) - {FOLDER / "configs/recipes.py"})
     assert len(configs) == 14
@@ -325,55 +400,20 @@ def test_docstrings_and_readme_state_the_published_figures():
         assert f"| `{backbone}` | {shown or figures['paper']} |" in readme
 
 
-def rates(config: str, iterations: list[int]) -> list[float]:
-    """Return the learning rates of an experiment as its training sets them."""
-    experiment = load_experiment(FOLDER / config)
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=experiment.lr)
-    schedule = IterationSchedule(optimizer, partial(train_script.lr_factor, experiment=experiment))
-    found = []
-    for iteration in iterations:
-        schedule.step_update(iteration)
-        found.append(optimizer.param_groups[0]["lr"])
-    return found
-
-
-def test_learning_rates_equal_the_formula():
-    iterations = [0, 1, 750, 1499, 1500, 80_000, 159_999]
-    expected = []
-    for i in iterations:
-        warmth = 1 - (1 - i / 1500) * (1 - 1e-6) if i < 1500 else 1
-        expected.append(6e-5 * (1 - i / 160_000) * warmth)
-    assert rates(UPERNET, iterations) == pytest.approx(expected, rel=1e-12)
-    assert expected[3:] == pytest.approx([5.9398e-5, 5.94375e-5, 3e-5, 3.75e-10], rel=1e-4)
-    iterations = [0, 1, 40_000, 79_999]
-    expected = [(1e-4 - 1e-6) * (1 - i / 80_000) ** 0.9 + 1e-6 for i in iterations]
-    assert rates(FPN, iterations) == pytest.approx(expected, rel=1e-12)
-    assert expected == pytest.approx([1e-4, 9.99989e-5, 5.4053e-5, 1.00383e-6], rel=1e-4)
-
-
-def test_weight_decay_of_the_whole_networks():
-    """None on names with norm or pos_block in UPerNet, on the batch norms of its heads all the same; all in FPN."""
-    for config in (UPERNET, FPN):
-        experiment = load_experiment(FOLDER / config)
-        with torch.device("meta"):
-            model = build_segmentor(experiment, 150, pretrained=False)
-        state = build_state(
-            get_train_parser("").parse_args(["x"]),
-            experiment,
-            model,
-            partial(train_script.lr_factor, experiment=experiment),
-            None,
-            torch.device("cpu"),
-        )
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        decays = {
-            names[id(p)]: group["weight_decay"] for group in state.optimizer.param_groups for p in group["params"]
-        }
-        assert set(decays) == set(names.values())
-        free = {name for name in decays if re.search("norm|pos_block", name)} if config == UPERNET else set()
-        assert {name for name, decay in decays.items() if decay == 0} == free
-        assert {decay for decay in decays.values() if decay} == {experiment.weight_decay}
-        assert "decode_head.conv_seg.bias" not in free
+@pytest.mark.parametrize("iterations", [20_000, 40_000, 80_000, 160_000])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_one_field_sets_a_schedule(name, iterations):
+    """The rates end at that iteration, and there are ten evaluations."""
+    for config in (f"upernet_{name}_512x512_160k_ade20k_swin_setting.py", f"fpn_{name}_512x512_80k_ade20k.py"):
+        args = get_train_parser("").parse_args([str(FOLDER / "configs" / config)])
+        args.cfg_options = [f"iterations={iterations}"]
+        experiment = build_experiment(args, Experiment)
+        assert (experiment.iterations, experiment.eval_interval) == (iterations, iterations // 10)
+        half, last = (train_script.lr_factor(i, experiment) for i in (iterations // 2, iterations))
+        assert half == pytest.approx(0.5 if "upernet" in config else 0.01 + 0.99 * 0.5**0.9)
+        assert last == pytest.approx(experiment.min_lr / experiment.lr)
+        args.cfg_options.append("eval_interval=2000")
+        assert build_experiment(args, Experiment).eval_interval == 2000
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

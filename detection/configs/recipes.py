@@ -3,7 +3,7 @@
 Each other file of this folder is one experiment: `config = mask_rcnn_1x_pvt_setting(backbone="alt_gvt_small")`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dense.experiments import NonNegative, Positive, Rate, Side, check_fields
@@ -57,10 +57,13 @@ class Experiment:
 
     def __post_init__(self):
         check_fields(self)
-        if self.schedule != "custom":
-            epochs, milestones = SCHEDULES[self.schedule]
-            object.__setattr__(self, "epochs", epochs)
-            object.__setattr__(self, "milestones", milestones)
+
+    def resolve(self) -> "Experiment":
+        """Return the experiment with the epochs and milestones of its schedule."""
+        if self.schedule == "custom":
+            return self
+        epochs, milestones = SCHEDULES[self.schedule]
+        return replace(self, epochs=epochs, milestones=milestones)
 
 
 def retinanet_1x_pvt_setting(backbone: str, **changes) -> Experiment:

@@ -3,7 +3,7 @@
 Each other file of this folder is one experiment: `config = upernet_swin_setting(backbone="pcpvt_large")`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dense.experiments import NonNegative, Positive, Rate, Side, check_fields
@@ -27,6 +27,17 @@ class Experiment:
     # The data, and their augmentation.
     dataset: Literal["ade20k", "folder", "shapes"] = "ade20k"
     data_root: str = "data/ade/ADEChallengeData2016"
+    train_images: str = "images/training"  # folder in data_root, as the following
+    train_labels: str = "annotations/training"
+    val_images: str = "images/validation"
+    val_labels: str = "annotations/validation"
+    test_images: str = "images/testing"  # without labels, for --format-only
+    train_split: str = ""  # file in data_root with the names of the images to use, one per line; "" for all
+    val_split: str = ""
+    test_split: str = ""
+    image_suffix: str = ""  # what follows the name in an image's file name; "" for .jpg, .jpeg or .png
+    label_suffix: str = ".png"
+    ignored_label: NonNegative[int] = 255  # of pixels to ignore, as 255 is
     scale: tuple[Side, Side] = (2048, 512)  # limits of an image's longer and shorter side in pixels
     scale_range: tuple[Positive[float], Positive[float]] = (0.5, 2.0)  # range of the random factor on scale
     crop_size: Side = 512  # side length in pixels
@@ -46,7 +57,7 @@ class Experiment:
     loss_scale: NonNegative[float] = 0.0  # of fp16 in training; 0: adapted
 
     # The evaluation.
-    eval_interval: Positive[int] = 16_000  # iterations between evaluations; a checkpoint is saved after each
+    eval_interval: NonNegative[int] = 0  # iterations between evaluations and checkpoints; 0: a tenth of all
     test_ratios: tuple[Positive[float], ...] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # factors on scale with --aug-test
     window: NonNegative[int] = 0  # side length of a sliding window in pixels; 0: the whole image at once
     stride: NonNegative[int] = 0  # pixels from one window to the next
@@ -57,14 +68,23 @@ class Experiment:
             raise UserError(f"scale_range={self.scale_range}: the lower factor must come first")
         if not self.test_ratios:
             raise UserError("test_ratios=(): at least one factor is needed")
-        if self.iterations % self.eval_interval:
+        if self.iterations % self.interval:
             raise UserError(
-                f"iterations={self.iterations} is not a multiple of eval_interval={self.eval_interval}; change one"
+                f"iterations={self.iterations} is not a multiple of eval_interval={self.interval}; change one"
             )
         if 0 < self.window < MIN_INPUT_SIZE:
             raise UserError(f"window={self.window} is neither 0 nor at least {MIN_INPUT_SIZE} pixels")
         if self.window and not 0 < self.stride <= self.window:
             raise UserError(f"stride={self.stride} is not between 1 and window={self.window}")
+
+    @property
+    def interval(self) -> int:
+        """Iterations between evaluations."""
+        return self.eval_interval or max(1, self.iterations // 10)
+
+    def resolve(self) -> "Experiment":
+        """Return the experiment with a fixed `eval_interval`, which a resumed run compares."""
+        return replace(self, eval_interval=self.interval)
 
 
 def upernet_swin_setting(backbone: str, **changes) -> Experiment:
@@ -86,7 +106,6 @@ def fpn_pvt_setting(backbone: str, **changes) -> Experiment:
         "warmup_iterations": 0,
         "power": 0.9,
         "min_lr": 1e-6,
-        "eval_interval": 8000,
     }
     return Experiment(backbone=backbone, **(setting | changes))
 
