@@ -34,25 +34,28 @@ Target = dict[str, Tensor | int]
 Sample = tuple[Tensor, Target]
 
 
-def build_dataset(experiment: Experiment, is_train: bool, labelled: bool = True) -> Dataset:
-    """Build the training or the validation part of the data set of an experiment.
+def build_dataset(experiment: Experiment, part: str) -> Dataset:
+    """Build a part of the data set of an experiment.
 
     Args:
         experiment: The experiment.
-        is_train: True for the training part, False for the validation part.
-        labelled: False for a part whose file may list images and categories alone.
+        part: `"train"`, `"val"`, or `"test"`, which may be without annotations.
 
     Raises:
         UserError: If the files are missing or invalid.
     """
     if experiment.dataset == "shapes":
-        return Shapes(is_train, max(experiment.scale))
+        return Shapes(part == "train", max(experiment.scale))
     root = Path(experiment.data_root)
     if not root.is_dir():
         raise UserError(f"{root}: there is no such folder; set the folder of the data set with --data-root")
-    if is_train:
-        return CocoDetection(root / experiment.train_images, root / experiment.train_annotations, is_train)
-    return CocoDetection(root / experiment.val_images, root / experiment.val_annotations, is_train, labelled)
+    places = {
+        "train": (experiment.train_images, experiment.train_annotations),
+        "val": (experiment.val_images, experiment.val_annotations),
+        "test": (experiment.test_images, experiment.test_annotations),
+    }
+    images, annotations = places[part]
+    return CocoDetection(root / images, root / annotations, part)
 
 
 class CocoDetection(Dataset):
@@ -65,24 +68,23 @@ class CocoDetection(Dataset):
     Args:
         folder: Folder of the images.
         annotations: JSON file of the annotations.
-        is_train: True to skip the images that training does not use.
-        labelled: False if the file may list images and categories alone.
+        part: `"train"` skips the images that training does not use; the file of `"test"` may be without annotations.
 
     Raises:
         UserError: If a file is missing, or the annotations are invalid or inconsistent.
     """
 
-    def __init__(self, folder: Path, annotations: Path, is_train: bool, labelled: bool = True):
+    def __init__(self, folder: Path, annotations: Path, part: str):
         self.folder, self.annotations = folder, annotations
-        self.coco = read_annotations(annotations, labelled)
+        self.coco = read_annotations(annotations, labelled=part != "test")
         self.category_ids = sorted(self.coco.cats)
         self.classes = [self.coco.cats[category]["name"] for category in self.category_ids]
         self.label_of = {category: label for label, category in enumerate(self.category_ids)}
         self.ids = sorted(self.coco.imgs)
-        if is_train:
+        if part == "train":
             self.ids = [i for i in self.ids if self._is_trained(i)]
         if not self.ids:
-            raise UserError(f"{annotations}: has no images{' with annotations to train on' if is_train else ''}")
+            raise UserError(f"{annotations}: has no images{' with annotations to train on' if part == 'train' else ''}")
         missing = next((i for i in self.ids if not os.path.isfile(folder / self.coco.imgs[i]["file_name"])), None)
         if missing is not None:
             raise UserError(
@@ -210,7 +212,7 @@ def read_annotations(path: Path, labelled: bool = True) -> COCO:
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); set its folder with --data-root, and its name with "
-            "--cfg-options train_annotations=... and val_annotations=..."
+            "--cfg-options train_annotations=..., val_annotations=... or test_annotations=..."
         ) from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: is not valid JSON ({error}); download it again") from error

@@ -118,7 +118,8 @@ def smaller(a: int, b: int) -> int:
 def suppress(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float) -> Tensor:
     """Non-maximum suppression within classes: return the indices of the boxes to keep, by descending scores.
 
-    An exported program cannot choose a method by the number of boxes, as torchvision does: it moves the classes apart.
+    In an export, the boxes are shifted by class and suppressed together, because torchvision's choice between two
+    methods by the number of boxes cannot be exported.
     """
     if not torch.compiler.is_exporting():
         return batched_nms(boxes, scores, classes, threshold)
@@ -163,9 +164,9 @@ class ProposalNetwork(RegionProposalNetwork):
         return labels, matched_boxes
 
     def filter_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level):
-        """Return the boxes and scores of each image that remain of the best of each level.
+        """Return the boxes and scores of each image after non-maximum suppression of the best anchors of each level.
 
-        Differs from torchvision: boxes of any size and score take part.
+        Differs from torchvision: boxes of any size and score are kept; `min_size` and `score_thresh` are not used.
         """
         boxes = proposals.split(num_anchors_per_level, dim=1)
         logits = objectness.detach().reshape(proposals.shape[0], -1).split(num_anchors_per_level, dim=1)

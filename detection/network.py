@@ -140,7 +140,12 @@ class Transform(GeneralizedRCNNTransform):
         height, width = (
             pad_side(reduce(torch.sym_max, (image.shape[dim] for image in images)), size_divisible) for dim in (1, 2)
         )
-        return torch.stack([F.pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in images])
+        if len(images) == 1:
+            return F.pad(images[0], (0, width - images[0].shape[2], 0, height - images[0].shape[1]))[None]
+        batch = images[0].new_zeros(len(images), 3, height, width)
+        for x, padded in zip(images, batch, strict=True):
+            padded[:, : x.shape[1], : x.shape[2]] = x
+        return batch
 
     def postprocess(self, result: list[Target], image_shapes: list, original_image_sizes: list) -> list[Target]:
         if not self.training:
@@ -156,7 +161,8 @@ class Transform(GeneralizedRCNNTransform):
 def pad_side(side: int, divisor: int) -> int:
     """Return a side rounded up to a multiple of a divisor.
 
-    In an export it becomes a new symbol: expressions of the size of the image would slow the exporter down many times.
+    In an export the result is a new symbol without a relation to `side`, because expressions of the size of the image
+    make the exporter many times slower.
     """
     count = (side + divisor - 1) // divisor  # exporters round the quotient of a negative number up
     if torch.compiler.is_exporting():
@@ -186,7 +192,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor
 
 
 def paste_masks_at_once(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor:
-    """Do the same as `paste_masks` without a loop, for exported programs; takes more memory."""
+    """Paste masks as `paste_masks` does, by matrix products instead of a loop, for exports. Needs more memory."""
     left, top, right, bottom = boxes.float()[..., None].unbind(1)  # (N, 1) each
     places = torch.arange(masks.shape[-1], device=masks.device)
     weights = []

@@ -56,7 +56,9 @@ def get_parser() -> ArgumentParser:
     group.add_argument("--aug-test", action="store_true", help="merge the objects found at test_scales, with flips")
     group.add_argument("--out", metavar="FILE", help="write the results to this JSON file, in COCO's format")
     group.add_argument(
-        "--format-only", action="store_true", help="compute no figures, for test sets without annotations; needs --out"
+        "--format-only",
+        action="store_true",
+        help="find the objects of the test part, which has no annotations; needs --out",
     )
     group.add_argument(
         "--show-dir", metavar="FOLDER", help="write pictures with boxes, masks, class names and scores to this folder"
@@ -80,7 +82,7 @@ def run_test(args: argparse.Namespace, processes: Processes) -> None:
         raise UserError(f"--eval segm: {experiment.detector} finds no masks; remove segm")
     if args.format_only and not args.out:
         raise UserError("--format-only: there is no file to write; name it with --out")
-    loader = build_eval_loader(args, experiment, processes, labelled=not args.format_only)
+    loader = build_eval_loader(args, experiment, processes, "test" if args.format_only else "val")
     dataset = loader.dataset
     if Path(args.checkpoint).suffix == ".json":
         if args.out or args.show_dir:
@@ -92,7 +94,9 @@ def run_test(args: argparse.Namespace, processes: Processes) -> None:
         results = detect(args, experiment, loader, processes)
     if args.out:
         on_main(partial(write_results, results, Path(args.out)))
-    if not args.format_only:
+    if args.format_only:
+        logger.info("wrote the results of %d images to %s", len(dataset), args.out)
+    else:
         logger.info("%s", describe(summarise(dataset.coco, dataset.ids, results, wanted)))
 
 

@@ -40,7 +40,7 @@ KINDS = {"retinanet": ("bbox",), "mask_rcnn": ("bbox", "segm")}  # the kinds of 
 
 def build_train_loader(args: argparse.Namespace, experiment: Experiment, processes: Processes) -> DataLoader:
     """Build the loader of the training set."""
-    dataset = build_dataset(experiment, is_train=True)
+    dataset = build_dataset(experiment, "train")
     augment = many_scales if experiment.many_scales else partial(one_scale, scale=experiment.scale)
     batches = GroupedBatches(
         dataset.sizes,
@@ -55,13 +55,10 @@ def build_train_loader(args: argparse.Namespace, experiment: Experiment, process
 
 
 def build_eval_loader(
-    args: argparse.Namespace, experiment: Experiment, processes: Processes, labelled: bool = True
+    args: argparse.Namespace, experiment: Experiment, processes: Processes, part: str = "val"
 ) -> DataLoader:
-    """Build the loader of this process's share of the validation set: one image per batch, so padded by itself.
-
-    With `labelled=False` the set may be without annotations.
-    """
-    dataset = build_dataset(experiment, is_train=False, labelled=labelled)
+    """Build the loader of this process's share of a part: one image per batch, so padded by itself."""
+    dataset = build_dataset(experiment, part)
     sampler = EvalSampler(len(dataset), world_size=processes.world_size, rank=processes.rank)
     return DataLoader(dataset, sampler=sampler, collate_fn=collate, **loader_options(args, processes.device))
 

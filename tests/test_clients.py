@@ -126,7 +126,7 @@ def test_average_precision_of_torchmetrics(monkeypatch):
     from detection.metrics import METRICS, summarise, to_results
 
     monkeypatch.setattr(data, "SHAPES_VAL", 12)
-    dataset = data.build_dataset(shapes_setting("alt_gvt_tiny", "retinanet", scale=(64, 64)), is_train=False)
+    dataset = data.build_dataset(shapes_setting("alt_gvt_tiny", "retinanet", scale=(64, 64)), "val")
     # By default torchmetrics has the thresholds of COCO in float32, which moves recalls that equal one.
     thresholds = {
         "iou_thresholds": np.linspace(0.5, 0.95, 10).tolist(),

@@ -157,6 +157,8 @@ FIELDS_ELSEWHERE = {
         "train_images": "test_data_may_lie_in_other_folders",
         "val_annotations": "test_data_may_lie_in_other_folders",
         "val_images": "test_data_may_lie_in_other_folders",
+        "test_annotations": "test_data_may_lie_in_other_folders",
+        "test_images": "test_data_may_lie_in_other_folders",
         "schedule": "test_schedules_are_chosen_by_one_field",
         "score_threshold": "test_objects_are_chosen_by_the_thresholds_of_the_experiment",
         "nms_threshold": "test_objects_are_chosen_by_the_thresholds_of_the_experiment",

@@ -20,9 +20,9 @@ from detection.transforms import many_scales, one_scale, random_crop, random_fli
 from tests.small_data import COCO_SIZES, circle, write_coco
 
 
-def open_coco(root, is_train: bool, **options):
-    """Open a part of a data set in COCO's layout."""
-    return build_dataset(Experiment("alt_gvt_tiny", "retinanet", data_root=str(root)), is_train, **options)
+def open_coco(root, is_train: bool):
+    """Open the training or the validation part of a data set in COCO's layout."""
+    return build_dataset(Experiment("alt_gvt_tiny", "retinanet", data_root=str(root)), "train" if is_train else "val")
 
 
 def test_training_leaves_out_what_the_original_does(coco_folder):
@@ -44,18 +44,17 @@ def test_training_leaves_out_what_the_original_does(coco_folder):
 
 
 def test_data_may_lie_in_other_folders(coco_folder, tmp_path):
-    for split, folder in (("train2017", "a/train"), ("val2017", "b")):
-        shutil.copytree(coco_folder / split, tmp_path / folder)
-        shutil.copy(coco_folder / f"annotations/instances_{split}.json", tmp_path / folder / "labels.json")
-    places = {"train_images": "a/train", "train_annotations": "a/train/labels.json"}
-    places |= {"val_images": "b", "val_annotations": "b/labels.json"}
+    places = {}
+    for part, split in (("train", "train2017"), ("val", "val2017"), ("test", "val2017")):
+        places |= {f"{part}_images": f"a/{part}", f"{part}_annotations": f"a/{part}/labels.json"}
+        shutil.copytree(coco_folder / split, tmp_path / f"a/{part}")
+        shutil.copy(coco_folder / f"annotations/instances_{split}.json", tmp_path / f"a/{part}/labels.json")
     experiment = Experiment("alt_gvt_tiny", "retinanet", data_root=str(tmp_path), **places)
-    for is_train in (True, False):
-        mine, published = build_dataset(experiment, is_train), open_coco(coco_folder, is_train)
+    for part in ("train", "val", "test"):
+        mine, published = build_dataset(experiment, part), open_coco(coco_folder, part == "train")
         assert mine.ids == published.ids
         assert all(torch.equal(a, b) for (a, _), (b, _) in zip(mine, published, strict=True))
-        assert mine.folder == tmp_path / places["train_images" if is_train else "val_images"]
-        assert mine.annotations == tmp_path / places["train_annotations" if is_train else "val_annotations"]
+        assert (mine.folder, mine.annotations) == (tmp_path / f"a/{part}", tmp_path / f"a/{part}/labels.json")
 
 
 @pytest.fixture
@@ -217,7 +216,7 @@ def test_missing_and_broken_files_are_named(tmp_path):
 
 def test_shapes_have_the_boxes_of_their_masks(monkeypatch):
     monkeypatch.setattr(detection_data, "SHAPES_VAL", 20)
-    dataset = build_dataset(shapes_setting("alt_gvt_tiny", "retinanet"), is_train=False)
+    dataset = build_dataset(shapes_setting("alt_gvt_tiny", "retinanet"), "val")
     assert len(dataset.coco.anns) == sum(len(dataset[i][1]["labels"]) for i in range(20))
     for annotation in dataset.coco.anns.values():
         mask = mask_coding.decode(annotation["segmentation"])

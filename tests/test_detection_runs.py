@@ -122,7 +122,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(coco_folder, tmp_path, start)
 def evaluate_on_two(rank: int) -> tuple:
     """Evaluate true objects as found ones; return what this process gathered, evaluated and was told."""
     detection_data.SHAPES_VAL = 5
-    dataset = detection_data.build_dataset(SHAPES, is_train=False)
+    dataset = detection_data.build_dataset(SHAPES, "val")
 
     class Truth(torch.nn.Module):
         def forward(self, images):
@@ -377,7 +377,7 @@ def test_only_objects_above_the_threshold_are_shown(tmp_path, monkeypatch):
         return to_pil_image(image)
 
     monkeypatch.setattr(test_script, "draw_detections", draw)
-    show = test_script.build_painter(detection_data.build_dataset(SHAPES, is_train=False), str(tmp_path), 0.4)
+    show = test_script.build_painter(detection_data.build_dataset(SHAPES, "val"), str(tmp_path), 0.4)
     scores = torch.tensor([0.3, 0.5, 0.4])
     show(0, {"boxes": torch.zeros(3, 4), "scores": scores, "labels": torch.zeros(3, dtype=torch.int64)})
     assert drawn[0].tolist() == pytest.approx([0.5, 0.4])

@@ -32,6 +32,8 @@ class Experiment:
     train_images: str = "train2017"
     val_annotations: str = "annotations/instances_val2017.json"
     val_images: str = "val2017"
+    test_annotations: str = "annotations/image_info_test-dev2017.json"  # for --format-only
+    test_images: str = "test2017"
     scale: tuple[Side, Side] = (1333, 800)  # limits of an image's longer and shorter side in pixels
     many_scales: bool = False  # train with random scales and crops instead of that scale
     batch_size: Positive[int] = 2  # images per process per batch, at most
