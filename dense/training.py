@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from core.checkpoint import TrainState
-from core.description import Description
+from core.description import Description, read_description
 from core.distributed import Processes, parallelise, synchronise_norms
 from core.options import (
     ArgumentParser,
@@ -24,9 +24,10 @@ from core.options import (
     compile_if_asked,
     train_settings,
 )
+from core.recipes import differences
 from core.run import Run, choose_accumulation, describe_batch
 from core.run_folder import BEST_CHECKPOINT
-from dense.experiments import load_experiment
+from dense.experiments import change_fields, load_experiment
 from dense.networks import HUB
 from dense.optimisation import IterationSchedule, build_scaler, parameter_groups
 from engine import train_one_epoch
@@ -35,6 +36,9 @@ from samplers import EpochSampler
 from utils import UserError, seed_everything
 
 logger = logging.getLogger("twins")
+
+# Fields of experiments that a test takes from the training: those that shape the network and its input.
+REMEMBERED_FIELDS = ("backbone", "head", "detector", "channels", "neck_channels", "window_padding", "dataset", "scale")
 
 
 # -------------------------------------------------------------------------------------------------------- scripts
@@ -97,6 +101,8 @@ def build_experiment(args: argparse.Namespace, kind: type) -> Any:
     `--amp published` is replaced by the precision of the experiment, and fields that depend on others are set.
     """
     experiment = load_experiment(args.config, args.cfg_options, kind)
+    if is_checkpoint(getattr(args, "checkpoint", "")):
+        experiment = as_trained(load_experiment(args.config), args.checkpoint, args.cfg_options)
     if args.data_root and experiment.dataset == "shapes":
         raise UserError(
             f"--data-root {args.data_root}: the shapes data set is generated and has no folder; for your own data, "
@@ -108,6 +114,30 @@ def build_experiment(args: argparse.Namespace, kind: type) -> Any:
     shortcuts = {name: getattr(args, name, None) for name in ("data_root", "pretrained")}
     changes = {name: value for name, value in shortcuts.items() if value is not None}
     return dataclasses.replace(experiment, **changes).resolve()
+
+
+def is_checkpoint(path: str) -> bool:
+    """Return True for a file of weights; test.py also takes results, which are a folder or a JSON file."""
+    return Path(path).is_file() and Path(path).suffix != ".json"
+
+
+def as_trained(experiment: Any, path: str, changes: Sequence[str]) -> Any:
+    """Return the experiment of a test: the network and its input are as in the training, unless the user changes them.
+
+    What differs from the config or from the training is logged.
+
+    Args:
+        experiment: Experiment of the config.
+        path: Checkpoint of this code, or other weights, of which no training is known.
+        changes: Fields `key=value` that the user sets.
+    """
+    options = read_description(path).options
+    trained = {name: options[name] for name in REMEMBERED_FIELDS if name in options and hasattr(experiment, name)}
+    tested = change_fields(dataclasses.replace(experiment, **trained), changes)
+    kept = {name: getattr(experiment, name) for name in trained if getattr(tested, name) == trained[name]}
+    for difference in differences(tested, trained, "checkpoint") + differences(tested, kept, "config"):
+        logger.info("note: %s", difference)
+    return tested
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ if __name__ == "__main__":  # instead of this folder, whose file names would sha
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from core.description import check_same_classes, read_description
 from core.distributed import Processes, on_main
 from core.images import save_png
 from core.launch import run_script
@@ -107,6 +108,7 @@ def detect(
     dataset = loader.dataset
     model = build_detector(experiment, len(dataset.classes), pretrained=False)
     logger.info("%s", load_detector(model, args.checkpoint))
+    check_same_classes(args.checkpoint, read_description(args.checkpoint).classes, dataset.classes)
     accelerate(model).to(processes.device)
     compile_if_asked(model, args.compile)
     if args.aug_test:

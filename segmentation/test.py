@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from core.description import check_same_classes, read_description
 from core.distributed import Processes
 from core.images import save_png
 from core.launch import run_script
@@ -85,6 +86,7 @@ def run_test(args: argparse.Namespace, processes: Processes) -> None:
     else:
         model = build_segmentor(experiment, len(classes), pretrained=False)
         logger.info("%s", load_segmentor(model, args.checkpoint))
+        check_same_classes(args.checkpoint, read_description(args.checkpoint).classes, classes)
         accelerate(model).to(processes.device)
         compile_if_asked(model, args.compile)
         amp_dtype = choose_amp(args.amp, processes.device)

@@ -5,8 +5,10 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 import main
+from core import shapes
 from core.distributed import Processes
 from dense.experiments import load_experiment
 from dense.training import get_train_parser
@@ -222,12 +224,49 @@ def test_trainings_use_the_fast_layers(task, tmp_path, fast_calls):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_tests_of_dense_tasks_use_the_fast_layers(task, run_dense, fast_calls):
-    script = {"segmentation": segmentation_test, "detection": detection_test}[task]
     checkpoint = run_dense(task) / "checkpoint.pth"
-    options = ["--device", "cpu", "--num_workers", "0", "--cfg-options", *TASKS[task][2].split()]
     fast_calls.clear()
-    script.main([str(ROOT / TASKS[task][1]), str(checkpoint), *options])
+    run_test(task, checkpoint)
     assert fast_calls
+
+
+def run_test(task: str, checkpoint: Path, *changes: str) -> None:
+    """Test a checkpoint of `run_dense` with the config as it is, and some fields changed."""
+    script = {"segmentation": segmentation_test, "detection": detection_test}[task]
+    options = ["--device", "cpu", "--num_workers", "0", "--cfg-options", *changes]
+    script.main([str(ROOT / TASKS[task][1]), str(checkpoint), *options[: None if changes else -1]])
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_test_remembers_the_training(task, run_dense, capsys):
+    """The network and its input are those of the checkpoint; what the command line says wins and is named."""
+    folder = run_dense(task)
+    best = {"segmentation": "mIoU", "detection": "segm_AP"}[task]
+    expected = f"{best} {100 * read_log(folder)[-1][f'test_{best}']:.2f}"
+    description = torch.load(folder / "checkpoint.pth", weights_only=True)["description"]
+    assert description["task"] == task
+    background = ["background"] if task == "segmentation" else []
+    assert description["classes"] == [*background, *shapes.CLASSES]
+    assert len(description["colours"]) == (len(description["classes"]) if task == "segmentation" else 0)
+    capsys.readouterr()
+    run_test(task, folder / "checkpoint.pth")
+    output = capsys.readouterr().out
+    assert "note: channels 8 (config: " in output
+    assert expected in output
+    run_test(task, folder / "checkpoint.pth", "scale=(128,128)")
+    output = capsys.readouterr().out
+    assert "note: scale (128, 128) (checkpoint: (64, 64))" in output
+    assert "(config: (" not in output
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_test_refuses_data_of_other_classes(task, run_dense, tmp_path, capsys):
+    content = torch.load(run_dense(task) / "checkpoint.pth", weights_only=True)
+    content["description"]["classes"].reverse()
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(SystemExit):
+        run_test(task, tmp_path / "other.pth")
+    assert "other.pth: its classes are those of the data in another order" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", TASKS)
