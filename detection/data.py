@@ -49,13 +49,8 @@ def build_dataset(experiment: Experiment, part: str) -> Dataset:
     root = Path(experiment.data_root)
     if not root.is_dir():
         raise UserError(f"{root}: there is no such folder; set the folder of the data set with --data-root")
-    places = {
-        "train": (experiment.train_images, experiment.train_annotations),
-        "val": (experiment.val_images, experiment.val_annotations),
-        "test": (experiment.test_images, experiment.test_annotations),
-    }
-    images, annotations = places[part]
-    return CocoDetection(root / images, root / annotations, part)
+    images, annotations = (root / getattr(experiment, f"{part}_{name}") for name in ("images", "annotations"))
+    return CocoDetection(images, annotations, part)
 
 
 class CocoDetection(Dataset):
