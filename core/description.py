@@ -52,6 +52,8 @@ def read_description(path: str | Path) -> Description:
         return Description(task="")
     options = content["args"]
     task = next(task for option, task in TASKS.items() if option in options)
+    if task == "segmentation" and "window_padding" not in options:
+        options = options | {"window_padding": "mask"}  # formats 1 and 2 knew no other
     return Description(**({"task": task} | content.get("description", {})), options=options)
 
 

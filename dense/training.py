@@ -100,9 +100,12 @@ def build_experiment(args: argparse.Namespace, kind: type) -> Any:
 
     `--amp published` is replaced by the precision of the experiment, and fields that depend on others are set.
     """
-    experiment = load_experiment(args.config, args.cfg_options, kind)
-    if is_checkpoint(getattr(args, "checkpoint", "")):
-        experiment = as_trained(load_experiment(args.config), args.checkpoint, args.cfg_options)
+    experiment = load_experiment(args.config, kind=kind)
+    checkpoint = getattr(args, "checkpoint", "")  # of test.py
+    if is_checkpoint(checkpoint):
+        experiment = as_trained(experiment, checkpoint, args.cfg_options)
+    else:
+        experiment = change_fields(experiment, args.cfg_options)
     if args.data_root and experiment.dataset == "shapes":
         raise UserError(
             f"--data-root {args.data_root}: the shapes data set is generated and has no folder; for your own data, "

@@ -13,6 +13,7 @@ import torch
 
 import main
 from core.checkpoint import FORMAT
+from core.description import read_description
 from core.run import Run
 from detection import data as detection_data
 from detection import test as detection_test
@@ -133,3 +134,12 @@ def test_old_checkpoints_evaluate(checkpoint, tolerance, capsys):
         assert re.sub(NUMBER, "", line) == re.sub(NUMBER, "", other)
         found, wanted = (list(map(float, re.findall(NUMBER, text))) for text in (line, other))
         assert found == pytest.approx(wanted, abs=10 * tolerance)  # in percent
+
+
+@pytest.mark.parametrize("checkpoint", SCRIPTS, indirect=True)
+def test_old_checkpoints_are_described(checkpoint):
+    """Their classes are unknown; segmentation masked the padding of all windows."""
+    task, path, _ = checkpoint
+    description = read_description(path)
+    assert (description.task, list(description.classes)) == (task, [])
+    assert description.options.get("window_padding") == ("mask" if task == "segmentation" else None)
