@@ -34,6 +34,15 @@ REQUIRED_KEYS = {
 }
 
 
+def check_format(path: Any, content: dict[str, Any]) -> None:
+    """Raise a UserError for a checkpoint that newer code wrote."""
+    if content.get("format", 1) not in range(FORMAT + 1):
+        raise UserError(
+            f"{path}: has format {content['format']}, but this code reads formats up to {FORMAT}; continue the run "
+            "with the code that wrote it, or with a newer version of this code"
+        )
+
+
 @dataclass
 class TrainState:
     """Everything that changes during a run. A checkpoint holds it together with arguments and versions.

@@ -8,7 +8,7 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import models
-from core.checkpoint import REQUIRED_KEYS
+from core.checkpoint import REQUIRED_KEYS, check_format
 from utils import UserError
 
 TASKS = {"model": "classification", "head": "segmentation", "detector": "detection"}  # by an option of their runs
@@ -41,26 +41,34 @@ class Description:
         return content
 
 
-def read_description(path: str | Path) -> Description:
+def read_description(path: str | Path, task: str | None = None) -> Description:
     """Read the description of a checkpoint of this code. For other files of weights nothing is known.
+
+    Args:
+        path: File of weights.
+        task: Task that the network must have; None for any.
 
     Raises:
         TwinsError: If the file is missing or damaged, or would execute code.
+        UserError: If it is a checkpoint of another task or of a newer format.
     """
     content = models.read_file(path)
     if not set(content) >= REQUIRED_KEYS:
         return Description(task="")
+    check_format(path, content)
     options = content["args"]
-    task = next(task for option, task in TASKS.items() if option in options)
-    if task == "segmentation" and "window_padding" not in options:
+    known = next(name for option, name in TASKS.items() if option in options)
+    if task not in (None, known):
+        raise UserError(f"{path}: is a checkpoint of {known}, not of {task}; use the scripts of that task")
+    if known == "segmentation" and "window_padding" not in options:
         options = options | {"window_padding": "mask"}  # formats 1 and 2 knew no other
-    return Description(**({"task": task} | content.get("description", {})), options=options)
+    return Description(**({"task": known} | content.get("description", {})), options=options)
 
 
 def remembered_options(path: str | Path) -> dict[str, Any]:
     """Return the options of the training of a classifier that shape the network and its input."""
     names = ("model", "input_size", "eval_crop_ratio", "data_set", "inat_category")
-    options = read_description(path).options
+    options = read_description(path, "classification").options
     return {name: options[name] for name in names if name in options}
 
 
@@ -73,10 +81,10 @@ def check_same_classes(path: str | Path, known: Sequence[str], classes: Sequence
     if not known or list(known) == list(classes):
         return
     if len(known) != len(classes):
-        raise UserError(f"{path}: is of {len(known)} classes, but the data have {len(classes)}; fine-tune it first")
+        raise UserError(f"{path}: has {len(known)} classes, but the data have {len(classes)}; fine-tune it first")
     index = next(index for index, names in enumerate(zip(known, classes, strict=True)) if names[0] != names[1])
-    order = "in another order" if sorted(known) == sorted(classes) else "with other names"
+    order = ", but the same in another order" if sorted(known) == sorted(classes) else ""
     raise UserError(
-        f"{path}: its classes are those of the data {order}: class {index} is {known[index]!r}, and "
+        f"{path}: its classes are not those of the data{order}: class {index} is {known[index]!r}, and "
         f"{classes[index]!r} in the data; use the data's own weights, or fine-tune it first"
     )

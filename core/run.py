@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import models
-from core.checkpoint import FORMAT, REQUIRED_KEYS, TrainState
+from core.checkpoint import REQUIRED_KEYS, TrainState, check_format
 from core.description import Description, check_same_classes
 from core.distributed import get_world_size, on_main
 from core.run_folder import RunFolder
@@ -128,11 +128,7 @@ class Run:
     def _check(self, content: dict[str, Any], same: Sequence[str]) -> None:
         """Reject a checkpoint that does not belong to this run."""
         path = self.checkpoint
-        if content.get("format", 1) not in range(FORMAT + 1):
-            raise UserError(
-                f"{path}: has format {content['format']}, but this code reads formats up to {FORMAT}; continue the run "
-                "with the code that wrote it, or with a newer version of this code"
-            )
+        check_format(path, content)
         if not set(content) >= REQUIRED_KEYS:
             raise UserError(
                 f"{path}: contains weights but no training state to resume; evaluate them, or start a run with "

@@ -32,7 +32,7 @@ def build_scaler(device: torch.device, loss_scale: float, enabled: bool) -> torc
         enabled: False if the run does not use fp16.
     """
     if loss_scale and enabled:
-        return LimitedScaler(device.type, init_scale=loss_scale)
+        return LimitedScaler(device.type, loss_scale)
     return torch.amp.GradScaler(device.type, enabled=enabled)
 
 
@@ -40,13 +40,24 @@ class LimitedScaler(torch.amp.GradScaler):
     """Gradient scaler with a constant loss scale, which is lowered for a while if gradients overflow.
 
     Differs from the original: a step with an overflow is skipped, and halves the scale for the next 2000 steps. The
-    original's scale was static, and an overflow would have ended the run with NaN weights.
+    original's scale was static.
+
+    Args:
+        device: Type of the device.
+        limit: The loss scale.
     """
+
+    def __init__(self, device: str, limit: float):
+        super().__init__(device, init_scale=limit)
+        self.limit = limit
 
     def update(self, new_scale: float | None = None) -> None:
         super().update(new_scale)
-        if self.get_scale() > self._init_scale:
-            super().update(self._init_scale)
+        if self.get_scale() > self.limit:
+            super().update(self.limit)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict | {"scale": min(state_dict["scale"], self.limit)})
 
 
 # ------------------------------------------------------------- factors of the peak learning rate, by iteration from 0

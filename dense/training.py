@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from core.checkpoint import TrainState
-from core.description import Description, read_description
+from core.description import TASKS, Description, read_description
 from core.distributed import Processes, parallelise, synchronise_norms
 from core.options import (
     ArgumentParser,
@@ -134,7 +134,8 @@ def as_trained(experiment: Any, path: str, changes: Sequence[str]) -> Any:
         path: Checkpoint of this code, or other weights, of which no training is known.
         changes: Fields `key=value` that the user sets.
     """
-    options = read_description(path).options
+    task = next(task for option, task in TASKS.items() if hasattr(experiment, option))
+    options = read_description(path, task).options
     trained = {name: options[name] for name in REMEMBERED_FIELDS if name in options and hasattr(experiment, name)}
     tested = change_fields(dataclasses.replace(experiment, **trained), changes)
     kept = {name: getattr(experiment, name) for name in trained if getattr(tested, name) == trained[name]}
@@ -215,7 +216,7 @@ def run_training(
 def log_norms(model: nn.Module, batch_size: int, global_batch: int, processes: Processes) -> None:
     """Log a note if the BatchNorms of a model do not see all images of a step, as they did in the published runs."""
     sharing = processes.norm_processes
-    has_norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    has_norms = any(isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) for module in model.modules())
     if has_norms and batch_size * sharing < global_batch:
         logger.info(
             f"note: BatchNorms see {batch_size * sharing} of the {global_batch} images of a step, because accumulated "

@@ -148,7 +148,7 @@ class _NamedConv(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
-        # The published networks started so: nothing called the function that would have made their neck Xavier's.
+        # The original never called the neck's `init_weights`, so the initialisation of its convolutions stayed.
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
         nn.init.zeros_(self.conv.bias)
 

@@ -182,6 +182,12 @@ def test_a_published_loss_scale_is_an_upper_limit():
     assert step_scaled(scaler, model, math.inf) == 256
     assert torch.equal(model.weight, before)
     assert [step_scaled(scaler, model, 1.0) for _ in range(4)] == [256, 512, 512, 512]
+    assert step_scaled(scaler, model, math.inf) == 256
+    for saved in (scaler.state_dict(), build_scaler(cpu, 0.0, enabled=True).state_dict()):  # 256, and 65536
+        resumed = build_scaler(cpu, 512.0, enabled=True)
+        resumed.load_state_dict(saved)
+        resumed.set_growth_interval(2)
+        assert [step_scaled(resumed, model, 1.0) for _ in range(4)][1:] == [512, 512, 512]
     adaptive = build_scaler(cpu, 0.0, enabled=True)
     adaptive.set_growth_interval(1)
     assert step_scaled(adaptive, model, 1.0) == 2 * 65536

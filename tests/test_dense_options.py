@@ -266,7 +266,23 @@ def test_a_test_refuses_data_of_other_classes(task, run_dense, tmp_path, capsys)
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(SystemExit):
         run_test(task, tmp_path / "other.pth")
-    assert "other.pth: its classes are those of the data in another order" in capsys.readouterr().err
+    assert "other.pth: its classes are not those of the data, but the same in another order" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_test_refuses_other_checkpoints(task, run_dense, tmp_path, capsys):
+    path = run_dense(task) / "checkpoint.pth"
+    other = {"segmentation": "detection", "detection": "segmentation"}[task]
+    with pytest.raises(SystemExit):
+        run_test(other, path)
+    assert f"is a checkpoint of {task}, not of {other}" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main.main(["--eval", "--resume", str(path), "--data-set", "SHAPES", "--device", "cpu"])
+    assert f"is a checkpoint of {task}, not of classification" in capsys.readouterr().err
+    torch.save({**torch.load(path, weights_only=True), "format": 99}, tmp_path / "newer.pth")
+    with pytest.raises(SystemExit):
+        run_test(task, tmp_path / "newer.pth")
+    assert "newer.pth: has format 99, but this code reads formats up to" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("task", TASKS)

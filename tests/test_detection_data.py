@@ -10,11 +10,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image
 from pycocotools import mask as mask_coding
 
 from detection import data as detection_data
 from detection.configs.recipes import Experiment, shapes_setting
-from detection.data import GroupedBatches, build_dataset, collate
+from detection.data import CocoDetection, GroupedBatches, build_dataset, collate
 from detection.metrics import summarise, to_results
 from detection.transforms import many_scales, one_scale, random_crop, random_flip, resize
 from tests.small_data import COCO_SIZES, circle, write_coco
@@ -415,3 +416,22 @@ def test_batches_keep_images_and_targets_together(coco_folder):
     images, targets = collate([dataset[0], dataset[1]])
     assert [image.shape[1:] for image in images] == [(50, 100), (60, 80)]
     assert [target["image_id"] for target in targets] == [3, 7]
+
+
+def test_images_are_turned_by_their_exif_orientation(tmp_path):
+    """The sizes and boxes of the annotations are those of the turned image, as in the original."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned by 90 degrees clockwise
+    stored = Image.new("RGB", (60, 40))
+    stored.paste((255, 255, 255), (0, 20, 30, 40))  # lower left, so upper left when turned
+    stored.save(tmp_path / "a.jpg", exif=exif, quality=95)
+    content = {
+        "images": [{"id": 1, "file_name": "a.jpg", "width": 40, "height": 60}],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 20, 30], "area": 600, "iscrowd": 0}],
+        "categories": [{"id": 1, "name": "box"}],
+    }
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    image, target = CocoDetection(tmp_path, tmp_path / "a.json", "val")[0]
+    assert image.shape == (3, 60, 40)
+    bright = image.float().mean(0) > 128
+    assert torch.equal(bright, target["masks"][0].bool())

@@ -129,7 +129,7 @@ def test_data_of_other_classes_are_refused(trained, image_folder, tmp_path, run_
     folder, _, _ = trained
     for names, message in (
         (("n01440764", "n01443537", "ray"), "class 2 is 'n01484850', and 'ray' in the data"),
-        (("n01440764", "n01443537"), "checkpoint.pth: is of 3 classes, but the data have 2"),
+        (("n01440764", "n01443537"), "checkpoint.pth: has 3 classes, but the data have 2"),
     ):
         for split in ("train", "val"):
             shutil.rmtree(tmp_path / split, ignore_errors=True)
@@ -460,7 +460,7 @@ def test_bad_checkpoints_end_with_one_line(trained, image_folder, tmp_path, run_
             *("--resume", folder / "checkpoint.pth", "--model", "pcpvt_tiny", "--model-ema"),
         ],
         "its run had a moving average (EMA); add --model-ema": ["--resume", folder / "checkpoint.pth"],
-        "checkpoint.pth: is of 3 classes, but the data have 10": [
+        "checkpoint.pth: has 3 classes, but the data have 10": [
             *("--resume", folder / "checkpoint.pth", "--model-ema", "--data-set", "SHAPES"),
         ],
         "no training state to resume": ["--resume", tmp_path / "bare.pth"],

@@ -38,5 +38,5 @@ def test_progress_is_logged_now_and_then(monkeypatch, caplog):
 def test_classes_in_another_order_are_refused():
     check_same_classes("x.pth", [], ["a", "b"])
     check_same_classes("x.pth", ["a", "b"], ["a", "b"])
-    with pytest.raises(UserError, match="its classes are those of the data in another order: class 0 is 'b'"):
+    with pytest.raises(UserError, match="but the same in another order: class 0 is 'b'"):
         check_same_classes("x.pth", ["b", "a"], ["a", "b"])
