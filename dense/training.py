@@ -37,8 +37,8 @@ from utils import UserError, seed_everything
 
 logger = logging.getLogger("twins")
 
-# Fields of experiments that a test takes from the training: those that shape the network and its input.
-REMEMBERED_FIELDS = ("backbone", "head", "detector", "channels", "neck_channels", "window_padding", "dataset", "scale")
+# Fields of experiments that a test takes from the training: widths, and those that shape the input.
+REMEMBERED_FIELDS = ("channels", "neck_channels", "window_padding", "dataset", "scale")
 
 
 # -------------------------------------------------------------------------------------------------------- scripts
@@ -125,7 +125,7 @@ def is_checkpoint(path: str) -> bool:
 
 
 def as_trained(experiment: Any, path: str, changes: Sequence[str]) -> Any:
-    """Return the experiment of a test: the network and its input are as in the training, unless the user changes them.
+    """Return the experiment of a test: its `REMEMBERED_FIELDS` are as in the training, unless the user changes them.
 
     What differs from the config or from the training is logged.
 

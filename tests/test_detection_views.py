@@ -1,12 +1,14 @@
 """Testing of detectors: thresholds, results without figures, saved results, and several views of an image."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torchvision.ops import batched_nms
 
 from dense.experiments import load_experiment
+from detection import augmented
 from detection import test as test_script
 from detection.augmented import AugmentedDetector
 from detection.network import Transform, build_detector
@@ -190,3 +192,21 @@ def test_views_of_mask_rcnn_are_averaged():
         torch.testing.assert_close(other["boxes"], found["boxes"], rtol=0, atol=0.05)
         assert torch.equal(other["labels"], found["labels"])
         assert (other["masks"] != found["masks"]).float().mean() < 1e-3
+
+
+@pytest.mark.parametrize(("shares", "is_shown"), [((0.2, 0.7), False), ((0.4, 0.7), True)])
+def test_boxes_scores_and_masks_of_views_are_averaged(shares, is_shown, monkeypatch):
+    """One proposal in two views: the average of the masks' probabilities is below or above 0.5."""
+    boxes = torch.tensor([[[10.0, 10.0, 50.0, 50.0]], [[14.0, 10.0, 54.0, 50.0]]])  # of each view
+    scores = torch.tensor([[[0.4, 0.6, 0.0, 0.0]], [[0.8, 0.2, 0.0, 0.0]]])
+    views = [SimpleNamespace(number=number, image_size=(96, 128)) for number in range(2)]
+    monkeypatch.setattr(augmented, "_propose", lambda rpn, view: (boxes[view.number], torch.tensor([0.9])))
+    monkeypatch.setattr(
+        augmented, "_refine", lambda heads, view, _: (boxes[view.number][:, None].repeat(1, 4, 1), scores[view.number])
+    )
+    monkeypatch.setattr(augmented, "_find_masks", lambda heads, view, *_: torch.full((1, 28, 28), shares[view.number]))
+    found = augmented.merge_mask_rcnn(build_random(MASK), views)
+    torch.testing.assert_close(found["boxes"], torch.tensor([[12.0, 10.0, 52.0, 50.0]]))
+    torch.testing.assert_close(found["scores"], torch.tensor([0.4]))
+    assert found["labels"].tolist() == [0]
+    assert bool(found["masks"].any()) == is_shown
