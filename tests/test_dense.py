@@ -186,6 +186,7 @@ def test_a_published_loss_scale_is_an_upper_limit():
     for saved in (scaler.state_dict(), build_scaler(cpu, 0.0, enabled=True).state_dict()):  # 256, and 65536
         resumed = build_scaler(cpu, 512.0, enabled=True)
         resumed.load_state_dict(saved)
+        assert resumed.get_scale() == min(saved["scale"], 512)
         resumed.set_growth_interval(2)
         assert [step_scaled(resumed, model, 1.0) for _ in range(4)][1:] == [512, 512, 512]
     adaptive = build_scaler(cpu, 0.0, enabled=True)
