@@ -151,9 +151,10 @@ def test_detectors_run_at_all_sizes(kind, exporter, backbone, tmp_path):
             boxes, scores, labels, *masks = network(picture(*size))
         found_boxes, found_scores, found_labels, *found_masks = run(picture(*size))
         distances = (found_boxes - boxes[:, None]).abs().amax(dim=2) + 1e6 * (found_labels != labels[:, None])
-        nearest = distances.argmin(dim=1)
+        # Boxes that are clipped to no area may be the same; their scores tell them apart.
+        nearest = (distances + 1e3 * (found_scores - scores[:, None]).abs()).argmin(dim=1)
         assert len(boxes) == len(found_boxes) == len(nearest.unique()) > 50
-        assert distances.amin(dim=1).max() < 0.01  # pixels
+        assert distances.gather(1, nearest[:, None]).max() < 0.05  # pixels
         torch.testing.assert_close(found_scores[nearest], scores, rtol=0, atol=1e-4)
         for mask, found_mask in zip(masks, found_masks, strict=True):
             assert (mask != found_mask[nearest]).sum() <= 1e-3 * mask.sum()
