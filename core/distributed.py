@@ -47,7 +47,7 @@ def init_processes(device: str = "auto", dist_url: str = "env://", patience: flo
     """
     _export_slurm_variables()
     rank, world_size = read_variable("RANK", 0), read_variable("WORLD_SIZE", 1)
-    chosen = _choose_device(device, read_variable("LOCAL_RANK", 0) if world_size > 1 else None)
+    chosen = choose_device(device, read_variable("LOCAL_RANK", 0) if world_size > 1 else None)
     set_up_logging(rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
@@ -218,7 +218,7 @@ def _export_slurm_variables() -> None:
     env.setdefault("MASTER_PORT", str(20000 + read_variable("SLURM_JOB_ID", 0) % 20000))
 
 
-def _choose_device(name: str, local_rank: int | None) -> torch.device:
+def choose_device(name: str, local_rank: int | None) -> torch.device:
     """Return the device of `--device`; with a local rank, the GPU of that rank."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

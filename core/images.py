@@ -3,15 +3,19 @@
 import colorsys
 import errno
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
+from torchvision.transforms.v2.functional import to_pil_image
 
 from utils import UserError, make_folder, write_atomically
+
+FONT_SIZE, LINE, GAP = 14, 19, 8  # pixels
+MIN_SIDE = 320  # pixels; smaller images are enlarged
 
 
 class BadImageError(UserError):
@@ -84,3 +88,37 @@ def make_colours(count: int) -> list[tuple[int, ...]]:
     shades = ((0.85, 0.95), (0.55, 0.8), (1.0, 0.6))  # saturation, value
     hsv = [(i * 0.618034 % 1, *shades[i % 3]) for i in range(count)]
     return [tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(*colour)) for colour in hsv]
+
+
+def draw_captions(images: Mapping[str, Image.Image]) -> Image.Image:
+    """Return a picture of RGB images side by side, with their captions of one or more lines below."""
+    font = ImageFont.load_default(FONT_SIZE)
+    panels = {caption: enlarge(image) for caption, image in images.items()}
+    text_height = LINE * max(len(caption.splitlines()) for caption in panels) + GAP
+    widths = []
+    for caption, panel in panels.items():
+        widths.append(max([panel.width, *(int(font.getlength(line)) for line in caption.splitlines())]) + GAP)
+    height = max(panel.height for panel in panels.values())
+    picture = Image.new("RGB", (sum(widths), height + text_height), "white")
+    draw = ImageDraw.Draw(picture)
+    left = 0
+    for (caption, panel), width in zip(panels.items(), widths, strict=True):
+        picture.paste(panel, (left, 0))
+        for row, line in enumerate(caption.splitlines()):
+            draw.text((left + 2, height + row * LINE + 2), line, fill="black", font=font)
+        left += width
+    return picture
+
+
+def enlarge(image: Image.Image) -> Image.Image:
+    """Enlarge an image by a whole factor, so that its longer side has at least `MIN_SIDE` pixels."""
+    factor = -(-MIN_SIDE // max(image.size))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
+def draw_heat(image: Image.Image, heat: Tensor) -> Image.Image:
+    """Draw a map `(h, w)` of any range over a grey copy of an image, from blue (lowest) to yellow (highest)."""
+    spread = (heat.max() - heat.min()).clamp(min=1e-12)
+    grey = to_pil_image((heat - heat.min()) / spread).resize(image.size, Image.Resampling.BICUBIC)
+    colours = ImageOps.colorize(grey.convert("L"), black="navy", mid="crimson", white="yellow")
+    return Image.blend(ImageOps.grayscale(image).convert("RGB"), colours, alpha=0.5)

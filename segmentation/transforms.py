@@ -73,15 +73,26 @@ class EvalViews(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, list[Tensor], Tensor]:
         image, labels = self.dataset[index]
-        sizes = [fitted_size(labels.shape, self.scale, ratio) for ratio in self.ratios]
-        smallest = min(sizes, key=min)
-        if min(smallest) < MIN_INPUT_SIZE:
-            raise UserError(
-                f"image {self.dataset.name(index)}: has {smallest[1]}x{smallest[0]} pixels when resized to scale="
-                f"{self.scale} at the smallest ratio, but each side needs at least {MIN_INPUT_SIZE}; raise scale, or "
-                "remove small test_ratios"
-            )
-        return index, [normalise(resize_image(image, size)) for size in sizes], labels
+        try:
+            return index, evaluation_inputs(image, self.scale, self.ratios), labels
+        except UserError as error:
+            raise UserError(f"image {self.dataset.name(index)}: {error}") from error
+
+
+def evaluation_inputs(image: Tensor, scale: tuple[int, int], ratios: Sequence[float] = (1.0,)) -> list[Tensor]:
+    """Return a uint8 image `(3, H, W)` normalised and resized to a scale, at each ratio `(3, h, w)`.
+
+    Raises:
+        UserError: If a side becomes smaller than a network takes.
+    """
+    sizes = [fitted_size(image.shape[1:], scale, ratio) for ratio in ratios]
+    smallest = min(sizes, key=min)
+    if min(smallest) < MIN_INPUT_SIZE:
+        raise UserError(
+            f"has {smallest[1]}x{smallest[0]} pixels when resized to scale={scale} at the smallest ratio, but each "
+            f"side needs at least {MIN_INPUT_SIZE}; raise scale, or remove small test_ratios"
+        )
+    return [normalise(resize_image(image, size)) for size in sizes]
 
 
 def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:

@@ -1,0 +1,110 @@
+"""What the predictors and the results of the three tasks share; predict.py loads them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import nn
+
+from core.images import decode_image
+from utils import UserError
+
+Source = str | Path | Image.Image | np.ndarray
+
+
+def open_image(source: Source, upright: bool) -> Image.Image:
+    """Return an image in RGB.
+
+    Args:
+        source: Path, PIL image, or uint8 array `(H, W, 3)` in RGB or `(H, W)` in grey.
+        upright: True to turn the image by its EXIF orientation.
+
+    Raises:
+        BadImageError: If a file is missing or cannot be decoded.
+        UserError: If an array is of another type or shape.
+    """
+    if isinstance(source, (str, Path)):
+        return decode_image(str(source), "RGB", upright)
+    if isinstance(source, Image.Image):
+        return (ImageOps.exif_transpose(source) if upright else source).convert("RGB")
+    array = np.asarray(source)
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)):
+        raise UserError(
+            f"an array of {array.dtype} {array.shape} is no image; pass uint8 from 0 to 255 of shape (height, width, 3)"
+        )
+    return Image.fromarray(array).convert("RGB")
+
+
+@dataclass(frozen=True)
+class Result(ABC):
+    """The prediction of an image.
+
+    Attributes:
+        source: The image, as it was passed to the predictor; `draw` opens a path again.
+        classes: Names of all classes.
+    """
+
+    source: Source
+    classes: Sequence[str]
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Return the prediction as values that JSON can hold."""
+
+    @abstractmethod
+    def draw(self) -> Image.Image:
+        """Return a picture of the image and its prediction."""
+
+
+class Predictor(ABC):
+    """A network in evaluation mode, with the preprocessing of its task's evaluation.
+
+    Args:
+        model: The network.
+        classes: Names of its classes.
+        amp_dtype: Data type of autocast; None to disable mixed precision.
+    """
+
+    upright = True  # images are turned by their EXIF orientation, as in the data sets of the dense tasks
+
+    def __init__(self, model: nn.Module, classes: Sequence[str], amp_dtype: torch.dtype | None = None):
+        self.model = model.eval()
+        self.classes = list(classes)
+        self.device = next(model.parameters()).device
+        self.autocast = partial(torch.autocast, self.device.type, amp_dtype, enabled=amp_dtype is not None)
+
+    def __call__(self, images: Source | Sequence[Source], batch_size: int = 8) -> Any:
+        """Return the result of an image, or the results of a list of images.
+
+        Args:
+            images: Path, PIL image or uint8 array `(H, W, 3)`, or a list of them.
+            batch_size: Number of images that a classifier sees at once; dense networks see one.
+
+        Raises:
+            UserError: If an image cannot be read.
+        """
+        if not isinstance(images, (list, tuple)):
+            return self([images])[0]
+        results = []
+        for start in range(0, len(images), batch_size):
+            batch = images[start : start + batch_size]
+            results += self.predict(batch, [self.prepare(source) for source in batch])
+        return results
+
+    def prepare(self, source: Source) -> Any:
+        """Return the input of the network for an image."""
+        return self.to_input(open_image(source, self.upright))
+
+    @abstractmethod
+    def to_input(self, image: Image.Image) -> Any:
+        """Return the input of the network for an RGB image."""
+
+    @abstractmethod
+    def predict(self, sources: Sequence[Source], inputs: Sequence[Any]) -> list[Result]:
+        """Return the results of images and their inputs."""

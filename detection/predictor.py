@@ -1,0 +1,74 @@
+"""Prediction of the objects in one's own images; predict.py loads the predictor."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from core.predictor import Predictor, Result, Source, open_image
+from detection.data import encode_mask
+from detection.pictures import draw_detections
+
+MIN_SCORE = 0.3  # of the objects that are drawn and listed
+
+
+@dataclass(frozen=True)
+class Detection(Result):
+    """Objects in an image, the highest score first.
+
+    Attributes:
+        source: The image.
+        classes: Names of all classes.
+        boxes: Boxes as x1, y1, x2, y2 in pixels, float32 `(n, 4)`.
+        labels: Class indices, int64 `(n,)`.
+        scores: Scores from 0 to 1, float32 `(n,)`.
+        masks: Masks of the objects, bool `(n, H, W)`; None if the network finds no masks.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    scores: Tensor
+    masks: Tensor | None = None
+
+    def above(self, min_score: float) -> dict[str, Tensor]:
+        """Return the tensors of the objects with a score of at least `min_score`, by their names."""
+        found = {"boxes": self.boxes, "labels": self.labels, "scores": self.scores}
+        if self.masks is not None:
+            found["masks"] = self.masks
+        return {name: value[self.scores >= min_score] for name, value in found.items()}
+
+    def to_dict(self, min_score: float = MIN_SCORE) -> dict[str, Any]:
+        """Return the objects with a score of at least `min_score`; masks are run-length codes, as in COCO's format."""
+        found = self.above(min_score)
+        rows = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
+        objects = [{"name": self.classes[i], "index": i, "score": score, "box": box} for i, score, box in rows]
+        if self.masks is not None:
+            for entry, mask in zip(objects, found["masks"], strict=True):
+                entry["mask"] = encode_mask(mask.numpy())
+        return {"objects": objects}
+
+    def draw(self, min_score: float = MIN_SCORE) -> Image.Image:
+        """Return a picture with the boxes, masks, names and scores of the objects of at least `min_score`."""
+        image = pil_to_tensor(open_image(self.source, upright=True))
+        return draw_detections(image, self.above(min_score), self.classes)
+
+
+class DetectionPredictor(Predictor):
+    """Predictor of objects. It sees one image at a time, as the evaluation does, because padding has an effect."""
+
+    def to_input(self, image: Image.Image) -> Tensor:
+        """Return the image, uint8 `(3, H, W)`; the network itself resizes and normalises it."""
+        return pil_to_tensor(image)
+
+    @torch.inference_mode()
+    def predict(self, sources: Sequence[Source], inputs: Sequence[Tensor]) -> list[Detection]:
+        results = []
+        for source, pixels in zip(sources, inputs, strict=True):
+            with self.autocast():
+                found = self.model([pixels.to(self.device)])[0]
+            results.append(Detection(source, self.classes, **{name: value.cpu() for name, value in found.items()}))
+        return results

@@ -1,0 +1,99 @@
+"""Where a Twins classifier looks: attention maps of blocks, and Grad-CAM (https://arxiv.org/abs/1610.02391)."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from .layers import LocallyGroupedAttention
+from .twins import Twins, TwinsError
+
+
+def attention_maps(model: Twins, images: Tensor, blocks: Sequence[str]) -> dict[str, Tensor]:
+    """Return how much attention each position of chosen blocks receives, as the mean over heads and queries.
+
+    In GSA a position is a token of the subsampled map, and the queries are all tokens; in LSA it is a token of the map,
+    and the queries are those of its window. So the map of a GSA block sums to 1, and in LSA each window does.
+
+    Args:
+        model: Twins model in evaluation mode.
+        images: Normalised images `(B, 3, H, W)`.
+        blocks: Names of blocks, such as `"blocks.2.3"`: block 3 of stage 2, counted from 0.
+
+    Returns:
+        Maps `(B, h, w)` by the name of the block.
+
+    Raises:
+        TwinsError: If there is no such block.
+    """
+    weights = attention_weights(model, images, blocks)
+    return {name: _received(model.get_submodule(name).attn, *weights[name], len(images)) for name in blocks}
+
+
+@torch.no_grad()
+def attention_weights(model: Twins, images: Tensor, blocks: Sequence[str]) -> dict[str, tuple[Tensor, int, int]]:
+    """Return the attention weights of chosen blocks, computed in steps; see `attention_maps`.
+
+    Returns:
+        The weights `(B, heads, queries, keys)`, in LSA `(windows, heads, tokens, tokens)`, and the height and width of
+        the block's map, by the name of the block.
+    """
+    known = [f"blocks.{stage}.{i}" for stage, part in enumerate(model.blocks) for i in range(len(part))]
+    unknown = next((name for name in blocks if name not in known), None)
+    if unknown is not None:
+        raise TwinsError(f"block {unknown!r} is unknown; choose from {known[0]} to {known[-1]}, blocks.STAGE.BLOCK")
+    sizes, weights = {}, {}
+
+    def record(name: str, attention: nn.Module, stack: ExitStack) -> None:
+        def keep_size(_module, inputs):
+            sizes[name] = inputs[0].shape[1:3]
+
+        def keep_weights(_module, _inputs, output):
+            weights[name] = output
+
+        stack.callback(setattr, attention, "fused_attn", attention.fused_attn)
+        attention.fused_attn = False  # the fused function does not return its weights
+        stack.enter_context(attention.register_forward_pre_hook(keep_size))
+        stack.enter_context(attention.attn_drop.register_forward_hook(keep_weights))
+
+    with ExitStack() as stack:
+        for name in blocks:
+            record(name, model.get_submodule(name).attn, stack)
+        model(images)
+    return {name: (weights[name], *sizes[name]) for name in blocks}
+
+
+def grad_cam(model: Twins, images: Tensor, classes: Tensor, stage: int = 2) -> Tensor:
+    """Return the Grad-CAM of classes: how much the parts of images speak for them.
+
+    Args:
+        model: Twins classifier in evaluation mode.
+        images: Normalised images `(B, 3, H, W)`.
+        classes: Class index of each image, int64 `(B,)`.
+        stage: Stage whose output is weighted by the gradient, counted from 0; that of stage 2 has stride 16.
+
+    Returns:
+        Maps `(B, h, w)`, at least 0.
+    """
+    outputs = []
+    hook = model.blocks[stage].register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    with hook, torch.enable_grad():
+        logits = model(images)
+        chosen = logits.gather(1, classes[:, None]).sum()
+        (tokens,) = outputs
+        (gradient,) = torch.autograd.grad(chosen, tokens)
+    importance = gradient.mean(dim=(1, 2), keepdim=True)  # (B, 1, 1, C)
+    return (importance * tokens.detach()).sum(dim=3).clamp(min=0)
+
+
+def _received(attention: nn.Module, weights: Tensor, height: int, width: int, count: int) -> Tensor:
+    """Return the mean weight of each key `(B, h, w)`; see `attention_weights`."""
+    received = weights.mean(dim=(1, 2))
+    if not isinstance(attention, LocallyGroupedAttention):
+        ratio = attention.sr_ratio
+        return received.view(count, height // ratio, width // ratio)
+    size = attention.window_size
+    rows, cols = -(-height // size), -(-width // size)
+    windows = received.view(count, rows, cols, size, size).transpose(2, 3)
+    return windows.reshape(count, rows * size, cols * size)[:, :height, :width]

@@ -1,0 +1,525 @@
+"""Predict the classes, label maps or objects of your own images with trained weights of any of the three tasks.
+
+    python predict.py output/shapes/checkpoint_best.pth photo.jpg folder --out pictures --json predictions.json
+    python predict.py photo.jpg --model alt_gvt_small --pretrained
+    find photos -name '*.jpg' | python predict.py checkpoint_best.pth - --csv predictions.csv
+
+A checkpoint of this repository describes its network and its classes. For released weights name the network: --model
+for a classifier, --config for an experiment of segmentation/configs or detection/configs. In code:
+
+    from predict import load_predictor
+
+    predictor = load_predictor("checkpoint_best.pth")
+    result = predictor("photo.jpg")
+    result.draw().save("prediction.png")
+"""
+
+import argparse
+import csv
+import io
+import json
+import logging
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo
+from timm.models import get_pretrained_cfg_value
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
+from torchvision.transforms.v2.functional import to_pil_image
+
+import models
+from core.description import TASKS, Description, read_description
+from core.distributed import Processes, choose_device
+from core.images import draw_captions, draw_heat, save_png
+from core.launch import one_line, run_script
+from core.meters import show_progress
+from core.options import (
+    POSITIVE_INT,
+    SHARE,
+    ArgumentParser,
+    add_compute_options,
+    add_loader_options,
+    add_process_options,
+    choose_amp,
+    compile_if_asked,
+    loader_options,
+)
+from core.predictor import Predictor, Result, Source, open_image
+from core.signals import signals_noted, stop_if_requested
+from dense.experiments import load_experiment
+from models.attention import attention_maps, grad_cam
+from segmentation.configs.recipes import Experiment as SegmentationExperiment
+from segmentation.data import ADE20K_CLASSES, read_classes
+from segmentation.network import build_segmentor
+from segmentation.predictor import Segmentation, SegmentationPredictor
+from segmentation.weights import load_segmentor
+from transforms import STATISTICS, build_eval_transform
+from utils import UserError, make_folder, write_text
+
+logger = logging.getLogger("twins")
+
+# Options of main.py's evaluation, for weights that do not hold those of their training.
+EVALUATION = {"input_size": 224, "eval_crop_ratio": 0.875, "data_set": "IMNET"}
+# Last layers of the dense networks, ours and those of released weights; entries of a class, and other entries.
+CLASS_LAYERS = {
+    "segmentation": (["decode_head.conv_seg"], 1, 0),
+    "retinanet": (["head.classification_head.cls_logits", "bbox_head.retina_cls"], 9, 0),  # anchors per position
+    "mask_rcnn": (["roi_heads.box_predictor.cls_score", "roi_head.bbox_head.fc_cls"], 1, 1),  # the background
+}
+VALUES = {"classes": "probability", "areas": "share", "objects": "score"}  # the figure of each entry of a prediction
+
+
+# --------------------------------------------------------------------------------------------------- classification
+
+
+@dataclass(frozen=True)
+class Classification(Result):
+    """Classes of an image.
+
+    Attributes:
+        source: The image.
+        classes: Names of all classes.
+        logits: Logits `(classes,)`.
+    """
+
+    logits: Tensor
+
+    @property
+    def probabilities(self) -> Tensor:
+        """Probability of each class, `(classes,)`."""
+        return self.logits.softmax(dim=0)
+
+    def to_dict(self, topk: int = 5) -> dict[str, Any]:
+        """Return the `topk` most probable classes."""
+        best = self.logits.topk(min(topk, len(self.classes))).indices
+        rows = zip(best.tolist(), self.probabilities[best].tolist(), strict=True)
+        return {"classes": [{"name": self.classes[i], "index": i, "probability": share} for i, share in rows]}
+
+    def draw(self, topk: int = 5) -> Image.Image:
+        """Return a picture of the image with its `topk` most probable classes below it."""
+        rows = self.to_dict(topk)["classes"]
+        lines = [f"{row['probability']:.1%}  {row['name']}" for row in rows]
+        return draw_captions({"\n".join(lines): open_image(self.source, upright=False)})
+
+
+class Classifier(Predictor):
+    """Predictor of classes.
+
+    Args:
+        model: Classifier of timm's interface.
+        classes: Names of its classes.
+        options: Options of main.py that shape the input, as `EVALUATION`.
+        amp_dtype: Data type of autocast; None to disable mixed precision.
+    """
+
+    upright = False  # as in training, and as torchvision reads folders of images
+
+    def __init__(
+        self,
+        model: nn.Module,
+        classes: Sequence[str],
+        options: dict[str, Any],
+        amp_dtype: torch.dtype | None = None,
+    ):
+        super().__init__(model, classes, amp_dtype)
+        self.transform = build_eval_transform(argparse.Namespace(**(EVALUATION | options)))
+
+    def to_input(self, image: Image.Image) -> Tensor:
+        """Return the image, resized, cropped and normalised `(3, size, size)`."""
+        return self.transform(image)
+
+    @torch.inference_mode()
+    def predict(self, sources: Sequence[Source], inputs: Sequence[Tensor]) -> list[Classification]:
+        with self.autocast():
+            logits = self.model(torch.stack(list(inputs)).to(self.device))
+        rows = logits.float().cpu()
+        return [Classification(source, self.classes, row) for source, row in zip(sources, rows, strict=True)]
+
+    def explain(self, result: Classification, blocks: Sequence[str] = ()) -> Image.Image:
+        """Return a picture of where the classifier looks: Grad-CAM of the predicted class, and attention of blocks.
+
+        Args:
+            result: Prediction of an image.
+            blocks: Names of blocks, such as `"blocks.2.3"`; by default the last two of the third stage.
+
+        Raises:
+            UserError: If the model is not a Twins model of this repository.
+            TwinsError: If there is no such block.
+        """
+        if not isinstance(self.model, models.Twins):
+            raise UserError(
+                f"--attention: is for Twins models, not for {type(self.model).__name__}; choose one of them"
+            )
+        pixels = self.prepare(result.source)
+        best = result.logits.argmax()
+        blocks = list(blocks) or [f"blocks.2.{i}" for i in range(len(self.model.blocks[2]))[-2:]]
+        images = pixels[None].to(self.device)
+        heat = {f"Grad-CAM of {self.classes[best]}": grad_cam(self.model, images, best[None].to(self.device))}
+        heat |= attention_maps(self.model, images, blocks)
+        mean, std = (torch.tensor(values)[:, None, None] for values in STATISTICS)
+        seen = to_pil_image((pixels * std + mean).clamp(0, 1))
+        panels = {title: draw_heat(seen, maps[0].cpu()) for title, maps in heat.items()}
+        return draw_captions({"image": seen} | panels)
+
+
+# ---------------------------------------------------------------------------------------------------------- loading
+
+
+def load_predictor(
+    weights: str | Path,
+    *,
+    pretrained: bool = False,
+    model: str = "",
+    config: str | Path = "",
+    ema: bool = False,
+    device: str = "auto",
+    amp: str = "off",
+) -> Predictor:
+    """Load a network with its classes and the preprocessing of its evaluation.
+
+    Args:
+        weights: Checkpoint of this repository, released weights, or with `pretrained` the name of a classifier.
+        pretrained: True for the published ImageNet weights of the classifier `weights`.
+        model: Name of the classifier, for weights without a description.
+        config: Experiment of a dense task, for weights without a description.
+        ema: True for the moving average of a classifier's weights.
+        device: `auto`, `cuda`, `cuda:N` or `cpu`.
+        amp: Mixed precision: `off`, `auto`, `bf16` or `fp16`.
+
+    Returns:
+        Predictor of one's own images; see `core.predictor.Predictor.__call__`.
+
+    Raises:
+        UserError: If the network is unknown, or the weights are of another one.
+        TwinsError: If the file cannot be read or does not fit.
+    """
+    target = choose_device(device, local_rank=None)
+    amp_dtype = choose_amp(amp, target)
+    if pretrained:
+        network = create_classifier(str(weights), pretrained=True)
+        return Classifier(prepare(network, target), imagenet_classes(), {}, amp_dtype)
+    description = read_description(weights)
+    if not description.task:
+        description = describe(weights, model, config)
+    if not description.classes:
+        classes = number_classes(weights, description)
+        logger.info("%s: does not hold the names of its %d classes; they are numbered", weights, len(classes))
+        description = replace(description, classes=classes)
+    build = {"classification": build_classifier, "segmentation": build_segmenter, "detection": build_finder}
+    return build[description.task](description, weights, ema, target, amp_dtype)
+
+
+def prepare(network: nn.Module, device: torch.device) -> nn.Module:
+    """Return a network with the fast layers for CPUs, on a device."""
+    return models.cpu.accelerate(network).to(device)
+
+
+def build_classifier(
+    description: Description, weights: str | Path, ema: bool, device: torch.device, amp_dtype: torch.dtype | None
+) -> Classifier:
+    network = create_classifier(description.options["model"], num_classes=len(description.classes))
+    logger.info("%s", models.load_weights(network, weights, ema=ema))
+    return Classifier(prepare(network, device), description.classes, description.options, amp_dtype)
+
+
+def build_segmenter(
+    description: Description, weights: str | Path, ema: bool, device: torch.device, amp_dtype: torch.dtype | None
+) -> SegmentationPredictor:
+    experiment = to_experiment(SegmentationExperiment, description)
+    network = build_segmentor(experiment, len(description.classes), pretrained=False)
+    logger.info("%s", load_segmentor(network, weights))
+    network = prepare(network, device)
+    return SegmentationPredictor(network, description.classes, description.colours, experiment, amp_dtype)
+
+
+def build_finder(
+    description: Description, weights: str | Path, ema: bool, device: torch.device, amp_dtype: torch.dtype | None
+) -> Predictor:
+    from detection.configs.recipes import Experiment  # detection needs pycocotools
+    from detection.network import build_detector
+    from detection.predictor import DetectionPredictor
+    from detection.weights import load_detector
+
+    network = build_detector(to_experiment(Experiment, description), len(description.classes), pretrained=False)
+    logger.info("%s", load_detector(network, weights))
+    return DetectionPredictor(prepare(network, device), description.classes, amp_dtype)
+
+
+def create_classifier(name: str, **kwargs) -> nn.Module:
+    """Create a classifier by its name.
+
+    Raises:
+        UserError: If there is no such model, or its published weights cannot be loaded.
+    """
+    try:
+        return timm.create_model(name, **kwargs)
+    except Exception as error:  # timm and the hub raise many kinds of errors
+        raise UserError(
+            f"--model {name}: cannot be created ({type(error).__name__}: {one_line(error)}); check the name and, with "
+            "--pretrained, the network connection"
+        ) from error
+
+
+def describe(weights: str | Path, model: str, config: str | Path) -> Description:
+    """Describe a network of released weights by the model or the experiment that the user names."""
+    if model:
+        count = count_classes(weights, "classification", {"model": model})
+        return Description("classification", imagenet_classes() if count == 1000 else (), options={"model": model})
+    if not config:
+        raise UserError(
+            f"{weights}: does not say of which network it is; name a classifier with --model, or an experiment of "
+            "segmentation/configs or detection/configs with --config"
+        )
+    experiment = load_experiment(config)
+    options = {field.name: getattr(experiment, field.name) for field in fields(experiment)}
+    task = next(task for option, task in TASKS.items() if option in options)
+    count = count_classes(weights, task, options)
+    if (task, count) == ("segmentation", 150):
+        return Description(task, *read_classes(ADE20K_CLASSES), options=options)
+    if (task, count) == ("detection", 80):
+        return Description(task, coco_classes(), options=options)
+    return Description(task, options=options)
+
+
+def imagenet_classes() -> list[str]:
+    """Return the names of the 1000 classes of ImageNet."""
+    info = ImageNetInfo()
+    return [info.index_to_description(index) for index in range(info.num_classes())]
+
+
+def coco_classes() -> list[str]:
+    """Return the names of the 80 classes of COCO."""
+    names = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    return [name for name in names if name not in ("__background__", "N/A")]
+
+
+def number_classes(weights: str | Path, description: Description) -> list[str]:
+    """Return names for classes that have none."""
+    count = count_classes(weights, description.task, description.options)
+    return [f"class {index}" for index in range(count)]
+
+
+def count_classes(path: str | Path, task: str, options: dict[str, Any]) -> int:
+    """Return the number of classes of a network, from the bias of its last layer.
+
+    Raises:
+        UserError: If the weights are not those of such a network.
+    """
+    if task == "classification":
+        layers, per_class, others = [get_pretrained_cfg_value(options["model"], "classifier") or "head"], 1, 0
+    else:
+        layers, per_class, others = CLASS_LAYERS[options.get("detector", task)]
+    weights = models.read_weights(path)
+    layer = next((layer for layer in layers if f"{layer}.bias" in weights), None)
+    if layer is None:
+        raise UserError(f"{path}: has no layer {layers[0]}; pass the weights of a whole network for {task}")
+    return len(weights[f"{layer}.bias"]) // per_class - others
+
+
+def to_experiment(kind: type, description: Description) -> Any:
+    """Return the experiment that a network was trained by."""
+    known = {field.name for field in fields(kind)}
+    return kind(**{name: value for name, value in description.options.items() if name in known})
+
+
+# ----------------------------------------------------------------------------------------------------- command line
+
+
+class Files(Dataset):
+    """Image files as inputs of a predictor: `(path, input, "")`, or `(path, None, message)` for a bad file."""
+
+    def __init__(self, paths: Sequence[Path], predictor: Predictor):
+        self.paths, self.predictor = paths, predictor
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Path, Any, str]:
+        path = self.paths[index]
+        try:
+            return path, self.predictor.prepare(path), ""
+        except UserError as error:
+            return path, None, str(error)
+
+
+def get_parser() -> ArgumentParser:
+    """Return the parser of predict.py."""
+    usage = "predict.py WEIGHTS IMAGE_OR_FOLDER ... [options]"
+    parser = ArgumentParser(prog="predict.py", usage=usage, description=__doc__)
+    parser.add_argument(
+        "paths",
+        nargs="+",
+        metavar="WEIGHTS IMAGE_OR_FOLDER",
+        help="weights (omit them with --pretrained), then images and folders of images; -: paths from standard input",
+    )
+    group = parser.add_argument_group("network")
+    group.add_argument("--pretrained", action="store_true", help="use the published ImageNet weights of --model")
+    group.add_argument("--model", default="", metavar="NAME", help="classifier, for weights without a description")
+    group.add_argument("--config", default="", metavar="FILE", help="experiment, for weights without a description")
+    group.add_argument("--model-ema", action="store_true", help="use the moving average of a classifier's weights")
+    add_compute_options(group, amp="off")
+    group = parser.add_argument_group("predictions")
+    group.add_argument("--out", metavar="FOLDER", help="write a picture of each prediction, and label maps, as PNG")
+    group.add_argument("--json", metavar="FILE", help="write the predictions as JSON: a list with an object per image")
+    group.add_argument("--csv", metavar="FILE", help="write the predictions as a table")
+    group.add_argument("--topk", type=POSITIVE_INT, default=5, metavar="N", help="number of classes of an image")
+    group.add_argument("--score-thr", type=SHARE, default=0.3, metavar="SCORE", help="minimum score of an object")
+    group.add_argument("--batch-size", type=POSITIVE_INT, default=8, metavar="N", help="images of a classifier's batch")
+    group.add_argument(
+        "--attention",
+        action="store_true",
+        help="write pictures of where a classifier looks: Grad-CAM of the predicted class, and attention; needs --out",
+    )
+    group.add_argument(
+        "--blocks",
+        nargs="+",
+        default=[],
+        metavar="BLOCK",
+        help="blocks of --attention, such as blocks.2.3 (default: the last two of the third stage)",
+    )
+    add_loader_options(group, num_workers=4)
+    add_process_options(parser)
+    return parser
+
+
+def find_images(paths: Iterable[str]) -> list[Path]:
+    """Return the image files of paths: files, folders, and `-` for paths from standard input.
+
+    Raises:
+        UserError: If a folder holds no image.
+    """
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    images = []
+    for path in paths:
+        if path == "-":
+            images += [Path(line.rstrip("\n")) for line in sys.stdin if line.strip()]
+        elif Path(path).is_dir():
+            files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+            found = [file for file in files if file.suffix.lower() in suffixes]
+            if not found:
+                raise UserError(f"{path}: holds no image; name a folder of images, such as .jpg or .png")
+            left = Counter(file.suffix or file.name for file in files if file.suffix.lower() not in suffixes)
+            if left:
+                logger.info("%s: leaves out %d files that are no images: %s", path, left.total(), ", ".join(left))
+            images += found
+        else:
+            images.append(Path(path))
+    if not images:
+        raise UserError("there is no image; name images or folders after the weights")
+    return list(dict.fromkeys(images))
+
+
+def run_prediction(args: argparse.Namespace, processes: Processes) -> None:
+    """Predict images and write what the options ask for."""
+    check_args(args, processes)
+    weights, paths = (args.model, args.paths) if args.pretrained else (args.paths[0], args.paths[1:])
+    images = find_images(paths)
+    predictor = load_predictor(
+        weights,
+        pretrained=args.pretrained,
+        model=args.model,
+        config=args.config,
+        ema=args.model_ema,
+        device=str(processes.device),
+        amp=args.amp,
+    )
+    if args.attention and not isinstance(predictor, Classifier):
+        raise UserError(f"--attention: is for classifiers, but {weights} is of another task; remove it")
+    compile_if_asked(predictor.model, args.compile)
+    for folder in filter(None, (args.out, *(Path(file).parent for file in (args.json, args.csv) if file))):
+        make_folder(Path(folder))
+    with signals_noted():
+        entries = predict_files(args, predictor, images)
+    if args.json:
+        write_text(Path(args.json), json.dumps(entries, indent=1) + "\n")
+    if args.csv:
+        write_text(Path(args.csv), to_table(entries))
+    if len(entries) < len(images):
+        raise UserError(f"{len(images) - len(entries)} of {len(images)} images cannot be predicted; see above")
+
+
+def check_args(args: argparse.Namespace, processes: Processes) -> None:
+    """Reject options that do not work together."""
+    if processes.world_size > 1:
+        raise UserError("predict.py runs in one process; start it without a launcher")
+    if args.pretrained and not args.model:
+        raise UserError("--pretrained: name the classifier with --model")
+    if args.attention and not args.out:
+        raise UserError("--attention: there is no folder for its pictures; name it with --out")
+
+
+def predict_files(args: argparse.Namespace, predictor: Predictor, images: Sequence[Path]) -> list[dict[str, Any]]:
+    """Predict image files; write and return the predictions, without those of unreadable files, which are logged."""
+    batch_size = args.batch_size if isinstance(predictor, Classifier) else 1
+    loading = loader_options(args, predictor.device)
+    loader = DataLoader(Files(images, predictor), batch_size, collate_fn=list, **loading)
+    folder = os.path.commonpath([path.absolute().parent for path in images])
+    entries = []
+    for batch in show_progress(loader, "prediction"):
+        stop_if_requested(predictor.device)
+        for _, _, message in batch:
+            if message:
+                logger.warning("skipped: %s", message)
+        good = [(path, pixels) for path, pixels, message in batch if not message]
+        if good:
+            for result in predictor.predict([path for path, _ in good], [pixels for _, pixels in good]):
+                name = result.source.absolute().relative_to(folder)
+                entries.append({"path": str(result.source)} | write_result(args, predictor, result, name))
+    return entries
+
+
+def write_result(args: argparse.Namespace, predictor: Predictor, result: Result, name: Path) -> dict[str, Any]:
+    """Log a prediction, write its pictures and its label map, and return it as plain values."""
+    choices = {"min_score": args.score_thr}
+    if isinstance(result, Classification):
+        choices = {"topk": args.topk}
+    elif isinstance(result, Segmentation):
+        choices = {}
+    entry = result.to_dict(**choices)
+    kind, rows = next(iter(entry.items()))
+    listed = ", ".join(f"{row['name']} {row[VALUES[kind]]:.1%}" for row in rows)
+    logger.info("%s: %s", result.source, listed or f"no {kind} with a score of at least {args.score_thr}")
+    if args.out:
+        save_png(result.draw(**choices), Path(args.out) / name)
+    if args.out and isinstance(result, Segmentation):
+        path = Path(args.out) / f"{name}.labels"
+        save_png(to_pil_image(result.labels[None]), path)
+        entry["label_map"] = f"{path}.png"
+    if args.attention:
+        save_png(predictor.explain(result, args.blocks), Path(args.out) / f"{name}.attention")
+    return entry
+
+
+def to_table(entries: Sequence[dict[str, Any]]) -> str:
+    """Return predictions as CSV, with a line for each class, area or object."""
+    lines = []
+    for entry in entries:
+        for row in next(entry[kind] for kind in VALUES if kind in entry):
+            corners = dict(zip(("x1", "y1", "x2", "y2"), row.get("box", ()), strict=False))
+            plain = {key: value for key, value in row.items() if key not in ("box", "mask")}
+            lines.append({"path": entry["path"]} | plain | corners)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]) if lines else ["path"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run from the command line; see `core.launch.run_script` for the exit codes."""
+    parser = get_parser()
+    run_script(parser.prog, run_prediction, parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Prediction of the class of each pixel of one's own images; predict.py loads the predictor."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from core.images import make_colours
+from core.predictor import Predictor, Result, Source, open_image
+from segmentation.configs.recipes import Experiment
+from segmentation.data import IGNORED_LABEL
+from segmentation.network import Segmentor, build_predictor
+from segmentation.pictures import draw_overlay
+from segmentation.transforms import evaluation_inputs
+
+
+@dataclass(frozen=True)
+class Segmentation(Result):
+    """Class of each pixel of an image.
+
+    Attributes:
+        source: The image.
+        classes: Names of all classes.
+        colours: RGB colours of all classes.
+        labels: Class indices, uint8 `(H, W)`.
+    """
+
+    colours: Sequence[tuple[int, ...]]
+    labels: Tensor
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the classes that occur, the largest first, with their shares of the pixels from 0 to 1."""
+        shares = torch.bincount(self.labels.flatten(), minlength=len(self.classes)) / self.labels.numel()
+        present = [index for index in shares.argsort(descending=True).tolist() if shares[index] > 0]
+        return {"areas": [{"name": self.classes[i], "index": i, "share": shares[i].item()} for i in present]}
+
+    def draw(self) -> Image.Image:
+        """Return a picture of the image, the classes in colours over the image, and a legend."""
+        image = pil_to_tensor(open_image(self.source, upright=True))
+        return draw_overlay(image, {"prediction": self.labels}, self.classes, self.colours, IGNORED_LABEL)
+
+
+class SegmentationPredictor(Predictor):
+    """Predictor of label maps.
+
+    Args:
+        model: Network of `build_segmentor`.
+        classes: Names of its classes.
+        colours: RGB colours of the classes; empty for the default ones.
+        experiment: Experiment with the scale of the images and the sliding window.
+        amp_dtype: Data type of autocast; None to disable mixed precision.
+    """
+
+    def __init__(
+        self,
+        model: Segmentor,
+        classes: Sequence[str],
+        colours: Sequence[tuple[int, ...]],
+        experiment: Experiment,
+        amp_dtype: torch.dtype | None = None,
+    ):
+        super().__init__(model, classes, amp_dtype)
+        self.colours = list(colours) or make_colours(len(classes))
+        self.scale = experiment.scale
+        self.predict_image = build_predictor(model, experiment, amp_dtype)
+
+    def to_input(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
+        """Return the normalised image `(3, h, w)` at the scale of the evaluation, and the height and width before."""
+        pixels = pil_to_tensor(image)
+        return evaluation_inputs(pixels, self.scale)[0], (image.height, image.width)
+
+    def predict(
+        self, sources: Sequence[Source], inputs: Sequence[tuple[Tensor, tuple[int, int]]]
+    ) -> list[Segmentation]:
+        results = []
+        for index, (source, (pixels, size)) in enumerate(zip(sources, inputs, strict=True)):
+            labels = self.predict_image(index, [pixels], size).to(torch.uint8).cpu()
+            results.append(Segmentation(source, self.classes, self.colours, labels))
+        return results

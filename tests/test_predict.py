@@ -1,0 +1,346 @@
+"""Prediction of one's own images: equal to the evaluation of each task, its files, its pictures and bad input."""
+
+import csv
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo
+from torchvision.transforms.v2.functional import to_pil_image
+
+import main as main_script
+import models
+import predict
+from core import shapes
+from detection import test as detection_test
+from detection import train as detection_train
+from predict import load_predictor
+from segmentation import data as segmentation_data
+from segmentation import test as segmentation_test
+from segmentation import train as segmentation_train
+from tests.conftest import ROOT, TINY, damage_jpeg, fails, run_bash_in
+from tests.test_detection_runs import MASK, RETINA
+from tests.test_detection_runs import SMALL as SMALL_DETECTOR
+from tests.test_segmentation_runs import SMALL as SMALL_SEGMENTOR
+from tests.test_segmentation_runs import UPERNET
+
+CPU = ["--device", "cpu", "--num_workers", "0"]
+CLASSES = ["n01440764", "n01443537", "n01484850"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Sums depend on the number of threads, and the tests compare predictions bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def classifier(image_folder, tmp_path_factory) -> Path:
+    """Checkpoint of a classifier of `image_folder`."""
+    folder = tmp_path_factory.mktemp("classifier")
+    main_script.main([*TINY, "--epochs", "1", "--data-path", str(image_folder), "--output_dir", str(folder)])
+    return folder / "checkpoint.pth"
+
+
+def train_dense(script, config: Path, options: list[str], folder: Path, data: Path | None) -> Path:
+    """Train a small network for a few steps and return its checkpoint."""
+    root = ["--data-root", str(data)] if data else []
+    script.main([str(config), *CPU, *root, "--work-dir", str(folder), "--cfg-options", *options])
+    return folder / "checkpoint.pth"
+
+
+@pytest.fixture(scope="module")
+def segmentor(ade20k_folder, tmp_path_factory) -> Path:
+    """Checkpoint of a segmentation network of `ade20k_folder`."""
+    folder = tmp_path_factory.mktemp("segmentor")
+    options = [*SMALL_SEGMENTOR, "iterations=1", "eval_interval=1"]
+    return train_dense(segmentation_train, ROOT / "segmentation" / UPERNET, options, folder, ade20k_folder)
+
+
+@pytest.fixture(scope="module")
+def detector(coco_folder, tmp_path_factory) -> Path:
+    """Checkpoint of a Mask R-CNN of `coco_folder`."""
+    folder = tmp_path_factory.mktemp("detector")
+    options = [*SMALL_DETECTOR, "epochs=1"]
+    return train_dense(detection_train, ROOT / "detection" / MASK, options, folder, coco_folder)
+
+
+def run(*argv) -> None:
+    predict.main([str(arg) for arg in (*argv, *CPU)])
+
+
+# -------------------------------------------------------------------------------------- predictions are evaluations
+
+
+def recorded_logits(monkeypatch) -> list[torch.Tensor]:
+    """Return a list to which each call of a Twins classifier appends its logits."""
+    logits, forward = [], models.Twins.forward
+
+    def record(self, x):
+        logits.append(forward(self, x))
+        return logits[-1]
+
+    monkeypatch.setattr(models.Twins, "forward", record)
+    return logits
+
+
+def test_classes_equal_the_evaluation(classifier, image_folder, monkeypatch):
+    """The evaluation has batches of 1.5 times --batch-size."""
+    logits = recorded_logits(monkeypatch)
+    main_script.main([*TINY, "--eval", "--resume", str(classifier), "--data-path", str(image_folder)])
+    counted = torch.cat(logits)
+    paths = sorted((image_folder / "val").rglob("*.JPEG"))
+    results = load_predictor(classifier, device="cpu")(paths, batch_size=6)
+    assert torch.equal(torch.stack([result.logits for result in results]), counted)
+    assert results[0].classes == CLASSES
+    best = results[0].to_dict(topk=2)["classes"]
+    assert len(best) == 2 and best[0]["index"] == counted[0].argmax() and best[0]["name"] == CLASSES[best[0]["index"]]
+    assert best[0]["probability"] == pytest.approx(counted[0].softmax(0).max().item())
+
+
+def test_classes_of_shapes_equal_the_evaluation(tmp_path, monkeypatch):
+    """The images of SHAPES are not cropped: the checkpoint says so."""
+    for name in ("SHAPES_TRAIN", "SHAPES_VAL"):
+        monkeypatch.setattr(f"datasets.{name}", 8)
+    options = [*TINY, "--data-set", "SHAPES", "--epochs", "1", "--input-size", "64", "--output_dir", str(tmp_path)]
+    main_script.main(options)
+    logits = recorded_logits(monkeypatch)
+    main_script.main([*CPU, "--batch-size", "4", "--eval", "--resume", str(tmp_path / "checkpoint.pth")])
+    counted = torch.cat(logits)
+    images = [shapes.draw_scene((1, i), 64, labels=[i % 10], radii=shapes.LARGE_RADII).image for i in range(8)]
+    results = load_predictor(tmp_path / "checkpoint.pth", device="cpu")(images, batch_size=6)
+    assert torch.equal(torch.stack([result.logits for result in results]), counted)
+    assert results[0].classes == list(shapes.CLASSES)
+
+
+def test_label_maps_equal_the_evaluation(segmentor, ade20k_folder, tmp_path):
+    config = ROOT / "segmentation" / UPERNET
+    options = [*CPU, "--data-root", str(ade20k_folder), "--out", str(tmp_path / "test")]
+    segmentation_test.main([str(config), str(segmentor), *options, "--cfg-options", *SMALL_SEGMENTOR])
+    run(segmentor, ade20k_folder / "images/validation", "--out", tmp_path / "own", "--json", tmp_path / "own.json")
+    entries = json.loads((tmp_path / "own.json").read_text())
+    assert len(entries) == 5
+    for entry in entries:
+        tested = np.asarray(Image.open(tmp_path / "test" / f"{Path(entry['path']).stem}.png"))
+        labels = np.asarray(Image.open(entry["label_map"]))
+        assert np.array_equal(labels + 1, tested)  # labels of ADE20K start at 1
+        assert sum(area["share"] for area in entry["areas"]) == pytest.approx(1)
+        largest = entry["areas"][0]
+        assert largest["share"] == pytest.approx((labels == largest["index"]).mean())
+    classes, colours = segmentation_data.read_classes(segmentation_data.ADE20K_CLASSES)
+    result = load_predictor(segmentor, device="cpu")(entries[0]["path"])
+    assert result.classes == classes and result.colours == colours
+
+
+@pytest.mark.parametrize("config", [pytest.param(MASK, id="mask_rcnn"), pytest.param(RETINA, id="retinanet")])
+def test_objects_equal_the_evaluation(config, coco_folder, tmp_path):
+    config = ROOT / "detection" / config
+    options = [*SMALL_DETECTOR, "epochs=1", "score_threshold=0.001"]
+    weights = train_dense(detection_train, config, options, tmp_path / "run", coco_folder)
+    options = [*CPU, "--data-root", str(coco_folder), "--out", str(tmp_path / "test.json")]
+    detection_test.main(
+        [str(config), str(weights), *options, "--cfg-options", *SMALL_DETECTOR, "score_threshold=0.001"]
+    )
+    tested = json.loads((tmp_path / "test.json").read_text())
+    run(weights, coco_folder / "val2017", "--json", tmp_path / "own.json", "--score-thr", 0)
+    entries = json.loads((tmp_path / "own.json").read_text())
+    assert len(entries) == 6 and sum(len(entry["objects"]) for entry in entries) == len(tested) > 20
+    ids = {1: "person", 18: "dog", 90: "toothbrush"}
+    for entry in entries:
+        rows = [row for row in tested if row["image_id"] == int(Path(entry["path"]).stem)]
+        for row, found in zip(rows, entry["objects"], strict=True):
+            x, y, width, height = row["bbox"]
+            assert found["box"] == pytest.approx([x, y, x + width, y + height], abs=1e-9)
+            assert found["score"] == row["score"] and found["name"] == ids[row["category_id"]]
+            assert found.get("mask") == row.get("segmentation")
+
+
+def test_dense_predictors_apply_the_exif_orientation(segmentor, detector, classifier, tmp_path):
+    """The classifier does not, as in training."""
+    image = shapes.draw_scene(3, 96).image.resize((96, 64))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    image.save(tmp_path / "turned.png", exif=exif)
+    assert load_predictor(segmentor, device="cpu")(tmp_path / "turned.png").labels.shape == (96, 64)
+    assert load_predictor(detector, device="cpu")(Image.open(tmp_path / "turned.png")).draw().size[0] % 64 == 0
+    network = load_predictor(classifier, device="cpu")
+    assert torch.equal(network(tmp_path / "turned.png").logits, network(image).logits)
+
+
+# ------------------------------------------------------------------------------------------------------- what it takes
+
+
+def test_paths_images_and_arrays_give_the_same(classifier, image_folder):
+    network = load_predictor(classifier, device="cpu")
+    path = next((image_folder / "val").rglob("*.JPEG"))
+    with Image.open(path) as image:
+        sources = [str(path), path, image.copy(), np.asarray(image)]
+    for result in network(sources, batch_size=1):
+        assert torch.equal(result.logits, network(path).logits)
+    with pytest.raises(ValueError, match=r"array of float64 \(4, 4\)"):
+        network(np.zeros((4, 4)))
+    with pytest.raises(ValueError, match="cannot be read as an image"):
+        network("nowhere.jpg")
+
+
+def test_published_weights_know_imagenet(monkeypatch, tmp_path):
+    """By name with --pretrained, and a file with --model; the hub cannot be reached in tests."""
+    create = predict.timm.create_model
+    monkeypatch.setattr(predict.timm, "create_model", lambda name, pretrained=False, **kwargs: create(name, **kwargs))
+    names = [ImageNetInfo().index_to_description(index) for index in range(1000)]
+    assert load_predictor("alt_gvt_tiny", pretrained=True, device="cpu").classes == names
+    torch.save(create("alt_gvt_tiny").state_dict(), tmp_path / "released.pth")
+    assert load_predictor(tmp_path / "released.pth", model="alt_gvt_tiny", device="cpu").classes == names
+    image = tmp_path / "image.png"
+    Image.new("RGB", (40, 40)).save(image)
+    run(image, "--model", "alt_gvt_tiny", "--pretrained", "--json", tmp_path / "out.json", "--topk", "3")
+    (entry,) = json.loads((tmp_path / "out.json").read_text())
+    assert len(entry["classes"]) == 3 and entry["classes"][0]["name"] in names
+
+
+def test_released_dense_weights_are_named_by_their_experiment(segmentor, detector, tmp_path):
+    """Bare weights, with the experiments that they were trained by; networks of other sizes are numbered."""
+    for name, weights, options, count in (
+        ("segmentation", segmentor, SMALL_SEGMENTOR, 150),
+        ("detection", detector, SMALL_DETECTOR, 3),
+    ):
+        torch.save(torch.load(weights, weights_only=True)["model"], tmp_path / f"{name}.pth")
+        fields = ", ".join(option for option in options if not option.startswith(("backbone", "pretrained")))
+        kind = "upernet_swin_setting" if name == "segmentation" else "pvt_setting"
+        config = tmp_path / f"{name}.py"
+        call = f'"alt_gvt_tiny", {fields}' if name == "segmentation" else f'"alt_gvt_tiny", "mask_rcnn", {fields}'
+        config.write_text(f"from {name}.configs.recipes import {kind}\nconfig = {kind}({call})\n")
+        own = load_predictor(weights, device="cpu")
+        network = load_predictor(tmp_path / f"{name}.pth", config=config, device="cpu")
+        image = np.full((64, 64, 3), 90, np.uint8)
+        assert network(image).to_dict() == own(image).to_dict() or name == "detection"
+        assert len(network.classes) == count
+    assert network.classes == ["class 0", "class 1", "class 2"]
+    assert len(predict.coco_classes()) == 80 and predict.coco_classes()[-1] == "toothbrush"
+
+
+# ------------------------------------------------------------------------------------------------------------- files
+
+
+def test_files_of_a_prediction(classifier, image_folder, tmp_path, capsys, monkeypatch):
+    """Folders, files and a list on standard input, in the order given; a file of the same name in two folders."""
+    folder = tmp_path / "images"
+    shutil.copytree(image_folder / "val", folder)
+    (folder / "notes.txt").write_text("no image")
+    single = tmp_path / "0.JPEG"
+    shutil.copy(folder / CLASSES[0] / "0.JPEG", single)
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{single}\n\n"))
+    files = ["--json", tmp_path / "new/out.json", "--csv", tmp_path / "out.csv", "--out", tmp_path / "pictures"]
+    run(classifier, folder, "-", *files, "--topk", "2")
+    output = capsys.readouterr().out
+    assert "leaves out 1 files that are no images: .txt" in output
+    entries = json.loads((tmp_path / "new/out.json").read_text())
+    paths = [str(path) for path in [*sorted(folder.rglob("*.JPEG")), single]]
+    assert [entry["path"] for entry in entries] == paths
+    assert all(f"{path}: n0" in output for path in paths)
+    rows = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
+    assert [row["path"] for row in rows] == [path for path in paths for _ in range(2)]
+    assert [float(row["probability"]) for row in rows[:2]] == [c["probability"] for c in entries[0]["classes"]]
+    pictures = {str(path.relative_to(tmp_path / "pictures")) for path in (tmp_path / "pictures").rglob("*.png")}
+    assert pictures == {f"{Path(path).relative_to(tmp_path)}.png" for path in paths}
+
+
+def test_bad_files_are_listed_and_the_others_predicted(classifier, image_folder, tmp_path, capsys):
+    folder = tmp_path / "images"
+    shutil.copytree(image_folder / "val" / CLASSES[0], folder)
+    damage_jpeg(folder / "3.JPEG")
+    (folder / "4.JPEG").write_text("text")
+    error = fails(capsys, predict, classifier, folder, "--json", tmp_path / "out.json", *CPU)
+    assert "2 of 7 images cannot be predicted" in error
+    names = [Path(entry["path"]).name for entry in json.loads((tmp_path / "out.json").read_text())]
+    assert names == ["0.JPEG", "1.JPEG", "2.JPEG", "5.JPEG", "6.JPEG"]
+
+
+def test_bad_files_are_named(classifier, image_folder, tmp_path, capsys):
+    (tmp_path / "text.jpg").write_text("text")
+    with pytest.raises(SystemExit):
+        run(classifier, tmp_path / "text.jpg", tmp_path / "nowhere.jpg")
+    output = capsys.readouterr().out
+    assert f"skipped: {tmp_path / 'text.jpg'}: cannot be read as an image (its format is unknown)" in output
+    assert f"skipped: {tmp_path / 'nowhere.jpg'}: cannot be read as an image" in output
+
+
+def test_bad_input_is_refused_in_one_line(classifier, segmentor, image_folder, tmp_path, capsys):
+    image = image_folder / "val" / CLASSES[0] / "0.JPEG"
+    (tmp_path / "empty").mkdir()
+    bare = tmp_path / "bare.pth"
+    torch.save(torch.load(classifier, weights_only=True)["model"], bare)
+    assert "holds no image" in fails(capsys, predict, classifier, tmp_path / "empty", *CPU)
+    assert "there is no image" in fails(capsys, predict, classifier, *CPU)
+    assert "there is no such file" in fails(capsys, predict, tmp_path / "nowhere.pth", image, *CPU)
+    assert "name a classifier with --model" in fails(capsys, predict, bare, image, *CPU)
+    wrong = fails(capsys, predict, bare, image, "--config", ROOT / "segmentation" / UPERNET, *CPU)
+    assert "has no layer decode_head.conv_seg" in wrong
+    assert "cannot be created" in fails(capsys, predict, bare, image, "--model", "nonsense", *CPU)
+    assert "name the classifier with --model" in fails(capsys, predict, image, "--pretrained", *CPU)
+    assert "name it with --out" in fails(capsys, predict, classifier, image, "--attention", *CPU)
+    dense = fails(capsys, predict, segmentor, image, "--attention", "--out", tmp_path, *CPU)
+    assert "is for classifiers" in dense
+    blocks = fails(capsys, predict, classifier, image, "--attention", "--out", tmp_path, "--blocks", "9.9", *CPU)
+    assert "block '9.9' is unknown" in blocks
+
+
+def test_old_checkpoints_have_numbered_classes(classifier, image_folder, tmp_path, capsys):
+    content = torch.load(classifier, weights_only=True)
+    del content["description"]
+    content["format"] = 2
+    torch.save(content, tmp_path / "old.pth")
+    run(tmp_path / "old.pth", image_folder / "val" / CLASSES[0] / "0.JPEG")
+    output = capsys.readouterr().out
+    assert "does not hold the names of its 3 classes; they are numbered" in output and "class 1" in output
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_pictures(classifier, segmentor, detector, image_folder, tmp_path):
+    """Each task draws the image at a whole factor; the objects below the threshold are left out."""
+    path = image_folder / "val" / CLASSES[0] / "0.JPEG"  # 90x72
+    network = load_predictor(classifier, device="cpu")
+    drawn = network(path).draw(topk=2)
+    assert drawn.width >= 360 and 288 < drawn.height < network(path).draw(topk=3).height
+    assert (
+        drawn.crop((0, 0, 360, 288)).resize((90, 72), Image.Resampling.NEAREST).tobytes()
+        == predict.open_image(path, upright=False).tobytes()
+    )
+    result = load_predictor(detector, device="cpu")(path)
+    shares = result.scores.sort().values
+    limit = shares[len(shares) // 2].item()
+    assert len(result.to_dict(limit)["objects"]) == (result.scores >= limit).sum() < len(shares)
+    assert result.draw(min_score=limit).tobytes() != result.draw(min_score=0).tobytes()
+
+
+def test_attention_is_drawn(classifier, image_folder, tmp_path):
+    path = image_folder / "val" / CLASSES[0] / "0.JPEG"
+    run(classifier, path, "--attention", "--out", tmp_path)
+    run(classifier, path, "--attention", "--out", tmp_path / "one", "--blocks", "blocks.0.0")
+    both = [Image.open(folder / "0.JPEG.attention.png") for folder in (tmp_path, tmp_path / "one")]
+    assert both[0].width > both[1].width > 3 * 320
+    network = load_predictor(classifier, device="cpu")
+    seen = both[0].crop((0, 0, 320, 320)).resize((32, 32), Image.Resampling.NEAREST)
+    pixels = network.prepare(path) * torch.tensor(predict.STATISTICS[1])[:, None, None]
+    pixels = pixels + torch.tensor(predict.STATISTICS[0])[:, None, None]
+    assert np.abs(np.asarray(seen, int) - np.asarray(to_pil_image(pixels.clamp(0, 1)), int)).max() <= 1
+
+
+@pytest.mark.slow
+def test_a_folder_of_many_images(classifier, tmp_path):
+    """Through the command line with workers: as many predictions as images."""
+    for i in range(200):
+        shapes.draw_scene(i, 40 + i % 50).image.save(tmp_path / f"{i}.png")
+    result = run_bash_in(ROOT, "-c", f"$PYTHON predict.py {classifier} {tmp_path} --csv {tmp_path}/out.csv --topk 1")
+    assert result.returncode == 0, result.stderr
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 201
