@@ -31,7 +31,7 @@ import timm
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo
-from timm.models import get_pretrained_cfg_value
+from timm.models import get_arch_name, get_pretrained_cfg_value
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
@@ -53,6 +53,7 @@ from core.options import (
     choose_amp,
     compile_if_asked,
     loader_options,
+    nearest,
 )
 from core.predictor import Predictor, Result, Source, open_image
 from core.signals import signals_noted, stop_if_requested
@@ -261,18 +262,26 @@ def create_classifier(name: str, **kwargs) -> nn.Module:
     Raises:
         UserError: If there is no such model, or its published weights cannot be loaded.
     """
+    check_classifier(name)
     try:
         return timm.create_model(name, **kwargs)
     except Exception as error:  # timm and the hub raise many kinds of errors
         raise UserError(
-            f"--model {name}: cannot be created ({type(error).__name__}: {one_line(error)}); check the name and, with "
-            "--pretrained, the network connection"
+            f"--model {name}: cannot be created ({type(error).__name__}: {one_line(error)}); with --pretrained, check "
+            "the network connection"
         ) from error
+
+
+def check_classifier(name: str) -> None:
+    """Raise a UserError if timm has no model of this name."""
+    if not timm.is_model(get_arch_name(name)):
+        raise UserError(f"--model {name!r} is unknown{nearest(name, timm.list_models(), cutoff=0.4)}")
 
 
 def describe(weights: str | Path, model: str, config: str | Path) -> Description:
     """Describe a network of released weights by the model or the experiment that the user names."""
     if model:
+        check_classifier(model)
         count = count_classes(weights, "classification", {"model": model})
         return Description("classification", imagenet_classes() if count == 1000 else (), options={"model": model})
     if not config:

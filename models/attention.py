@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .layers import LocallyGroupedAttention
@@ -89,11 +90,15 @@ def grad_cam(model: Twins, images: Tensor, classes: Tensor, stage: int = 2) -> T
 
 def _received(attention: nn.Module, weights: Tensor, height: int, width: int, count: int) -> Tensor:
     """Return the mean weight of each key `(B, h, w)`; see `attention_weights`."""
-    received = weights.mean(dim=(1, 2))
+    weights = weights.mean(dim=1)  # (windows, queries, keys) in LSA
     if not isinstance(attention, LocallyGroupedAttention):
         ratio = attention.sr_ratio
-        return received.view(count, height // ratio, width // ratio)
+        return weights.mean(dim=1).view(count, height // ratio, width // ratio)
     size = attention.window_size
     rows, cols = -(-height // size), -(-width // size)
+    padded = F.pad(weights.new_ones(height, width), (0, cols * size - width, 0, rows * size - height))
+    real = padded.view(rows, size, cols, size).transpose(1, 2).reshape(rows * cols, size**2, 1)  # 0 for padding
+    weights = weights.view(count, rows * cols, size**2, size**2)
+    received = (weights * real).sum(dim=2) / real.sum(dim=1)  # (B, windows, keys)
     windows = received.view(count, rows, cols, size, size).transpose(2, 3)
     return windows.reshape(count, rows * size, cols * size)[:, :height, :width]
