@@ -59,11 +59,8 @@ from core.predictor import Predictor, Result, Source, open_image
 from core.signals import signals_noted, stop_if_requested
 from dense.experiments import load_experiment
 from models.attention import attention_maps, grad_cam
-from segmentation.configs.recipes import Experiment as SegmentationExperiment
 from segmentation.data import ADE20K_CLASSES, read_classes
-from segmentation.network import build_segmentor
 from segmentation.predictor import Segmentation, SegmentationPredictor
-from segmentation.weights import load_segmentor
 from transforms import STATISTICS, build_eval_transform
 from utils import UserError, make_folder, write_text
 
@@ -134,6 +131,21 @@ class Classifier(Predictor):
     ):
         super().__init__(model, classes, amp_dtype)
         self.transform = build_eval_transform(argparse.Namespace(**(EVALUATION | options)))
+
+    @classmethod
+    def from_weights(
+        cls,
+        description: Description,
+        weights: str | Path,
+        device: torch.device,
+        amp_dtype: torch.dtype | None = None,
+        ema: bool = False,
+    ) -> "Classifier":
+        """Build the classifier of a description and load its weights; see `load_predictor`."""
+        network = create_classifier(description.options["model"], num_classes=len(description.classes))
+        logger.info("%s", models.load_weights(network, weights, ema=ema))
+        models.cpu.accelerate(network).to(device)
+        return cls(network, description.classes, description.options, amp_dtype)
 
     def to_input(self, image: Image.Image) -> Tensor:
         """Return the image, resized, cropped and normalised `(3, size, size)`."""
@@ -208,7 +220,7 @@ def load_predictor(
     amp_dtype = choose_amp(amp, target)
     if pretrained:
         network = create_classifier(str(weights), pretrained=True)
-        return Classifier(prepare(network, target), imagenet_classes(), {}, amp_dtype)
+        return Classifier(models.cpu.accelerate(network).to(target), imagenet_classes(), {}, amp_dtype)
     description = read_description(weights)
     if not description.task:
         description = describe(weights, model, config)
@@ -216,44 +228,15 @@ def load_predictor(
         classes = number_classes(weights, description)
         logger.info("%s: does not hold the names of its %d classes; they are numbered", weights, len(classes))
         description = replace(description, classes=classes)
-    build = {"classification": build_classifier, "segmentation": build_segmenter, "detection": build_finder}
-    return build[description.task](description, weights, ema, target, amp_dtype)
+    if description.task == "classification":
+        return Classifier.from_weights(description, weights, target, amp_dtype, ema)
+    if ema:
+        raise UserError(f"{weights}: networks for {description.task} have no moving average of the weights")
+    if description.task == "segmentation":
+        return SegmentationPredictor.from_weights(description, weights, target, amp_dtype)
+    from detection.predictor import DetectionPredictor  # needs pycocotools
 
-
-def prepare(network: nn.Module, device: torch.device) -> nn.Module:
-    """Return a network with the fast layers for CPUs, on a device."""
-    return models.cpu.accelerate(network).to(device)
-
-
-def build_classifier(
-    description: Description, weights: str | Path, ema: bool, device: torch.device, amp_dtype: torch.dtype | None
-) -> Classifier:
-    network = create_classifier(description.options["model"], num_classes=len(description.classes))
-    logger.info("%s", models.load_weights(network, weights, ema=ema))
-    return Classifier(prepare(network, device), description.classes, description.options, amp_dtype)
-
-
-def build_segmenter(
-    description: Description, weights: str | Path, ema: bool, device: torch.device, amp_dtype: torch.dtype | None
-) -> SegmentationPredictor:
-    experiment = to_experiment(SegmentationExperiment, description)
-    network = build_segmentor(experiment, len(description.classes), pretrained=False)
-    logger.info("%s", load_segmentor(network, weights))
-    network = prepare(network, device)
-    return SegmentationPredictor(network, description.classes, description.colours, experiment, amp_dtype)
-
-
-def build_finder(
-    description: Description, weights: str | Path, ema: bool, device: torch.device, amp_dtype: torch.dtype | None
-) -> Predictor:
-    from detection.configs.recipes import Experiment  # detection needs pycocotools
-    from detection.network import build_detector
-    from detection.predictor import DetectionPredictor
-    from detection.weights import load_detector
-
-    network = build_detector(to_experiment(Experiment, description), len(description.classes), pretrained=False)
-    logger.info("%s", load_detector(network, weights))
-    return DetectionPredictor(prepare(network, device), description.classes, amp_dtype)
+    return DetectionPredictor.from_weights(description, weights, target, amp_dtype)
 
 
 def create_classifier(name: str, **kwargs) -> nn.Module:
@@ -333,12 +316,6 @@ def count_classes(path: str | Path, task: str, options: dict[str, Any]) -> int:
     if layer is None:
         raise UserError(f"{path}: has no layer {layers[0]}; pass the weights of a whole network for {task}")
     return len(weights[f"{layer}.bias"]) // per_class - others
-
-
-def to_experiment(kind: type, description: Description) -> Any:
-    """Return the experiment that a network was trained by."""
-    known = {field.name for field in fields(kind)}
-    return kind(**{name: value for name, value in description.options.items() if name in known})
 
 
 # ----------------------------------------------------------------------------------------------------- command line

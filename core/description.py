@@ -1,7 +1,7 @@
 """What a checkpoint says about its network besides the weights: task, classes, normalisation and options."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,11 @@ class Description:
         content = asdict(self)
         del content["options"]
         return content
+
+    def to_experiment(self, kind: type) -> Any:
+        """Return the experiment of the training of a dense network, of the class `kind`."""
+        known = {entry.name for entry in fields(kind)}
+        return kind(**{name: value for name, value in self.options.items() if name in known})
 
 
 def read_description(path: str | Path, task: str | None = None) -> Description:

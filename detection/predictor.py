@@ -1,7 +1,9 @@
 """Prediction of the objects in one's own images; predict.py loads the predictor."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,9 +11,16 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from core.description import Description
 from core.predictor import Predictor, Result, Source, open_image
+from detection.configs.recipes import Experiment
 from detection.data import encode_mask
+from detection.network import build_detector
 from detection.pictures import draw_detections
+from detection.weights import load_detector
+from models.cpu import accelerate
+
+logger = logging.getLogger("twins")
 
 MIN_SCORE = 0.3  # of the objects that are drawn and listed
 
@@ -59,6 +68,19 @@ class Detection(Result):
 
 class DetectionPredictor(Predictor):
     """Predictor of objects. It sees one image at a time, as the evaluation does, because padding has an effect."""
+
+    @classmethod
+    def from_weights(
+        cls,
+        description: Description,
+        weights: str | Path,
+        device: torch.device,
+        amp_dtype: torch.dtype | None = None,
+    ) -> "DetectionPredictor":
+        """Build the detector of a description and load its weights; see `predict.load_predictor`."""
+        network = build_detector(description.to_experiment(Experiment), len(description.classes), pretrained=False)
+        logger.info("%s", load_detector(network, weights))
+        return cls(accelerate(network).to(device), description.classes, amp_dtype)
 
     def to_input(self, image: Image.Image) -> Tensor:
         """Return the image, uint8 `(3, H, W)`; the network itself resizes and normalises it."""

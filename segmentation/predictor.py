@@ -1,7 +1,9 @@
 """Prediction of the class of each pixel of one's own images; predict.py loads the predictor."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,13 +11,18 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
+from core.description import Description
 from core.images import make_colours
 from core.predictor import Predictor, Result, Source, open_image
+from models.cpu import accelerate
 from segmentation.configs.recipes import Experiment
 from segmentation.data import IGNORED_LABEL
-from segmentation.network import Segmentor, build_predictor
+from segmentation.network import Segmentor, build_predictor, build_segmentor
 from segmentation.pictures import draw_overlay
 from segmentation.transforms import evaluation_inputs
+from segmentation.weights import load_segmentor
+
+logger = logging.getLogger("twins")
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,21 @@ class SegmentationPredictor(Predictor):
         self.colours = list(colours) or make_colours(len(classes))
         self.scale = experiment.scale
         self.predict_image = build_predictor(model, experiment, amp_dtype)
+
+    @classmethod
+    def from_weights(
+        cls,
+        description: Description,
+        weights: str | Path,
+        device: torch.device,
+        amp_dtype: torch.dtype | None = None,
+    ) -> "SegmentationPredictor":
+        """Build the network of a description and load its weights; see `predict.load_predictor`."""
+        experiment = description.to_experiment(Experiment)
+        network = build_segmentor(experiment, len(description.classes), pretrained=False)
+        logger.info("%s", load_segmentor(network, weights))
+        accelerate(network).to(device)
+        return cls(network, description.classes, description.colours, experiment, amp_dtype)
 
     def to_input(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
         """Return the normalised image `(3, h, w)` at the scale of the evaluation, and the height and width before."""

@@ -112,6 +112,11 @@ def test_only_tests_import_main_and_benchmarks():
     assert not find_imports(lambda importer, imported: imported in {"main", "benchmarks"} and importer != "tests")
 
 
+def test_few_import_predict():
+    users = {"analyze", "export", "hubconf", "tests"}
+    assert not find_imports(lambda importer, imported: imported == "predict" and importer not in users)
+
+
 def test_modules_are_short():
     lengths = {}
     for module in MODULES:
