@@ -361,6 +361,23 @@ MUTATIONS = [
              ("test_datasets.py::test_a_disk_that_fails_is_not_skipped",)),
     Mutation("scripts inside their folder", "segmentation/train.py", "    sys.path[0] = str(Path(__file__).resolve().parents[1])\n", "    pass\n",
              ("test_launch.py::test_scripts_of_the_dense_tasks_start_in_both_forms[inside its folder-segmentation-train.py]",)),
+    # Prediction.
+    Mutation("orientation in predictions", "core/predictor.py", "    upright = True ", "    upright = False ",
+             ("test_predict.py::test_dense_predictors_apply_the_exif_orientation",)),
+    Mutation("input of a trained classifier", "predict.py", "**(EVALUATION | options)", "**EVALUATION",
+             ("test_predict.py::test_classes_of_shapes_equal_the_evaluation",)),
+    Mutation("batches of predictions", "predict.py", "args.batch_size if isinstance(predictor, Classifier) else 1", "1",
+             ("test_predict.py::test_options_of_computation",)),
+    Mutation("moving average in predictions", "predict.py", "models.load_weights(network, weights, ema=ema)", "models.load_weights(network, weights)",
+             ("test_predict.py::test_options_of_computation",)),
+    Mutation("failure at bad images", "predict.py", "if len(entries) < len(images):", "if False:",
+             ("test_predict.py::test_bad_files_are_listed_and_the_others_predicted",)),
+    Mutation("score threshold of predictions", "detection/predictor.py", "value[self.scores >= min_score]", "value",
+             ("test_predict.py::test_pictures",)),
+    Mutation("queries in the padding of a window", "models/attention.py", "(weights * real).sum(dim=2) / real.sum(dim=1)", "weights.mean(dim=2)",
+             ("test_attention.py::test_attention_equals_a_plain_softmax[alt_gvt_tiny-padded]",)),
+    Mutation("positive parts of Grad-CAM", "models/attention.py", ".sum(dim=3).clamp(min=0)", ".sum(dim=3)",
+             ("test_attention.py::test_grad_cam_follows_the_logits",)),
 ]
 # fmt: on
 

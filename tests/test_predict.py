@@ -17,6 +17,7 @@ import main as main_script
 import models
 import predict
 from core import shapes
+from core.options import ArgumentParser, add_loader_options, add_process_options
 from core.predictor import open_image
 from detection import test as detection_test
 from detection import train as detection_train
@@ -27,11 +28,31 @@ from segmentation import train as segmentation_train
 from tests.conftest import ROOT, TINY, damage_jpeg, fails, run_bash_in
 from tests.test_detection_runs import MASK, RETINA
 from tests.test_detection_runs import SMALL as SMALL_DETECTOR
+from tests.test_options import options_of
 from tests.test_segmentation_runs import SMALL as SMALL_SEGMENTOR
 from tests.test_segmentation_runs import UPERNET
 
 CPU = ["--device", "cpu", "--num_workers", "0"]
 CLASSES = ["n01440764", "n01443537", "n01484850"]
+
+# Tests of the options of predict.py; those of computation and of processes are tested with main.py.
+OPTIONS = {
+    "paths": "test_files_of_a_prediction",
+    "pretrained": "test_published_weights_know_imagenet",
+    "model": "test_published_weights_know_imagenet",
+    "config": "test_released_label_maps_have_the_classes_of_ade20k",
+    "model_ema": "test_options_of_computation",
+    "compile": "test_options_of_computation",
+    "amp": "test_options_of_computation",
+    "out": "test_files_of_a_prediction",
+    "json": "test_files_of_a_prediction",
+    "csv": "test_files_of_a_prediction",
+    "topk": "test_files_of_a_prediction",
+    "score_thr": "test_objects_equal_the_evaluation",
+    "batch_size": "test_options_of_computation",
+    "attention": "test_attention_is_drawn",
+    "blocks": "test_attention_is_drawn",
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -248,6 +269,34 @@ def test_released_objects_of_other_data_are_numbered(detector, tmp_path):
     assert result.classes == ["class 0", "class 1", "class 2"]
     names = predict.coco_classes()
     assert (len(names), names[0], names[-1]) == (80, "person", "toothbrush")
+
+
+def test_every_option_has_a_test():
+    shared = ArgumentParser()
+    add_loader_options(shared)
+    add_process_options(shared)
+    assert options_of(predict.get_parser()) == {*OPTIONS} | options_of(shared)
+    assert set(OPTIONS.values()) <= set(globals())
+
+
+def test_options_of_computation(image_folder, tmp_path, monkeypatch, compiled):
+    """The moving average, bf16, compilation and the batch size reach the network."""
+    options = [*TINY, "--epochs", "1", "--data-path", str(image_folder), "--output_dir", str(tmp_path)]
+    main_script.main([*options, "--model-ema", "--model-ema-decay", "0.5"])
+    weights = tmp_path / "checkpoint.pth"
+    logits = recorded_logits(monkeypatch)
+    for changes in ([], ["--model-ema"], ["--amp", "bf16"], ["--batch-size", "3"]):
+        run(weights, image_folder / "val" / CLASSES[0], *changes)
+    plain, average, half, *batches = logits
+    assert not torch.equal(plain, average)
+    assert half.dtype == torch.bfloat16
+    assert [len(batch) for batch in batches] == [3, 3, 1]
+    assert not compiled
+    run(weights, image_folder / "val" / CLASSES[0], "--compile")
+    assert len(compiled) == 1
+    network = load_predictor(weights, ema=True, device="cpu")
+    paths = sorted((image_folder / "val" / CLASSES[0]).iterdir())
+    assert torch.equal(torch.stack([result.logits for result in network(paths)]), average)
 
 
 # ------------------------------------------------------------------------------------------------------------- files
