@@ -37,8 +37,14 @@ from utils import UserError, seed_everything
 
 logger = logging.getLogger("twins")
 
-# Fields of experiments that a test takes from the training: widths, and those that shape the input.
-REMEMBERED_FIELDS = ("channels", "neck_channels", "window_padding", "dataset", "scale")
+# Fields of experiments that a test takes from the training: those that shape the network, the input and the labels.
+# fmt: off
+REMEMBERED_FIELDS = (
+    "backbone", "channels", "neck_channels", "proposals", "window_padding", "window", "stride", "scale",
+    "dataset", "val_images", "val_labels", "val_annotations", "val_split", "image_suffix", "label_suffix",
+    "ignored_label",
+)
+# fmt: on
 
 
 # -------------------------------------------------------------------------------------------------------- scripts
@@ -127,7 +133,7 @@ def is_checkpoint(path: str) -> bool:
 def as_trained(experiment: Any, path: str, changes: Sequence[str]) -> Any:
     """Return the experiment of a test: its `REMEMBERED_FIELDS` are as in the training, unless the user changes them.
 
-    What differs from the config or from the training is logged.
+    What differs from the training, and what differs from the config without having been set by the user, is logged.
 
     Args:
         experiment: Experiment of the config.
@@ -138,7 +144,8 @@ def as_trained(experiment: Any, path: str, changes: Sequence[str]) -> Any:
     options = read_description(path, task).options
     trained = {name: options[name] for name in REMEMBERED_FIELDS if name in options and hasattr(experiment, name)}
     tested = change_fields(dataclasses.replace(experiment, **trained), changes)
-    kept = {name: getattr(experiment, name) for name in trained if getattr(tested, name) == trained[name]}
+    given = {change.partition("=")[0] for change in changes}
+    kept = {name: getattr(experiment, name) for name in trained if name not in given}
     for difference in differences(tested, trained, "checkpoint") + differences(tested, kept, "config"):
         logger.info("note: %s", difference)
     return tested

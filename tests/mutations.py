@@ -334,6 +334,8 @@ MUTATIONS = [
     Mutation("a test remembers the training", "dense/training.py", "dataclasses.replace(experiment, **trained), changes", "experiment, changes",
              ("test_dense_options.py::test_a_test_remembers_the_training[segmentation]",
               "test_dense_options.py::test_a_test_remembers_the_training[detection]")),
+    Mutation("a test remembers the labels", "dense/training.py", '    "ignored_label",\n', "",
+             ("test_segmentation_runs.py::test_ones_own_data_train_and_are_evaluated",)),
     Mutation("a resumed loss scale", "dense/optimisation.py", 'state_dict | {"scale": min(state_dict["scale"], self.limit)}', "state_dict",
              ("test_dense.py::test_a_published_loss_scale_is_an_upper_limit",)),
     Mutation("task of a checkpoint", "core/description.py", "if task not in (None, known):", "if False:",

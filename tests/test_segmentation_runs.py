@@ -185,15 +185,26 @@ def test_predictions_are_evaluated_again_without_the_network(weights, ade20k_fol
         assert message in line
 
 
-def test_ones_own_data_train_and_are_evaluated(tmp_path):
-    """In folders of their own; the labels that are ignored are not classes."""
+def test_ones_own_data_train_and_are_evaluated(tmp_path, capsys):
+    """In folders of their own; the labels that are ignored are not classes. A test takes all that from the training."""
     fields = write_street_scenes(tmp_path / "data")
     changes = [*SMALL, *(f"{name}={value}" for name, value in fields.items()), "iterations=3"]
     options = [FOLDER / UPERNET, *TINY, "--data-root", tmp_path / "data", "--work-dir", tmp_path / "run"]
     train_script.main([str(arg) for arg in (*options, "--cfg-options", *changes)])
     (line,) = read_log(tmp_path / "run")
     assert 0 <= line["test_mIoU"] <= 1
-    assert (tmp_path / "run/checkpoint_best.pth").exists()
+    capsys.readouterr()
+    command = [FOLDER / UPERNET, tmp_path / "run/checkpoint_best.pth", *TINY, "--data-root", tmp_path / "data"]
+    test_script.main([str(arg) for arg in command])
+    output = capsys.readouterr().out
+    assert "note: ignored-label 3 (config: 255)" in output
+    figures = [f"{name} {100 * line[f'test_{name}']:.2f}" for name in ("mIoU", "mAcc", "aAcc")]
+    assert output.splitlines()[-1] == "  ".join(figures)
+    test_script.main([str(arg) for arg in (*command, "--cfg-options", "dataset=folder", "ignored_label=3")])
+    output = capsys.readouterr().out
+    assert "note: dataset" not in output
+    assert "note: ignored-label" not in output
+    assert "note: label-suffix _gtFine_labelTrainIds.png (config: .png)" in output
 
 
 @pytest.mark.slow
