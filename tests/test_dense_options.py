@@ -150,6 +150,7 @@ FIELDS_ELSEWHERE = {
         "label_suffix": "test_other_folders_suffixes_lists_and_an_ignored_label",
         "ignored_label": "test_other_folders_suffixes_lists_and_an_ignored_label",
         "eval_interval": "test_a_training_leaves_what_is_promised",
+        "evaluations": "test_any_number_of_iterations_is_divided_into_intervals",
         "test_ratios": "test_figures_equal_those_of_the_written_predictions",
         "window": "test_figures_equal_those_of_the_written_predictions",
         "stride": "test_figures_equal_those_of_the_written_predictions",
@@ -314,7 +315,8 @@ NOT_REMEMBERED = {
     "train_labels", "train_split", "train_annotations", "test_images", "test_split", "test_annotations", "scale_range",
     "crop_size", "many_scales", "batch_size", "global_batch", "lr", "weight_decay", "not_decayed", "iterations",
     "epochs", "milestones", "schedule", "warmup_iterations", "warmup_ratio", "power", "min_lr", "precision",
-    "loss_scale", "eval_interval", "test_ratios", "score_threshold", "nms_threshold", "detections", "test_scales",
+    "loss_scale", "eval_interval", "evaluations", "test_ratios", "score_threshold", "nms_threshold", "detections",
+    "test_scales",
 }
 # fmt: on
 

@@ -425,6 +425,17 @@ def test_one_field_sets_a_schedule(name, iterations):
         assert build_experiment(args, Experiment).eval_interval == 2000
 
 
+@pytest.mark.parametrize("name", ["upernet_alt_gvt_tiny_shapes", UPERNET[8:-3], FPN[8:-3]])
+def test_any_number_of_iterations_is_divided_into_intervals(name):
+    for iterations in (1, 2, 7, 19, 25, 99, 1300, 1301, 1700, 20_000, 12_345, 160_000):
+        experiment = load_experiment(FOLDER / f"configs/{name}.py", [f"iterations={iterations}"])
+        evaluations, rest = divmod(iterations, experiment.resolve().eval_interval)
+        assert rest == 0
+        assert 1 <= evaluations <= (2 if "shapes" in name else 10)
+        if iterations in (1300, 1700, 20_000, 160_000):
+            assert evaluations == (2 if "shapes" in name else 10)
+
+
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
