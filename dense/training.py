@@ -50,9 +50,27 @@ REMEMBERED_FIELDS = (
 # -------------------------------------------------------------------------------------------------------- scripts
 
 
+class ExperimentParser(ArgumentParser):
+    """Parser of the scripts of a config, which names --cfg-options for an option that is a field of the experiment."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown and unknown[0].startswith("--") and Path(parsed.config).is_file():
+            name = unknown[0][2:].partition("=")[0].replace("-", "_")
+            try:
+                fields = {field.name for field in dataclasses.fields(load_experiment(parsed.config))}
+            except UserError:  # not a config
+                fields = set()
+            if name in fields:
+                self.error(f"unknown argument {unknown[0]}; use --cfg-options {name}=...")
+        return parsed, unknown
+
+
 def get_train_parser(description: str) -> ArgumentParser:
     """Return the parser of a train.py."""
-    parser = ArgumentParser(prog="train.py", usage="bash dist_train.sh CONFIG GPUS [options]", description=description)
+    parser = ExperimentParser(
+        prog="train.py", usage="bash dist_train.sh CONFIG GPUS [options]", description=description
+    )
     parser.add_argument("config", metavar="CONFIG", help="experiment file in configs/")
     _add_experiment_options(parser)
     group = add_training_options(parser, kept="by default in work_dirs/NAME_OF_CONFIG")
@@ -76,7 +94,7 @@ def get_train_parser(description: str) -> ArgumentParser:
 
 def get_test_parser(description: str) -> ArgumentParser:
     """Return the parser of a test.py, without the options of the task."""
-    parser = ArgumentParser(
+    parser = ExperimentParser(
         prog="test.py", usage="bash dist_test.sh CONFIG CHECKPOINT GPUS [options]", description=description
     )
     parser.add_argument("config", metavar="CONFIG", help="experiment file in configs/")

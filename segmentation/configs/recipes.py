@@ -65,6 +65,8 @@ class Experiment:
 
     def __post_init__(self):
         check_fields(self)
+        if not self.label_suffix:
+            raise UserError("label_suffix='' is empty; set the end of the names of the label files, such as .png")
         if self.scale_range[0] > self.scale_range[1]:
             raise UserError(f"scale_range={self.scale_range}: the lower factor must come first")
         if not self.test_ratios:
