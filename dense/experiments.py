@@ -144,7 +144,9 @@ def _describe_mismatch(name: str, value: Any, hint: Any) -> str:
     """Return the second half of the message for a value of another type: what is wanted."""
     arguments = typing.get_args(hint)
     if typing.get_origin(hint) is Literal:
-        return f"unknown; choose {' or '.join(arguments)}"
+        own_data = next((kind for kind in ("folder", "coco") if name == "dataset" and kind in arguments), "")
+        hint_to_own = f"; for your own data, choose {own_data}" if own_data else ""
+        return f"unknown; choose {' or '.join(arguments)}{hint_to_own}"
     if not arguments:
         is_number = hint is float and type(value) in (int, float)
         return "not a finite number" if is_number else f"not of type {hint.__name__}"

@@ -37,16 +37,40 @@ from utils import UserError, seed_everything
 
 logger = logging.getLogger("twins")
 
-# Fields of experiments that a test takes from the training: widths, and those that shape the input.
-REMEMBERED_FIELDS = ("channels", "neck_channels", "window_padding", "dataset", "scale")
+# Fields of experiments that a test takes from the training: those that shape the network, the input and the labels.
+# fmt: off
+REMEMBERED_FIELDS = (
+    "backbone", "channels", "neck_channels", "proposals", "window_padding", "window", "stride", "scale",
+    "dataset", "val_images", "val_labels", "val_annotations", "val_split", "image_suffix", "label_suffix",
+    "ignored_label",
+)
+# fmt: on
 
 
 # -------------------------------------------------------------------------------------------------------- scripts
 
 
+class ExperimentParser(ArgumentParser):
+    """Parser of the scripts of a config, which names --cfg-options for an option that is a field of the experiment."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        parsed, unknown = super().parse_known_args(args, namespace)
+        if unknown and unknown[0].startswith("--") and Path(parsed.config).is_file():
+            name = unknown[0][2:].partition("=")[0].replace("-", "_")
+            try:
+                fields = {field.name for field in dataclasses.fields(load_experiment(parsed.config))}
+            except UserError:  # not a config
+                fields = set()
+            if name in fields:
+                self.error(f"unknown argument {unknown[0]}; use --cfg-options {name}=...")
+        return parsed, unknown
+
+
 def get_train_parser(description: str) -> ArgumentParser:
     """Return the parser of a train.py."""
-    parser = ArgumentParser(prog="train.py", usage="bash dist_train.sh CONFIG GPUS [options]", description=description)
+    parser = ExperimentParser(
+        prog="train.py", usage="bash dist_train.sh CONFIG GPUS [options]", description=description
+    )
     parser.add_argument("config", metavar="CONFIG", help="experiment file in configs/")
     _add_experiment_options(parser)
     group = add_training_options(parser, kept="by default in work_dirs/NAME_OF_CONFIG")
@@ -70,7 +94,7 @@ def get_train_parser(description: str) -> ArgumentParser:
 
 def get_test_parser(description: str) -> ArgumentParser:
     """Return the parser of a test.py, without the options of the task."""
-    parser = ArgumentParser(
+    parser = ExperimentParser(
         prog="test.py", usage="bash dist_test.sh CONFIG CHECKPOINT GPUS [options]", description=description
     )
     parser.add_argument("config", metavar="CONFIG", help="experiment file in configs/")
@@ -127,7 +151,7 @@ def is_checkpoint(path: str) -> bool:
 def as_trained(experiment: Any, path: str, changes: Sequence[str]) -> Any:
     """Return the experiment of a test: its `REMEMBERED_FIELDS` are as in the training, unless the user changes them.
 
-    What differs from the config or from the training is logged.
+    What differs from the training, and what differs from the config without having been set by the user, is logged.
 
     Args:
         experiment: Experiment of the config.
@@ -138,7 +162,8 @@ def as_trained(experiment: Any, path: str, changes: Sequence[str]) -> Any:
     options = read_description(path, task).options
     trained = {name: options[name] for name in REMEMBERED_FIELDS if name in options and hasattr(experiment, name)}
     tested = change_fields(dataclasses.replace(experiment, **trained), changes)
-    kept = {name: getattr(experiment, name) for name in trained if getattr(tested, name) == trained[name]}
+    given = {change.partition("=")[0] for change in changes}
+    kept = {name: getattr(experiment, name) for name in trained if name not in given}
     for difference in differences(tested, trained, "checkpoint") + differences(tested, kept, "config"):
         logger.info("note: %s", difference)
     return tested

@@ -5,6 +5,8 @@ A data set returns `(image, labels)`: an RGB image, uint8 `(3, H, W)`, and class
 add it to `build_dataset`, and add its name to `dataset` in `configs/recipes.py`.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +20,8 @@ from core import shapes
 from core.images import decode_image, load_image, make_colours
 from segmentation.configs.recipes import Experiment
 from utils import UserError
+
+logger = logging.getLogger("twins")
 
 SHAPES_TRAIN, SHAPES_VAL = 10_000, 500  # images
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -43,7 +47,11 @@ def build_dataset(experiment: Experiment, part: str) -> Dataset:
     root = Path(experiment.data_root)
     if not root.is_dir():
         raise UserError(f"{root}: there is no such folder; set the folder of the data set with --data-root")
-    is_ade20k = experiment.dataset == "ade20k"
+    is_ade20k, train_images = experiment.dataset == "ade20k", root / experiment.train_images
+    if not (is_ade20k or train_images.exists() or (root / "classes.txt").exists()):
+        raise UserError(
+            f"{root}: has neither classes.txt nor {experiment.train_images}; set the folder with --data-root"
+        )
     classes, colours = read_classes(ADE20K_CLASSES if is_ade20k else root / "classes.txt")
     images, labels = find_files(experiment, part)
     return MaskFolder(images, labels, classes, colours, int(is_ade20k), experiment.ignored_label)
@@ -55,6 +63,8 @@ def find_files(experiment: Experiment, part: str) -> tuple[dict[str, Path], dict
     folder, split = root / getattr(experiment, f"{part}_images"), getattr(experiment, f"{part}_split")
     suffixes = [experiment.image_suffix] if experiment.image_suffix else IMAGE_SUFFIXES
     images = _list_files(folder, f"{part}_images", suffixes)
+    if not experiment.image_suffix:
+        log_other_files(folder)
     if split:
         names = _read_lines(root / split, "write the names of the images in it, one per line, without suffix")
         missing = next((name for name in names if name not in images), None)
@@ -71,6 +81,15 @@ def find_files(experiment: Experiment, part: str) -> tuple[dict[str, Path], dict
         if name not in labels:
             raise UserError(f"{image}: has no labels; {folder / name}{experiment.label_suffix} is missing")
     return images, labels
+
+
+def log_other_files(folder: Path) -> None:
+    """Log how many files of a folder are not used because of their suffixes, if any; hidden files are not counted."""
+    files = (file for file in folder.rglob("[!.]*") if file.is_file())
+    counts = Counter(file.suffix for file in files if file.suffix.lower() not in IMAGE_SUFFIXES)
+    if counts:
+        others = ", ".join(f"{count} with the suffix {suffix!r}" for suffix, count in sorted(counts.items()))
+        logger.info("note: %s: files left out: %s; image_suffix chooses another suffix", folder, others)
 
 
 class MaskFolder(Dataset):
@@ -168,7 +187,7 @@ class Shapes(Dataset):
 def read_classes(path: Path) -> tuple[list[str], list[tuple[int, ...]]]:
     """Read the names and colours of classes from a file with one class per line, in the order of their labels.
 
-    A line is a name and, optionally, an RGB colour: `traffic light 250 170 30`. Other classes get a colour.
+    A line is a name and, optionally, an RGB colour: `traffic light 250 170 30`. Other classes get other colours.
 
     Raises:
         UserError: If the file is missing, not in UTF-8, or holds no class or too many.
@@ -177,12 +196,13 @@ def read_classes(path: Path) -> tuple[list[str], list[tuple[int, ...]]]:
     lines = [line.split() for line in _read_lines(path, remedy)]
     if not 0 < len(lines) < IGNORED_LABEL:
         raise UserError(f"{path}: has {len(lines)} classes; it must have 1 to {IGNORED_LABEL - 1}, one per line")
-    names, colours = [], make_colours(len(lines))
+    names, given = [], {}
     for i, words in enumerate(lines):
-        has_colour = len(words) > 3 and all(word.isdigit() and int(word) < 256 for word in words[-3:])
-        names.append(" ".join(words[:-3] if has_colour else words))
-        colours[i] = tuple(map(int, words[-3:])) if has_colour else colours[i]
-    return names, colours
+        if len(words) > 3 and all(word.isdigit() and int(word) < 256 for word in words[-3:]):
+            given[i] = tuple(map(int, words[-3:]))
+        names.append(" ".join(words[:-3] if i in given else words))
+    others = (colour for colour in make_colours(len(lines) + len(given)) if colour not in given.values())
+    return names, [given[i] if i in given else next(others) for i in range(len(lines))]
 
 
 def _read_lines(path: Path, remedy: str) -> list[str]:

@@ -85,6 +85,27 @@ def test_the_limits_of_fields_are_allowed():
     assert Fields(pair=[3, 4], real=2) == Fields(pair=(3, 4), real=2.0)
 
 
+@pytest.mark.parametrize(("task", "own"), [("segmentation", "folder"), ("detection", "coco")])
+def test_the_data_set_for_ones_own_data_is_named(task, own):
+    config = next((ROOT / task / "configs").glob("*_alt_gvt_tiny_shapes.py"))
+    with pytest.raises(UserError, match=f"dataset='mine' is unknown; choose .* for your own data, choose {own}$"):
+        load_experiment(config, ["dataset=mine"])
+
+
+@pytest.mark.parametrize("option", ["--lr=1", "--warmup-iterations", "--batch_size"])
+@pytest.mark.parametrize("task", ["segmentation", "detection"])
+def test_options_that_are_fields_are_set_by_cfg_options(task, option, capsys):
+    config = next((ROOT / task / "configs").glob("*_alt_gvt_tiny_shapes.py"))
+    field = option[2:].replace("-", "_").removesuffix("=1")
+    for parser, files in ((get_train_parser(""), [config]), (get_test_parser(""), [config, "weights.pth"])):
+        with pytest.raises(SystemExit):
+            parser.parse_args([*map(str, files), option, "1"])
+        assert f"error: unknown argument {option}; use --cfg-options {field}=...\n" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            parser.parse_args([str(ROOT / "main.py"), *map(str, files[1:]), option, "1"])
+        assert f"error: unknown argument {option}" in capsys.readouterr().err
+
+
 def test_files_without_an_experiment_are_refused(tmp_path):
     configs = ROOT / "segmentation/configs"
     with pytest.raises(ValueError, match=r"there is no such config; did you mean fpn_pcpvt_s_512x512_80k_ade20k\.py"):

@@ -11,7 +11,7 @@ import main
 from core import shapes
 from core.distributed import Processes
 from dense.experiments import load_experiment
-from dense.training import get_train_parser
+from dense.training import REMEMBERED_FIELDS, get_train_parser
 from detection import test as detection_test
 from detection import train as detection_train
 from detection.configs.recipes import Experiment as DetectionExperiment
@@ -150,6 +150,7 @@ FIELDS_ELSEWHERE = {
         "label_suffix": "test_other_folders_suffixes_lists_and_an_ignored_label",
         "ignored_label": "test_other_folders_suffixes_lists_and_an_ignored_label",
         "eval_interval": "test_a_training_leaves_what_is_promised",
+        "evaluations": "test_any_number_of_iterations_is_divided_into_intervals",
         "test_ratios": "test_figures_equal_those_of_the_written_predictions",
         "window": "test_figures_equal_those_of_the_written_predictions",
         "stride": "test_figures_equal_those_of_the_written_predictions",
@@ -305,6 +306,25 @@ def test_options_of_a_dense_training(task, run_dense, compiled, recomputed, tmp_
         keys.append((list(sampler), loader.dataset.seed))
     assert keys[0][0] != keys[1][0]
     assert (keys[0][1], keys[1][1]) == (0, 1)
+
+
+# Fields that a test does not take from the training: those that training alone reads, and the choices of a test.
+# fmt: off
+NOT_REMEMBERED = {
+    "head", "detector", "head_std", "roi_samples", "drop_path", "pretrained", "data_root", "train_images",
+    "train_labels", "train_split", "train_annotations", "test_images", "test_split", "test_annotations", "scale_range",
+    "crop_size", "many_scales", "batch_size", "global_batch", "lr", "weight_decay", "not_decayed", "iterations",
+    "epochs", "milestones", "schedule", "warmup_iterations", "warmup_ratio", "power", "min_lr", "precision",
+    "loss_scale", "eval_interval", "evaluations", "test_ratios", "score_threshold", "nms_threshold", "detections",
+    "test_scales",
+}
+# fmt: on
+
+
+def test_every_field_is_remembered_or_a_choice():
+    """What shapes the network, its input and the labels is remembered."""
+    names = {field.name for experiment in EXPERIMENTS.values() for field in fields(experiment)}
+    assert names == NOT_REMEMBERED ^ set(REMEMBERED_FIELDS)
 
 
 def test_every_field_of_an_experiment_has_a_test():

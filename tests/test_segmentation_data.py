@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from core.images import fitted_size, resize_image
+from core.images import fitted_size, make_colours, resize_image
 from segmentation import transforms
 from segmentation.configs.recipes import Experiment
 from segmentation.data import IGNORED_LABEL, build_dataset, read_classes
@@ -57,7 +57,30 @@ def test_ones_own_folder(tmp_path):
     assert dataset.classes == ["road", "traffic light", "sky 1 2 300"]
     assert dataset.colours[0] == (128, 64, 128)
     assert len(set(dataset.colours)) == 3
+    by_rule = make_colours(3)
+    lines = [" ".join(map(str, ("class", *colour))) for colour in by_rule]
+    (tmp_path / "own.txt").write_text("\n".join(["a", "b", "c", *lines]))
+    _, colours = read_classes(tmp_path / "own.txt")
+    assert len(set(colours)) == 6
+    assert colours[3:] == by_rule
     assert np.array_equal(dataset[0][1].numpy(), make_labels(ADE20K_SIZES[0], 0, 3))  # labels from 0 on, as they are
+
+
+def test_files_with_other_suffixes_are_announced(tmp_path, caplog):
+    write_ade20k(tmp_path, count=2)
+    (tmp_path / "classes.txt").write_text("\n".join(map(str, range(151))))
+    folder = tmp_path / "images/training"
+    with caplog.at_level("INFO", "twins"):
+        open_part(tmp_path, dataset="folder")
+        assert not caplog.text
+        for name in ("a.tif", "b/c.tif", "d.bmp", ".hidden", "upper.JPG"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(b"")
+        (tmp_path / "annotations/training/upper.png").write_bytes(b"")
+        open_part(tmp_path, dataset="folder")
+    note = f"note: {folder}: files left out: 1 with the suffix '.bmp', 2 with the suffix '.tif'; image_suffix"
+    assert note in caplog.text
+    assert caplog.text.count("note:") == 1
 
 
 def test_shapes_are_the_same_each_time_and_differ_between_parts():
@@ -114,8 +137,13 @@ def test_faults_of_the_files_are_named(how, tmp_path):
 def test_missing_folders_and_class_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere: there is no such folder; set the folder of .* with --data-root"):
         open_part(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r": has neither classes\.txt nor images/training; set .* with --data-root"):
+        open_part(tmp_path, dataset="folder")
+    (tmp_path / "images/training").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"classes\.txt: cannot be read .* one class per line"):
         open_part(tmp_path, dataset="folder")
+    with pytest.raises(UserError, match="label_suffix='' is empty"):
+        open_part(tmp_path, dataset="folder", label_suffix="")
     (tmp_path / "classes.txt").write_text("\n")
     with pytest.raises(ValueError, match=r"classes\.txt: has 0 classes"):
         read_classes(tmp_path / "classes.txt")

@@ -185,15 +185,26 @@ def test_predictions_are_evaluated_again_without_the_network(weights, ade20k_fol
         assert message in line
 
 
-def test_ones_own_data_train_and_are_evaluated(tmp_path):
-    """In folders of their own; the labels that are ignored are not classes."""
+def test_ones_own_data_train_and_are_evaluated(tmp_path, capsys):
+    """In folders of their own; the labels that are ignored are not classes. A test takes all that from the training."""
     fields = write_street_scenes(tmp_path / "data")
     changes = [*SMALL, *(f"{name}={value}" for name, value in fields.items()), "iterations=3"]
     options = [FOLDER / UPERNET, *TINY, "--data-root", tmp_path / "data", "--work-dir", tmp_path / "run"]
     train_script.main([str(arg) for arg in (*options, "--cfg-options", *changes)])
     (line,) = read_log(tmp_path / "run")
     assert 0 <= line["test_mIoU"] <= 1
-    assert (tmp_path / "run/checkpoint_best.pth").exists()
+    capsys.readouterr()
+    command = [FOLDER / UPERNET, tmp_path / "run/checkpoint_best.pth", *TINY, "--data-root", tmp_path / "data"]
+    test_script.main([str(arg) for arg in command])
+    output = capsys.readouterr().out
+    assert "note: ignored-label 3 (config: 255)" in output
+    figures = [f"{name} {100 * line[f'test_{name}']:.2f}" for name in ("mIoU", "mAcc", "aAcc")]
+    assert output.splitlines()[-1] == "  ".join(figures)
+    test_script.main([str(arg) for arg in (*command, "--cfg-options", "dataset=folder", "ignored_label=3")])
+    output = capsys.readouterr().out
+    assert "note: dataset" not in output
+    assert "note: ignored-label" not in output
+    assert "note: label-suffix _gtFine_labelTrainIds.png (config: .png)" in output
 
 
 @pytest.mark.slow
@@ -412,6 +423,17 @@ def test_one_field_sets_a_schedule(name, iterations):
         assert last == pytest.approx(experiment.min_lr / experiment.lr)
         args.cfg_options.append("eval_interval=2000")
         assert build_experiment(args, Experiment).eval_interval == 2000
+
+
+@pytest.mark.parametrize("name", ["upernet_alt_gvt_tiny_shapes", UPERNET[8:-3], FPN[8:-3]])
+def test_any_number_of_iterations_is_divided_into_intervals(name):
+    for iterations in (1, 2, 7, 19, 25, 99, 1300, 1301, 1700, 20_000, 12_345, 160_000):
+        experiment = load_experiment(FOLDER / f"configs/{name}.py", [f"iterations={iterations}"])
+        evaluations, rest = divmod(iterations, experiment.resolve().eval_interval)
+        assert rest == 0
+        assert 1 <= evaluations <= (2 if "shapes" in name else 10)
+        if iterations in (1300, 1700, 20_000, 160_000):
+            assert evaluations == (2 if "shapes" in name else 10)
 
 
 # ---------------------------------------------------------------------------------------------------------- bad input

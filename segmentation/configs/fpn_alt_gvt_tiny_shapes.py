@@ -10,4 +10,4 @@ To expect: mIoU 83.2 % (seed 0) after 5 minutes.
 
 from segmentation.configs.recipes import shapes_setting
 
-config = shapes_setting("alt_gvt_tiny", head="fpn", channels=64, neck_channels=128, iterations=1700, eval_interval=850)
+config = shapes_setting("alt_gvt_tiny", head="fpn", channels=64, neck_channels=128, iterations=1700)

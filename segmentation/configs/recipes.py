@@ -57,20 +57,24 @@ class Experiment:
     loss_scale: NonNegative[float] = 0.0  # of fp16 in training; 0: adapted
 
     # The evaluation.
-    eval_interval: NonNegative[int] = 0  # iterations between evaluations and checkpoints; 0: a tenth of all
+    eval_interval: NonNegative[int] = 0  # iterations between evaluations and checkpoints; 0: set by `evaluations`
+    evaluations: Positive[int] = 10  # evaluations of a run; fewer, if iterations cannot be divided into so many parts
     test_ratios: tuple[Positive[float], ...] = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # factors on scale with --aug-test
     window: NonNegative[int] = 0  # side length of a sliding window in pixels; 0: the whole image at once
     stride: NonNegative[int] = 0  # pixels from one window to the next
 
     def __post_init__(self):
         check_fields(self)
+        if not self.label_suffix:
+            raise UserError("label_suffix='' is empty; set the end of the names of the label files, such as .png")
         if self.scale_range[0] > self.scale_range[1]:
             raise UserError(f"scale_range={self.scale_range}: the lower factor must come first")
         if not self.test_ratios:
             raise UserError("test_ratios=(): at least one factor is needed")
         if self.iterations % self.interval:
             raise UserError(
-                f"iterations={self.iterations} is not a multiple of eval_interval={self.interval}; change one"
+                f"iterations={self.iterations} is not a multiple of eval_interval={self.interval}; change one, or set "
+                "eval_interval=0 for a suitable one"
             )
         if 0 < self.window < MIN_INPUT_SIZE:
             raise UserError(f"window={self.window} is neither 0 nor at least {MIN_INPUT_SIZE} pixels")
@@ -80,7 +84,10 @@ class Experiment:
     @property
     def interval(self) -> int:
         """Iterations between evaluations."""
-        return self.eval_interval or max(1, self.iterations // 10)
+        if self.eval_interval:
+            return self.eval_interval
+        shortest = -(-self.iterations // self.evaluations)  # rounded up
+        return next(length for length in range(shortest, self.iterations + 1) if self.iterations % length == 0)
 
     def resolve(self) -> "Experiment":
         """Return the experiment with a fixed `eval_interval`, which a resumed run compares."""
@@ -126,6 +133,6 @@ def shapes_setting(backbone: str, **changes) -> Experiment:
         "lr": 1e-3,
         "iterations": 1300,
         "warmup_iterations": 50,
-        "eval_interval": 650,
+        "evaluations": 2,
     }
     return Experiment(backbone=backbone, **(setting | changes))
