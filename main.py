@@ -179,6 +179,13 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
         help="learning-rate schedule of timm",
     )
     group.add_argument(
+        "--sched-on-updates",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="set the learning rate before each step instead of after each epoch; the options of the schedule stay in "
+        "epochs",
+    )
+    group.add_argument(
         "--warmup-lr", default=1e-6, type=NON_NEGATIVE, metavar="LR", help="learning rate at the start of the warm-up"
     )
     group.add_argument(
@@ -418,7 +425,7 @@ def build_state(args: argparse.Namespace, model: nn.Module, sampler: TrainSample
     return TrainState(
         model=model,
         optimizer=optimizer,
-        lr_scheduler=build_scheduler(args, optimizer),
+        lr_scheduler=build_scheduler(args, optimizer, sampler.steps),
         scaler=torch.amp.GradScaler(device.type, enabled=choose_amp(args.amp, device) == torch.float16),
         sampler=sampler,
         model_ema=ModelEmaV3(model, decay=args.model_ema_decay) if args.model_ema else None,

@@ -49,9 +49,18 @@ def check_optimizer(name: str, options: dict[str, Any]) -> None:
         raise UserError(f"{given}: second-order optimizers are not supported; choose another one, such as adamw")
 
 
-def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer):
-    """Build the learning-rate schedule, which is stepped with the epoch number after each epoch, as in the original."""
-    return create_scheduler(args, optimizer)[0]
+def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int):
+    """Build the learning-rate schedule.
+
+    It is stepped with the epoch number after each epoch, as in the original, or with `--sched-on-updates` before each
+    step.
+
+    Args:
+        args: Options of the run.
+        optimizer: Optimizer whose learning rates are set.
+        steps: Number of steps per epoch.
+    """
+    return create_scheduler(args, optimizer, updates_per_epoch=steps)[0]
 
 
 def describe_peak_lr(args: argparse.Namespace, global_batch: int) -> str:
@@ -63,8 +72,12 @@ def describe_peak_lr(args: argparse.Namespace, global_batch: int) -> str:
 def note_schedule(args: argparse.Namespace, global_batch: int) -> list[str]:
     """Return notes on a schedule that is probably not intended."""
     notes = []
-    if args.warmup_epochs >= args.epochs:
-        notes.append(f"note: the warm-up of {args.warmup_epochs} epochs is not over in this run of {args.epochs}")
+    if 3 * args.warmup_epochs >= args.epochs:
+        by_epoch = "" if args.sched_on_updates else "; --sched-on-updates raises the learning rate within each epoch"
+        notes.append(
+            f"note: --warmup-epochs {args.warmup_epochs} is a third or more of this run of {args.epochs} epochs, which "
+            f"may learn little{by_epoch}"
+        )
     if peak_lr(args, global_batch) <= args.min_lr:
         notes.append(
             f"note: the peak learning rate is not above --min-lr {args.min_lr:g}; raise --lr, or use --unscale-lr"

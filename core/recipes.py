@@ -29,6 +29,7 @@ SHAPES = {
     "lr": 8e-4,
     "unscale_lr": True,
     "warmup_epochs": 0,
+    "sched_on_updates": True,
     "drop_path": 0.0,
     "mixup": 0.0,
     "cutmix": 0.0,

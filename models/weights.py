@@ -16,13 +16,15 @@ from pathlib import Path
 
 import torch
 from timm.models import adapt_input_conv
+from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from .twins import TwinsError
 
 MODEL_KEYS = ("model", "state_dict")
 EMA_KEYS = ("model_ema", "state_dict_ema")
-CLASSIFIER = ("norm.", "head.")  # layers of a classifier that a dense task does not use
+# Modules of a classifier that a backbone may lack: dense tasks and timm's `features_only` use only some.
+OPTIONAL = ("norm.", "head.", "patch_embeds.", "pos_block.", "blocks.")
 
 
 @dataclass
@@ -52,7 +54,12 @@ class LoadReport:
 
 
 def load_weights(model: nn.Module, path: str | Path, *, ema: bool = False, finetune: bool = False) -> LoadReport:
-    """Load weights from a file into a model; see `read_weights` and `load_state_dict`."""
+    """Load weights from a file into a model; see `read_weights` and `load_state_dict`.
+
+    A model built with `features_only=True` takes the weights of a classifier, see `load_backbone`.
+    """
+    if isinstance(model, FeatureGetterNet):
+        return load_backbone(model.model, read_weights(path, ema=ema), source=str(path), finetune=finetune)
     return load_state_dict(model, read_weights(path, ema=ema), source=str(path), finetune=finetune)
 
 
@@ -127,7 +134,7 @@ def load_state_dict(model: nn.Module, state: dict[str, Tensor], *, source: str, 
             or repeated, as timm does; for another number of classes the head keeps its initialisation.
 
     Raises:
-        TwinsError: If keys are missing, unexpected or of another shape; the message lists them. The model is unchanged.
+        TwinsError: If keys are missing, unexpected or of another shape. The model is unchanged.
     """
     own = model.state_dict()
     state = dict(state)
@@ -144,28 +151,31 @@ def load_state_dict(model: nn.Module, state: dict[str, Tensor], *, source: str, 
     ]
     if missing or unexpected or mismatched:
         lists = {"missing": missing, "unexpected": unexpected, "mismatched": mismatched}
-        found = "; ".join(f"{len(names)} {what}: {_shorten(names)}" for what, names in lists.items() if names)
-        raise TwinsError(f"{source}: these weights do not fit the model; {found}. {_remedy(model, lists)}")
+        lists = {what: names for what, names in lists.items() if names}
+        limit = 4 - len(lists)  # the message stays short
+        found = "; ".join(f"{len(names)} {what}: {_shorten(names, limit)}" for what, names in lists.items())
+        raise TwinsError(f"{source}: these weights do not fit the model; {_remedy(model, lists)}. {found}")
     model.load_state_dict(state, strict=False)
     report.loaded = len(state) - len(report.adapted)
     return report
 
 
-def load_backbone(backbone: nn.Module, state: dict[str, Tensor], *, source: str) -> LoadReport:
-    """Load the weights of a classifier strictly into the backbone of a dense task; see `load_state_dict`.
+def load_backbone(backbone: nn.Module, state: dict[str, Tensor], *, source: str, finetune: bool = False) -> LoadReport:
+    """Load the weights of a classifier strictly into a backbone; see `load_state_dict`.
 
-    The head and the final norm of the classifier are skipped. Norms between stages, which a classifier does not have,
-    keep their initialisation.
+    The head, the final norm and the stages that the backbone does not have are skipped. Norms between stages, which a
+    classifier does not have, keep their initialisation.
 
     Raises:
         TwinsError: If the weights do not fit, or are the weights of a whole segmentation or detection network.
     """
     if any(name.startswith("backbone.") for name in state):
         raise TwinsError(f"{source}: contains a whole network, not a classifier; start from it with --finetune")
-    used = {name: tensor for name, tensor in state.items() if not name.startswith(CLASSIFIER)}
     own = backbone.state_dict()
+    modules = {_module(name) for name in own}
+    used = {name: tensor for name, tensor in state.items() if not name.startswith(OPTIONAL) or _module(name) in modules}
     new = {name: own[name] for name in own if name.startswith("norm_list.") and name not in used}
-    report = load_state_dict(backbone, new | used, source=source)
+    report = load_state_dict(backbone, new | used, source=source, finetune=finetune)
     report.loaded -= len(new)
     report.new += new
     report.skipped += [name for name in state if name not in used]
@@ -200,6 +210,11 @@ def _layer_names(model: nn.Module, role: str) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
+def _module(name: str) -> str:
+    """Return the first two parts of a parameter name, such as `blocks.3`."""
+    return ".".join(name.split(".")[:2])
+
+
 def _plain_name(name: str) -> str:
     """Remove the prefixes of DistributedDataParallel and torch.compile from a parameter name."""
     return re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", ""))
@@ -208,12 +223,12 @@ def _plain_name(name: str) -> str:
 def _remedy(model: nn.Module, lists: dict[str, list[str]]) -> str:
     """Return the remedy for weights that do not fit."""
     heads = tuple(f"{name}." for name in (*_layer_names(model, "classifier"), *_layer_names(model, "first_conv")))
-    if heads and not lists["missing"] + lists["unexpected"] and all(m.startswith(heads) for m in lists["mismatched"]):
+    if heads and list(lists) == ["mismatched"] and all(name.startswith(heads) for name in lists["mismatched"]):
         return (
-            "They are for another number of classes or channels: use the data and options of their training, or adapt "
+            "they are for another number of classes or channels: use the data and options of their training, or adapt "
             "them by fine-tuning (--finetune)"
         )
-    return "Choose the model that was trained with these weights"
+    return "choose the model that was trained with these weights"
 
 
 def _shorten(names: Iterable[str], limit: int = 6) -> str:

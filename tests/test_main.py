@@ -170,6 +170,21 @@ def test_a_longer_resumed_run_follows_its_new_options(image_folder, tmp_path, ru
     assert {group["weight_decay"] for group in groups} == {0.0, 0.2}
 
 
+def test_a_schedule_by_updates_counts_accumulated_steps(image_folder, tmp_path, run_in_process):
+    """24 images in global batches of 8: three steps per epoch, of which the first has the warm-up."""
+    command = [*TINY, "--data-path", image_folder, "--epochs", "3", "--warmup-epochs", "1", "--global-batch", "8"]
+    rates = {}
+    for flag in ("--sched-on-updates", "--no-sched-on-updates"):
+        folder = tmp_path / flag
+        output, message = run_in_process(*command, "--lr", "3e-3", "--unscale-lr", flag, "--output_dir", folder)
+        assert message is None, output
+        rates[flag] = [line["train_lr"] for line in read_log(folder)]
+    steps = [1e-6 + (3e-3 - 1e-6) * t / 3 for t in range(3)]
+    steps += [1e-5 + (3e-3 - 1e-5) * (1 + np.cos(np.pi * t / 9)) / 2 for t in range(3, 9)]
+    assert rates["--sched-on-updates"] == pytest.approx(np.reshape(steps, (3, 3)).mean(axis=1), rel=1e-6)
+    assert rates["--no-sched-on-updates"][:2] == pytest.approx([1e-6, 1e-6])  # as in the original
+
+
 def test_the_state_in_parameter_groups_is_resumed(image_folder, tmp_path, run_in_process):
     command = [*TINY, "--data-path", image_folder, "--opt", "lookahead_adamw", "--output_dir", tmp_path, "--epochs"]
     run_in_process(*command, "1")
@@ -183,7 +198,7 @@ def test_the_state_in_parameter_groups_is_resumed(image_folder, tmp_path, run_in
 @pytest.mark.parametrize("name", ["cosine", "tanh", "step", "multistep", "poly"])
 def test_every_schedule_can_be_built(name):
     args = parse("--sched", name)
-    schedule = build_scheduler(args, build_optimizer(args, torch.nn.Linear(2, 2), 512))
+    schedule = build_scheduler(args, build_optimizer(args, torch.nn.Linear(2, 2), 512), 1)
     schedule.step(0)
 
 
@@ -295,7 +310,7 @@ def test_schedule_equals_the_published_logs(name):
     with torch.device("meta"):
         model = timm.create_model(name)
     optimizer = build_optimizer(args, model, recipe["global_batch"])
-    schedule = build_scheduler(args, optimizer)
+    schedule = build_scheduler(args, optimizer, 625)
     rates = []
     for epoch in range(args.epochs):
         rates.append(max(group["lr"] for group in optimizer.param_groups))

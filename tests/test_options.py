@@ -6,11 +6,12 @@ from functools import cache
 
 import pytest
 import torch
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, create_scheduler_v2
 from torch import nn
 
 import main
 from core.distributed import Processes
+from core.optimizer import note_schedule
 from core.options import loader_options
 from core.run_folder import RunFolder
 from datasets import build_dataset, build_train_loader, build_val_loader
@@ -37,6 +38,7 @@ CHANGES = {
     "clip_grad": ["--clip-grad", "0.01"],
     "lr": ["--lr", "2e-2"],
     "sched": ["--sched", "tanh", "--epochs", "2"],
+    "sched_on_updates": ["--sched-on-updates"],
     "smoothing": ["--smoothing", "0.3"],
     "amp": ["--amp", "bf16"],
     "input_size": ["--input-size", "64"],
@@ -265,7 +267,7 @@ RATES = {
 def rates(*options) -> list[float]:
     args = parse("--epochs", 20, "--warmup-epochs", 0, *options)
     optimizer = build_optimizer(args, nn.Linear(2, 2), 512)
-    schedule = build_scheduler(args, optimizer)
+    schedule = build_scheduler(args, optimizer, 1)
     found = []
     for epoch in range(20):
         schedule.step(epoch)
@@ -290,6 +292,41 @@ def test_learning_rates_follow_their_options(option):
         pytest.skip("this timm ignores the deviation")
     assert rates(*others) == rates(*others)
     assert rates(*others) != rates(*others, *change)
+
+
+@pytest.mark.parametrize("name", ["cosine", "tanh", "step", "multistep", "poly"])
+def test_a_schedule_by_updates_equals_that_of_timm(name):
+    options = {"warmup_epochs": 2, "decay_epochs": 3, "decay_milestones": [4, 6], "decay_rate": 0.5, "warmup_lr": 1e-6}
+    given = ["--warmup-epochs", 2, "--decay-epochs", 3, "--decay-milestones", 4, 6, "--decay-rate", 0.5]
+    args = parse("--sched", name, "--epochs", 8, "--sched-on-updates", "--lr-noise", 0.5, "--seed", 3, *given)
+    optimizers = [build_optimizer(args, nn.Linear(2, 2), 512) for _ in range(2)]
+    expected, _ = create_scheduler_v2(
+        optimizers[0],
+        name,
+        8,
+        min_lr=1e-5,
+        noise=[0.5],
+        noise_seed=3,
+        step_on_epochs=False,
+        updates_per_epoch=5,
+        **options,
+    )
+    schedule = build_scheduler(args, optimizers[1], 5)
+    for step in range(40):
+        expected.step_update(step)
+        if step % 5 == 0:
+            schedule.step(step // 5)  # the end of an epoch changes nothing
+        schedule.step_update(step)
+        assert optimizers[1].param_groups[0]["lr"] == optimizers[0].param_groups[0]["lr"]
+
+
+def test_a_long_warm_up_is_noted():
+    for options, noted in (((9, 3), True), ((9, 2), False), ((2, 1), True), ((5, 0), False), ((1, 5), True)):
+        args = parse("--epochs", options[0], "--warmup-epochs", options[1])
+        notes = [
+            note for note in note_schedule(args, 512) if "--warmup-epochs" in note and "--sched-on-updates" in note
+        ]
+        assert len(notes) == noted
 
 
 def test_stepped_schedules_decay_at_their_epochs():

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 EVERYTHING = [*TINY, "--batch-size", "2", "--global-batch", "8", "--epochs", "4", "--model-ema", "--repeated-aug"]
 EVERYTHING += ["--drop-path", "0.3", "--num_workers", "2", "--warmup-epochs", "1", "--lr", "1e-2", "--print-freq", "1"]
-EVERYTHING += ["--dist-eval"]
+EVERYTHING += ["--dist-eval", "--sched-on-updates"]
 RESUMABLE = ["--auto-resume", "--save-every", "1"]
 
 

@@ -105,6 +105,22 @@ def test_finetuning_with_the_same_classes_keeps_the_head(tmp_path, donor):
     assert torch.equal(model.head.weight, donor.head.weight)
 
 
+@pytest.mark.parametrize("options", [{}, {"out_indices": (0, 1)}, {"stage_norm": True}], ids=str)
+def test_features_take_the_weights_of_a_classifier(tmp_path, donor, options):
+    torch.save(donor.state_dict(), tmp_path / "weights.pth")
+    model = timm.create_model("alt_gvt_tiny", features_only=True, **options)
+    report = load_weights(model, tmp_path / "weights.pth")
+    expected = donor.state_dict()
+    for name, tensor in model.model.state_dict().items():
+        assert name.startswith("norm_list.") or torch.equal(tensor, expected[name]), name
+    own = model.model.state_dict()
+    assert set(report.skipped) == {name for name in expected if name not in own}
+    assert set(report.new) == {name for name in own if name not in expected}
+    assert report.loaded + len(report.skipped) == len(expected)
+    with pytest.raises(ValueError, match="do not fit"):
+        load_weights(timm.create_model("pcpvt_tiny", features_only=True), tmp_path / "weights.pth")
+
+
 @pytest.mark.parametrize("finetune", [False, True])
 def test_weights_of_another_model_are_refused(tmp_path, donor, finetune):
     torch.save(donor.state_dict(), tmp_path / "weights.pth")
@@ -116,14 +132,15 @@ def test_weights_of_another_model_are_refused(tmp_path, donor, finetune):
     assert "missing: blocks.0.0.attn.q.weight" in message
     assert "unexpected: blocks.0.0.attn.qkv.weight" in message
     assert "mismatched: blocks.0.0.mlp.fc1.weight (64, 32) in the file, (256, 32) in the model" in message
-    assert "Choose the model that was trained with these weights" in message
+    assert "do not fit the model; choose the model that was trained with these weights. " in message
+    assert len(message.removeprefix(str(tmp_path))) < 350
     assert "\n" not in message
     assert_same_weights(model, before)
 
 
 def test_another_class_count_is_refused_without_finetuning(tmp_path, donor):
     torch.save(donor.state_dict(), tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match=r"head\.bias \(10,\) in the file, \(7,\) in the model.*--finetune"):
+    with pytest.raises(ValueError, match=r"--finetune.*head\.bias \(10,\) in the file, \(7,\) in the model"):
         load_weights(timm.create_model("alt_gvt_tiny", num_classes=7), tmp_path / "weights.pth")
 
 
