@@ -52,7 +52,7 @@ def resize(image: Tensor, target: Target, size: tuple[int, int]) -> Sample:
     """Resize an image and its target to a height and width in pixels, and clip the boxes to the image."""
     (height, width), (h, w) = size, image.shape[1:]
     boxes = clip_boxes_to_image(target["boxes"] * target["boxes"].new_tensor([width / w, height / h] * 2), size)
-    masks = F.interpolate(target["masks"][None], size=size, mode="nearest")[0]
+    masks = F.interpolate(target["masks"][:, None], size=size, mode="nearest")[:, 0]  # there may be none
     return resize_image(image, size), {**target, "boxes": boxes, "masks": masks}
 
 

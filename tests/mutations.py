@@ -373,6 +373,8 @@ MUTATIONS = [
              ("test_datasets.py::test_a_disk_that_fails_is_not_skipped",)),
     Mutation("scripts inside their folder", "segmentation/train.py", "    sys.path[0] = str(Path(__file__).resolve().parents[1])\n", "    pass\n",
              ("test_launch.py::test_scripts_of_the_dense_tasks_start_in_both_forms[inside its folder-segmentation-train.py]",)),
+    Mutation("masks of background images", "detection/transforms.py", "F.interpolate(target[\"masks\"][:, None], size=size, mode=\"nearest\")[:, 0]", "F.interpolate(target[\"masks\"][None], size=size, mode=\"nearest\")[0]",
+             ("test_detection_data.py::test_detectors_train_on_background_images[mask_rcnn]",)),
     # Prediction.
     Mutation("orientation in predictions", "core/predictor.py", "    upright = True ", "    upright = False ",
              ("test_predict.py::test_dense_predictors_apply_the_exif_orientation",)),

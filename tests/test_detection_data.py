@@ -17,6 +17,7 @@ from detection import data as detection_data
 from detection.configs.recipes import Experiment, shapes_setting
 from detection.data import CocoDetection, GroupedBatches, build_dataset, collate
 from detection.metrics import summarise, to_results
+from detection.network import build_detector
 from detection.transforms import many_scales, one_scale, random_crop, random_flip, resize
 from tests.small_data import COCO_SIZES, circle, write_coco
 
@@ -86,6 +87,29 @@ def test_images_of_crowds_and_ignored_annotations_are_background(written):
     assert train.ids == [3, 7, 12, 42]
     assert [target["labels"].tolist() for _, target in train] == [[], [], [0, 2, 1], [0, 2]]
     assert train[0][1]["masks"].shape == (0, 50, 100)
+
+
+@pytest.mark.parametrize("detector", ["retinanet", "mask_rcnn"])
+def test_detectors_train_on_background_images(written, detector):
+    """Images whose annotations are all omitted pass the augmentation, and teach the classes and no boxes."""
+
+    def change(content):
+        for annotation in content["annotations"]:
+            annotation["iscrowd"] = 1
+
+    train = written(change, is_train=True)
+    experiment = shapes_setting("alt_gvt_tiny", detector, scale=(90, 60), channels=16)
+    model = build_detector(experiment, len(train.classes), pretrained=False).train()
+    for augment in (partial(one_scale, scale=(90, 60)), many_scales):
+        np.random.seed(1)
+        image, target = augment(*train[0])
+        assert target["masks"].shape == (0, *image.shape[1:])
+        losses = model([resize(image, target, (64, 96))[0]], [resize(image, target, (64, 96))[1]])
+        sum(losses.values()).backward()
+        boxes = [name for name in losses if "box_reg" in name or "mask" in name or "regression" in name]
+        assert boxes
+        for name, loss in losses.items():
+            assert loss == 0 if name in boxes else loss > 0, name
 
 
 def expected_boxes(annotations: list[dict], size, scale_size, flip: bool) -> np.ndarray:
