@@ -85,8 +85,10 @@ def to_results(image_id: int, found: dict[str, Tensor], category_ids: list[int])
     return results
 
 
-def summarise(truth: COCO, image_ids: list[int], results: list[dict] | None, kinds: Iterable[str]) -> dict[str, float]:
-    """Compute the figures of results; log pycocotools' twelve lines and a table of the classes for each kind.
+def summarise(
+    truth: COCO, image_ids: list[int], results: list[dict] | None, kinds: Iterable[str], tables: bool = True
+) -> dict[str, float]:
+    """Compute the figures of results.
 
     All processes must call this together. The main process computes the figures.
 
@@ -95,19 +97,23 @@ def summarise(truth: COCO, image_ids: list[int], results: list[dict] | None, kin
         image_ids: Ids of the evaluated images.
         results: Results of all processes in COCO's format; used in the main process only.
         kinds: `"bbox"`, `"segm"` or both.
+        tables: True to log pycocotools' twelve lines and a table of the classes for each kind.
 
     Returns:
         `bbox_AP`, `bbox_AP50` and so on, from 0 to 1.
     """
-    return on_main(lambda: _summarise(truth, image_ids, results, kinds))
+    return on_main(lambda: _summarise(truth, image_ids, results, kinds, tables))
 
 
-def _summarise(truth: COCO, image_ids: list[int], results: list[dict], kinds: Iterable[str]) -> dict[str, float]:
+def _summarise(
+    truth: COCO, image_ids: list[int], results: list[dict], kinds: Iterable[str], tables: bool
+) -> dict[str, float]:
     figures = {}
     for kind in kinds:
-        evaluation = _evaluate(truth, image_ids, results, kind)
+        evaluation, lines = _evaluate(truth, image_ids, results, kind)
         figures |= {f"{kind}_{name}": value for name, value in zip(METRICS, evaluation.stats.tolist(), strict=False)}
-        logger.info("%s", _per_class(truth, evaluation, kind))
+        if tables:
+            logger.info("%s:\n%s\n%s", kind, lines, _per_class(truth, evaluation, kind))
     return figures
 
 
@@ -117,12 +123,12 @@ def write_results(results: list[dict], path: Path) -> None:
     write_text(path, json.dumps(results))
 
 
-def read_results(path: Path, image_ids: list[int], kinds: Iterable[str]) -> list[dict]:
+def read_results(path: Path, truth: COCO, kinds: Iterable[str]) -> list[dict]:
     """Read and check results in COCO's format, as `write_results` and mmdetection write them.
 
     Args:
         path: JSON file.
-        image_ids: Ids of the images that may occur.
+        truth: The annotations, whose images and categories may occur.
         kinds: `"bbox"`, `"segm"` or both: what each result must have.
 
     Raises:
@@ -135,15 +141,16 @@ def read_results(path: Path, image_ids: list[int], kinds: Iterable[str]) -> list
     keys = {"image_id", "category_id", "bbox", "score"} | ({"segmentation"} if "segm" in kinds else set())
     if not isinstance(results, list) or not all(isinstance(row, dict) and keys <= set(row) for row in results):
         raise UserError(f"{path}: is not a list of results in COCO's format, each with {', '.join(sorted(keys))}")
-    known = set(image_ids)
     for row in results:
-        if not isinstance(row["image_id"], int) or row["image_id"] not in known:
-            raise UserError(f"{path}: has a result of image {row['image_id']}, which the annotations do not list")
+        for kind, known in (("image", truth.imgs), ("category", truth.cats)):
+            number = row[f"{kind}_id"]
+            if not isinstance(number, int) or number not in known:
+                raise UserError(f"{path}: has a result of {kind} {number}, which the annotations do not list")
     return results
 
 
-def _evaluate(truth: COCO, image_ids: list[int], results: list[dict], kind: str) -> COCOeval:
-    """Run pycocotools. Without any results the figures are 0, or -1 for those without objects."""
+def _evaluate(truth: COCO, image_ids: list[int], results: list[dict], kind: str) -> tuple[COCOeval, str]:
+    """Run pycocotools and return its lines, too. Without any results the figures are 0, or -1 for undefined ones."""
     lines = io.StringIO()
     with contextlib.redirect_stdout(lines):
         # Without its box, pycocotools takes the size of a result from its mask.
@@ -155,8 +162,7 @@ def _evaluate(truth: COCO, image_ids: list[int], results: list[dict], kind: str)
         lines.truncate(0)
         lines.seek(0)
         evaluation.summarize()
-    logger.info("%s:\n%s", kind, lines.getvalue().rstrip())
-    return evaluation
+    return evaluation, lines.getvalue().rstrip()
 
 
 def _per_class(truth: COCO, evaluation: COCOeval, kind: str) -> str:
@@ -166,12 +172,12 @@ def _per_class(truth: COCO, evaluation: COCOeval, kind: str) -> str:
     width = max(map(len, names))
     rows = [f"{f'{kind}, class':<{max(width, 12)}}  {'AP':>6}  {'AP50':>6}"]
     for i, name in enumerate(names):
-        figures = [_mean(precision[:, :, i]), _mean(precision[0, :, i])]
-        rows.append(f"{name:<{max(width, 12)}}  {100 * figures[0]:6.2f}  {100 * figures[1]:6.2f}")
+        figures = [_percent(precision[:, :, i]), _percent(precision[0, :, i])]
+        rows.append(f"{name:<{max(width, 12)}}  {figures[0]:>6}  {figures[1]:>6}")
     return "\n".join(rows)
 
 
-def _mean(precision: np.ndarray) -> float:
-    """Return the mean of the defined precisions, NaN if there are none."""
+def _percent(precision: np.ndarray) -> str:
+    """Return the mean of the defined precisions in percent, `-` if there are none."""
     defined = precision[precision > -1]
-    return float(defined.mean()) if defined.size else float("nan")
+    return f"{100 * defined.mean():.2f}" if defined.size else "-"

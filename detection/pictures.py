@@ -3,6 +3,7 @@
 import io
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFont
 from torch import Tensor
@@ -21,11 +22,15 @@ def draw_detections(image: Tensor, found: dict[str, Tensor], classes: Sequence[s
 
     Args:
         image: RGB image, uint8 `(3, H, W)`.
-        found: `boxes` `(n, 4)`, `labels` and `scores` `(n,)`, and for masks `masks` `(n, H, W)`.
+        found: `boxes` `(n, 4)` and `labels` `(n,)`; for scores `scores` `(n,)`, for masks `masks` `(n, H, W)`.
         classes: Names of the classes.
     """
-    order = found["scores"].argsort()
-    labels, scores = found["labels"][order].tolist(), found["scores"][order].tolist()
+    labels = found["labels"].tolist()
+    order, texts = torch.arange(len(labels)), [classes[label] for label in labels]
+    if "scores" in found:
+        order = found["scores"].argsort()
+        texts = [f"{classes[labels[i]]} {found['scores'][i]:.2f}" for i in order]
+    labels = found["labels"][order].tolist()
     class_colours = make_colours(len(classes))
     colours = [class_colours[label] for label in labels]
     if "masks" in found:
@@ -39,7 +44,7 @@ def draw_detections(image: Tensor, found: dict[str, Tensor], classes: Sequence[s
     picture = draw_bounding_boxes(
         picture,
         found["boxes"][order] * factor,
-        labels=[f"{classes[label]} {score:.2f}" for label, score in zip(labels, scores, strict=True)],
+        labels=texts,
         colors=colours,
         width=3,
         font=io.BytesIO(ImageFont.load_default(FONT_SIZE).font_bytes),  # Pillow's own; torchvision's default is tiny

@@ -12,6 +12,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from core.description import Description
+from core.images import draw_captions
 from core.predictor import Predictor, Result, Source, open_image
 from detection.configs.recipes import Experiment
 from detection.data import encode_mask
@@ -63,7 +64,11 @@ class Detection(Result):
     def draw(self, min_score: float = MIN_SCORE) -> Image.Image:
         """Return a picture with the boxes, masks, names and scores of the objects of at least `min_score`."""
         image = pil_to_tensor(open_image(self.source, upright=True))
-        return draw_detections(image, self.above(min_score), self.classes)
+        found = self.above(min_score)
+        picture = draw_detections(image, found, self.classes)
+        if len(found["scores"]):
+            return picture
+        return draw_captions({f"nothing found with a score of at least {min_score}": picture})
 
 
 class DetectionPredictor(Predictor):

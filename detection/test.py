@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from core.description import check_same_classes, read_description
 from core.distributed import Processes, on_main
-from core.images import save_png
+from core.images import draw_captions, save_png
 from core.launch import run_script
 from core.options import SHARE, ArgumentParser, choose_amp, compile_if_asked
 from core.signals import signals_noted
@@ -90,13 +90,14 @@ def run_test(args: argparse.Namespace, processes: Processes) -> None:
             raise UserError(
                 f"{args.checkpoint}: results are only evaluated; remove --out, --format-only and --show-dir"
             )
-        results = read_results(Path(args.checkpoint), dataset.ids, wanted)
+        results = read_results(Path(args.checkpoint), dataset.coco, wanted)
     else:
         results = detect(args, experiment, loader, processes)
     if args.out:
         on_main(partial(write_results, results, Path(args.out)))
     if args.format_only:
-        logger.info("wrote the results of %d images to %s", len(dataset), args.out)
+        count = on_main(lambda: len(results))
+        logger.info("wrote %d objects in %d images to %s", count, len(dataset), args.out)
     else:
         logger.info("%s", describe(summarise(dataset.coco, dataset.ids, results, wanted)))
 
@@ -126,14 +127,21 @@ def detect(
 
 
 def build_painter(dataset: Dataset, folder: str, min_score: float) -> Callable[[int, dict[str, Tensor]], None]:
-    """Return a function that writes a picture of the objects found in an image to a folder."""
+    """Return a function that writes a picture of the objects found in an image, beside those of the annotations."""
     make_folder(Path(folder))
     index_of = {image_id: index for index, image_id in enumerate(dataset.ids)}
 
     def show(image_id: int, found: dict[str, Tensor]) -> None:
-        image, _ = dataset[index_of[image_id]]
+        image, target = dataset[index_of[image_id]]
         shown = {name: value[found["scores"] >= min_score] for name, value in found.items()}
-        save_png(draw_detections(image, shown, dataset.classes), Path(folder) / str(image_id))
+        title = "found" if len(shown["scores"]) else f"nothing found with a score of at least {min_score}"
+        panels = {title: draw_detections(image, shown, dataset.classes)}
+        if dataset.coco.anns:
+            truth = {name: target[name] for name in ("boxes", "labels", "masks") if name in found}
+            panels["annotated"] = draw_detections(image, truth, dataset.classes)
+        name = Path(dataset.coco.imgs[image_id]["file_name"])
+        inside = [part for part in name.parts if part not in (name.anchor, "..")]
+        save_png(draw_captions(panels), Path(folder, *inside))
 
     return show
 

@@ -24,7 +24,7 @@ from core.distributed import Processes
 from core.launch import run_script
 from core.options import choose_amp, loader_options
 from dense.optimisation import linear_warmup, step_decay
-from dense.training import Task, get_train_parser, process_batch, run_training
+from dense.training import Task, describe, get_train_parser, process_batch, run_training
 from detection.configs.recipes import Experiment
 from detection.data import GroupedBatches, build_dataset, collate
 from detection.metrics import find_objects, summarise
@@ -75,7 +75,8 @@ def build_task(args: argparse.Namespace, experiment: Experiment, processes: Proc
     def evaluate(model: nn.Module) -> dict[str, float]:
         amp_dtype = choose_amp(args.amp, processes.device)
         results = find_objects(model, eval_loader, processes.device, dataset.category_ids, amp_dtype=amp_dtype)
-        figures = summarise(dataset.coco, dataset.ids, results, KINDS[experiment.detector])
+        figures = summarise(dataset.coco, dataset.ids, results, KINDS[experiment.detector], tables=False)
+        logger.info("%s", describe(figures))
         return {f"test_{name}": value for name, value in figures.items()}
 
     return Task(

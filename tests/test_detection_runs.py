@@ -344,6 +344,10 @@ def test_pictures_show_boxes_masks_and_names():
     label[60:84, 80:140] = True  # name and score, in white on black
     assert {0, 255} <= set(pixels[label & ~outline].ravel())
     assert (pixels[~(outline | mask | label)] == 90).all()
+    del found["scores"], found["masks"]
+    truth = np.asarray(draw_detections(image, found, ["a", "b", "c"])).astype(int)
+    assert (truth[outline] == colour).all()
+    assert (truth[mask] == 90).all()
 
 
 def test_pictures_show_overlapping_objects():
@@ -370,17 +374,23 @@ def test_a_picture_without_objects_is_the_image():
 
 
 def test_only_objects_above_the_threshold_are_shown(tmp_path, monkeypatch):
-    drawn = []
+    drawn, captions = [], []
 
     def draw(image, found, _):
-        drawn.append(found["scores"])
+        drawn.append(found)
         return to_pil_image(image)
 
     monkeypatch.setattr(test_script, "draw_detections", draw)
+    monkeypatch.setattr(
+        test_script, "draw_captions", lambda panels: captions.append(list(panels)) or panels["annotated"]
+    )
     show = test_script.build_painter(detection_data.build_dataset(SHAPES, "val"), str(tmp_path), 0.4)
     scores = torch.tensor([0.3, 0.5, 0.4])
-    show(0, {"boxes": torch.zeros(3, 4), "scores": scores, "labels": torch.zeros(3, dtype=torch.int64)})
-    assert drawn[0].tolist() == pytest.approx([0.5, 0.4])
+    for found in (scores, scores / 2):
+        show(0, {"boxes": torch.zeros(3, 4), "scores": found, "labels": torch.zeros(3, dtype=torch.int64)})
+    assert drawn[0]["scores"].tolist() == pytest.approx([0.5, 0.4])
+    assert set(drawn[1]) == {"boxes", "labels"}  # of the annotations; this detector finds no masks
+    assert captions == [["found", "annotated"], ["nothing found with a score of at least 0.4", "annotated"]]
     parser = test_script.get_parser()
     assert parser.parse_args(["c", "w", "--show-score-thr", "0.7"]).show_score_thr == 0.7
 
@@ -391,7 +401,10 @@ def test_a_run_on_shapes_shows_what_it_finds(tmp_path, capsys, monkeypatch):
     config = FOLDER / "configs/retinanet_alt_gvt_tiny_shapes.py"
     changes = ["--cfg-options", "epochs=1", "scale=(96, 96)"]
     train_script.main([str(arg) for arg in (config, *TINY, "--work-dir", tmp_path / "run", *changes)])
+    output = capsys.readouterr().out
+    assert output.count("bbox_AP50 ") == 1
+    assert "Average Precision" not in output  # the tables are those of test.py
     options = ["--show-dir", tmp_path / "shown", "--show-score-thr", "0", *TINY]
     test_script.main([str(arg) for arg in (config, tmp_path / "run/checkpoint.pth", *options, *changes)])
-    assert len(list((tmp_path / "shown").glob("*.png"))) == 6
+    assert {path.name for path in (tmp_path / "shown").iterdir()} == {f"{i:05}.png" for i in range(6)}
     assert "bbox_AP " in capsys.readouterr().out

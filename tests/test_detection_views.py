@@ -110,7 +110,7 @@ def test_a_set_without_annotations_has_results_but_no_figures(weights, run_test,
     (tmp_path / "annotations/image_info_test-dev2017.json").write_text(json.dumps(content))
     (tmp_path / "test2017").symlink_to(coco_folder / "val2017")
     output = run_test(weights, "--format-only", "--out", tmp_path / "new.json", root=tmp_path)
-    assert f"wrote the results of 6 images to {tmp_path / 'new.json'}" in output
+    assert f"wrote 60 objects in 6 images to {tmp_path / 'new.json'}" in output
     assert "AP" not in output
     run_test(weights, "--out", tmp_path / "val.json")
     assert (tmp_path / "new.json").read_text() == (tmp_path / "val.json").read_text()
