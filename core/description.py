@@ -61,13 +61,17 @@ def read_description(path: str | Path, task: str | None = None) -> Description:
     if not set(content) >= REQUIRED_KEYS:
         return Description(task="")
     check_format(path, content)
-    options = content["args"]
+    options = saved_options(content)
     known = next(name for option, name in TASKS.items() if option in options)
     if task not in (None, known):
         raise UserError(f"{path}: is a checkpoint of {known}, not of {task}; use the scripts of that task")
-    if known == "segmentation" and "window_padding" not in options:
-        options = options | {"window_padding": "mask"}  # formats 1 and 2 knew no other
     return Description(**({"task": known} | content.get("description", {})), options=options)
+
+
+def saved_options(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a checkpoint, with those of segmentation that its format does not hold."""
+    options = content["args"]
+    return {"window_padding": "mask"} | options if "head" in options else options  # formats 1 and 2 knew no other
 
 
 def remembered_options(path: str | Path) -> dict[str, Any]:

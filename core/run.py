@@ -10,7 +10,7 @@ from typing import Any
 
 import models
 from core.checkpoint import REQUIRED_KEYS, TrainState, check_format
-from core.description import Description, check_same_classes
+from core.description import Description, check_same_classes, saved_options
 from core.distributed import get_world_size, on_main
 from core.run_folder import RunFolder
 from core.signals import signals_noted
@@ -120,7 +120,7 @@ class Run:
         logger.info("resumed %s: %d epochs%s are done", path, state.epoch, place)
         for difference in inexact:
             logger.info("not an exact resume: %s", difference)
-        before = content["args"]
+        before = saved_options(content)
         changed = {name for name, value in self.options.items() if before.get(name, value) != value}
         for name in sorted(changed - FREE_OPTIONS):
             logger.info("option changed: %s from %s to %s", name, before[name], self.options[name])

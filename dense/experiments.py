@@ -151,7 +151,9 @@ def _describe_mismatch(name: str, value: Any, hint: Any) -> str:
         is_number = hint is float and type(value) in (int, float)
         return "not a finite number" if is_number else f"not of type {hint.__name__}"
     item = _parse(value, arguments[0]) if isinstance(value, str) else value
-    if isinstance(item, (tuple, list)) or _as_type(item, arguments[0]) is NotImplemented:
+    if type(item) is int and typing.get_args(arguments[0]):  # for several tuples of numbers
+        item = (item,) * len(typing.get_args(arguments[0]))
+    if _as_type(item, arguments[0]) is NotImplemented:
         return f"not of type {hint}"
     if arguments[-1] is Ellipsis:
         return f"not of type {hint}; write one value as {name}={item},"

@@ -232,6 +232,7 @@ def run_training(
         logger.info("%s: %d parameters on %s", Path(args.config).stem, state.n_parameters, device)
         logger.info("%s", describe_batch(batch_size, accumulation, f"{experiment.lr:g}", state.sampler.steps))
         log_norms(model, batch_size, experiment.global_batch, processes)
+        log_warmup(experiment.warmup_iterations, task.epochs * state.sampler.steps)
         for epoch in run.epochs(task.epochs, {task.best_figure: BEST_CHECKPOINT}):
             state.sampler.set_epoch(epoch, state.meter.step)
             train_stats = train_one_epoch(parallel_model, compute_losses, task.train_loader, state, settings, run)
@@ -239,14 +240,24 @@ def run_training(
 
 
 def log_norms(model: nn.Module, batch_size: int, global_batch: int, processes: Processes) -> None:
-    """Log a note if the BatchNorms of a model do not see all images of a step, as they did in the published runs."""
+    """Log a note if the BatchNorms of a model do not see all images of a step; in the published runs they did."""
     sharing = processes.norm_processes
     has_norms = any(isinstance(module, (nn.BatchNorm2d, nn.SyncBatchNorm)) for module in model.modules())
     if has_norms and batch_size * sharing < global_batch:
         logger.info(
             f"note: BatchNorms see {batch_size * sharing} of the {global_batch} images of a step, because accumulated "
-            "batches and CPU processes do not share statistics; for all of them, as published, use "
-            f"batch_size={global_batch // sharing} x {sharing} processes (--grad-checkpointing saves memory)"
+            "batches and CPU processes do not share statistics; to show them all, set "
+            f"batch_size={global_batch // sharing} with {'one process' if sharing == 1 else f'{sharing} processes'} "
+            "(--grad-checkpointing saves memory)"
+        )
+
+
+def log_warmup(length: int, iterations: int) -> None:
+    """Log a warning if the warm-up takes a third of the iterations of a run or more."""
+    if 3 * length >= iterations:
+        logger.info(
+            f"warning: the warm-up takes {length} of {iterations} iterations; shorten it with --cfg-options "
+            f"warmup_iterations={iterations // 10}"
         )
 
 

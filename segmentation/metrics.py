@@ -111,7 +111,10 @@ def build_reader(folder: Path, dataset: Dataset) -> Callable[[int, Sequence[Tens
         path = folder / f"{dataset.name(index)}.png"
         prediction = read_labels(path, len(dataset.classes), dataset.first_label)
         if prediction.shape != size or (prediction == IGNORED_LABEL).any():
-            raise UserError(f"{path}: is no prediction of this image: {size[1]}x{size[0]} pixels, each with a class")
+            raise UserError(
+                f"{path}: does not fit the image: a prediction has {size[1]}x{size[0]} pixels, each with a class; "
+                "predict the image again with --out"
+            )
         return prediction
 
     return read_prediction

@@ -29,6 +29,7 @@ class Fields:
     flag: bool = False
     pair: tuple[int, int] = (1, 2)
     many: tuple[float, ...] = (0.5,)
+    pairs: tuple[tuple[int, int], ...] = ()
     choice: Literal["a", "b"] = "a"
     positive: Positive[int] = 1
     positives: tuple[Positive[float], ...] = ()
@@ -61,6 +62,12 @@ def test_fields_are_changed_with_their_types():
         ("pair=x", "pair='x' is not of type tuple[int, int]"),
         ("many=0.5", "many=0.5 is not of type tuple[float, ...]; write one value as many=0.5,"),
         ("many='5'", "many='5' is not of type tuple[float, ...]; write one value as many=5,"),
+        ("pairs=64", "pairs=64 is not of type tuple[tuple[int, int], ...]; write one value as pairs=(64, 64),"),
+        (
+            "pairs=64,32",
+            "pairs=(64, 32) is not of type tuple[tuple[int, int], ...]; write one value as pairs=(64, 32),",
+        ),
+        ("pairs=1,2,3", "pairs=(1, 2, 3) is not of type tuple[tuple[int, int], ...]"),
         ("choice=c", "choice='c' is unknown; choose a or b"),
         ("positive=0", "positive=0 is not above 0"),
         ("positives=1,-2", "positives=(1.0, -2.0): -2.0 is not above 0"),

@@ -64,7 +64,7 @@ def tolerance(checkpoint) -> float:
 
 
 @pytest.mark.parametrize("checkpoint", SCRIPTS, indirect=True)
-def test_old_checkpoints_are_restored(checkpoint, tmp_path, monkeypatch):
+def test_old_checkpoints_are_restored(checkpoint, tmp_path, monkeypatch, capsys):
     task, path, options = checkpoint
     runs = []
     monkeypatch.setattr(Run, "epochs", lambda self, *_: runs.append(self) or iter(()))
@@ -74,6 +74,8 @@ def test_old_checkpoints_are_restored(checkpoint, tmp_path, monkeypatch):
     assert_equal(state.optimizer.state_dict()["state"], content["optimizer"]["state"])
     if task == "classification":
         assert_equal(dict(state.model_ema.module.state_dict()), dict(content["model_ema"]))
+    padding = "option changed: window_padding from mask to released" in capsys.readouterr().out
+    assert padding == (task == "segmentation")
     assert (state.epoch, state.meter.step, state.position) == (0, 1, 4)
     assert_equal(state.meter.state_dict(), content["meters"][0])
     assert torch.equal(get_random_state()["torch"], content["random_states"][0]["torch"])

@@ -172,8 +172,8 @@ def test_predictions_are_evaluated_again_without_the_network(weights, ade20k_fol
     assert "predictions are only evaluated; remove --out" in fails(capsys, test_script, *command, "--out", tmp_path)
     path = tmp_path / "out/ADE_valid_00000002.png"
     for labels, message in (
-        (np.ones((70, 91), np.uint8), "no prediction of this image: 90x70 pixels, each with a class"),
-        (np.zeros((70, 90), np.uint8), "no prediction of this image: 90x70 pixels, each with a class"),
+        (np.ones((70, 91), np.uint8), "does not fit the image: a prediction has 90x70 pixels, each with a class"),
+        (np.zeros((70, 90), np.uint8), "does not fit the image: a prediction has 90x70 pixels, each with a class"),
         (np.full((70, 90), 151, np.uint8), "has the label 151, but there are 150 classes"),
         (None, "cannot be read as an image"),
     ):
@@ -275,6 +275,16 @@ def test_another_global_batch_continues_at_the_same_step(global_batch, ade20k_fo
     assert [line["epoch"] for line in read_log(tmp_path)] == [0, 1]
 
 
+@pytest.mark.parametrize(("length", "is_long"), [(0, False), (1, False), (2, True)])
+def test_long_warm_ups_are_announced(length, is_long, ade20k_folder, tmp_path, capsys):
+    command = [FOLDER / UPERNET, *TINY, "--data-root", ade20k_folder, "--work-dir", tmp_path, "--cfg-options", *SMALL]
+    train_script.main(
+        [str(arg) for arg in (*command, f"warmup_iterations={length}", "iterations=6", "eval_interval=6")]
+    )
+    warning = f"warning: the warm-up takes {length} of 6 iterations; shorten it with --cfg-options warmup_iterations=0"
+    assert (warning in capsys.readouterr().out) == is_long
+
+
 def test_mixed_precision_reaches_the_evaluation(ade20k_folder, tmp_path, monkeypatch):
     seen = set()
     forward = Segmentor.forward
@@ -348,9 +358,9 @@ def test_half_precision_and_checkpointing_train(ade20k_folder, tmp_path):
     [
         ("cuda", 8, 2, ""),
         ("cuda", 1, 16, ""),
-        ("cuda", 4, 2, "BatchNorms see 8 of the 16 images .* use batch_size=4 x 4 processes"),
-        ("cuda", 1, 2, "BatchNorms see 2 of the 16 images .* use batch_size=16 x 1 processes"),
-        ("cpu", 8, 2, "BatchNorms see 2 of the 16 images .* use batch_size=16 x 1 processes"),
+        ("cuda", 4, 2, "BatchNorms see 8 of the 16 images .* set batch_size=4 with 4 processes"),
+        ("cuda", 1, 2, "BatchNorms see 2 of the 16 images .* set batch_size=16 with one process"),
+        ("cpu", 8, 2, "BatchNorms see 2 of the 16 images .* set batch_size=16 with one process"),
         ("cpu", 1, 16, ""),
     ],
 )
