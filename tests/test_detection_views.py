@@ -73,7 +73,9 @@ def test_saved_results_are_evaluated_without_the_network(weights, run_test, tmp_
     assert len(contents) == 3
 
 
-RESULT = '[{{"image_id": {}, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}}]'
+def result_of(image: int, category: int = 1) -> str:
+    """Return a file of one result."""
+    return json.dumps([{"image_id": image, "category_id": category, "bbox": [1, 2, 3, 4], "score": 0.5}])
 
 
 @pytest.mark.parametrize(
@@ -81,16 +83,9 @@ RESULT = '[{{"image_id": {}, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.
     [
         ("[", [], "results.json: cannot be read as JSON"),
         ('{"a": 1}', [], "is not a list of results in COCO's format, each with bbox, category_id, image_id, score"),
-        (
-            '[{"image_id": 7, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}]',
-            [],
-            "each with bbox, category_id, ",
-        ),
-        (
-            '[{"image_id": 8, "category_id": 1, "bbox": [1, 2, 3, 4], "score": 0.5}]',
-            ["--eval", "bbox"],
-            "of image 8, wh",
-        ),
+        (result_of(7), [], "each with bbox, category_id, "),
+        (result_of(8), ["--eval", "bbox"], "of image 8, wh"),
+        (result_of(7, category=2), ["--eval", "bbox"], "has a result of category 2, which the annotations do not list"),
         ("[]", ["--out", "x.json"], "results are only evaluated; remove --out"),
         ("[]", ["--format-only"], "--format-only: there is no file to write; name it with --out"),
     ],
