@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+import main
 from core.launch import find_cause, one_line, run_script
 from core.options import NON_NEGATIVE, POSITIVE
 from models import TwinsError
@@ -124,3 +125,18 @@ def test_scripts_of_the_dense_tasks_start_in_both_forms(task, script, form):
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"usage: bash dist_{script[:-3]}.sh CONFIG")
+
+
+def test_a_bad_rendezvous_is_named(monkeypatch, run_in_process):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    for url in ("nowhere", "env://"):
+        _, error = run_in_process("--device", "cpu", "--dist_url", url)
+        assert error.startswith(f"main.py: error: --dist_url {url}: the rendezvous failed (")
+        assert len(error.splitlines()) == 1
+
+
+def test_traceback_on_demand():
+    with pytest.raises(ValueError, match="not a folder"):
+        main.main(["--traceback", "--device", "cpu", "--data-path", "/nowhere"])

@@ -580,21 +580,6 @@ def test_internal_errors_of_transforms_and_states_keep_their_traceback(image_fol
         main.main([*command, "--auto-resume"])
 
 
-def test_a_bad_rendezvous_is_named(monkeypatch, run_in_process):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.delenv("MASTER_ADDR", raising=False)
-    for url in ("nowhere", "env://"):
-        _, error = run_in_process("--device", "cpu", "--dist_url", url)
-        assert error.startswith(f"main.py: error: --dist_url {url}: the rendezvous failed (")
-        assert len(error.splitlines()) == 1
-
-
-def test_traceback_on_demand():
-    with pytest.raises(ValueError, match="not a folder"):
-        main.main(["--traceback", "--device", "cpu", "--data-path", "/nowhere"])
-
-
 def test_models_of_timm_may_have_a_tag():
     check_args(get_args_parser(), parse("--model", "twins_svt_small.in1k"))
 
