@@ -299,6 +299,14 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
         "--finetune", metavar="FILE", help="initial weights; a head for another number of classes is re-initialised"
     )
 
+    group.add_argument(
+        "--freeze",
+        default=0,
+        type=number(int, 0, 4),
+        metavar="STAGES",
+        help="number of first stages, 0 to 4, that keep their initial weights and have no drop path",
+    )
+
     group = parser.add_argument_group("data")
     add_data_options(group)
     add_eval_crop_option(group)
@@ -332,6 +340,8 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
         parser.error("--auto-resume continues a training run; name the weights to evaluate with --resume")
     if len([source for source in (args.pretrained, args.finetune, args.resume) if source]) > 1:
         parser.error("--pretrained, --finetune and --resume each set the initial weights; choose one of them")
+    if args.freeze and not (args.pretrained or args.finetune or args.resume):
+        parser.error(f"--freeze {args.freeze} keeps initial weights; name them with --finetune, or pass --pretrained")
     for option in ("model", "teacher_model"):
         name = getattr(args, option)
         if not timm.is_model(get_arch_name(name)):
@@ -519,6 +529,12 @@ def build_trained_model(args: argparse.Namespace, nb_classes: int, new: bool) ->
     if args.finetune and new:
         logger.info("%s", models.load_weights(model, args.finetune, finetune=True))
     check_input_size(args, model)
+    if args.freeze:
+        if not isinstance(model, models.Twins):
+            raise UserError(
+                f"--freeze {args.freeze}: only Twins has stages to freeze; omit it for --model {args.model}"
+            )
+        model.freeze_stages(args.freeze)
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
     return model
@@ -551,7 +567,9 @@ def announce(
     """Log the model, the batch sizes, and the differences from the recipe and from the published one."""
     global_batch = state.sampler.global_batch
     amp_dtype = choose_amp(args.amp, processes.device) or torch.float32
-    counts = f"{state.n_parameters} parameters, {nb_classes} classes"
+    trained = sum(parameter.numel() for parameter in state.parameters())
+    frozen = f", {trained} of them trained" if args.freeze else ""
+    counts = f"{state.n_parameters} parameters{frozen}, {nb_classes} classes"
     logger.info("%s: %s, %s on %s", args.model, counts, amp_dtype, processes.device)
     lr = describe_peak_lr(args, global_batch)
     logger.info("%s", describe_batch(args.batch_size, accumulation, lr, state.sampler.steps))

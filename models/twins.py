@@ -15,11 +15,18 @@ Parameter names are those of the released weights; `models/weights.py` reads the
 import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import register_notrace_function, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_model_deprecations
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    register_model,
+    register_model_deprecations,
+)
 from timm.models._features import feature_take_indices
 from torch import nn
 
@@ -240,6 +247,14 @@ class Twins(nn.Module):
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
+    def freeze_stages(self, count: int) -> None:
+        """Freeze the first `count` stages for fine-tuning: no gradients and, also after `train()`, no drop path."""
+        for modules in (self.patch_embeds, self.pos_block, self.blocks, *([self.norm_list] if self.stage_norm else ())):
+            modules[:count].requires_grad_(False)
+        for block in chain(*self.blocks[:count]):
+            block.drop_path = nn.Identity()
+
+    @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         """Return the names of parameters without weight decay, besides biases and norms: those of the PEGs."""
         return {f"pos_block.{name}" for name, _ in self.pos_block.named_parameters()}
@@ -346,6 +361,8 @@ default_cfgs = generate_default_cfgs(
 
 
 def _create(variant: str, pretrained: bool, **kwargs) -> nn.Module:
+    if not kwargs.get("pretrained_cfg") and get_pretrained_cfg(variant) is None:
+        kwargs["pretrained_cfg"] = _cfg()  # a variant of the user without an entry above
     return build_model_with_cfg(
         Twins, variant, pretrained, feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}, **kwargs
     )

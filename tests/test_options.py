@@ -70,6 +70,7 @@ ELSEWHERE = {
     "pretrained": "test_bad_arguments_end_with_one_line",
     "model_ema": "test_training_writes_its_files",
     "finetune": "test_finetuning_loads_the_weights",
+    "freeze": "test_frozen_stages_keep_their_weights",
     "distillation_type": "test_distillation_and_cutmix_alone",
     "teacher_model": "test_distillation_and_cutmix_alone",
     "teacher_path": "test_distillation_and_cutmix_alone",

@@ -9,12 +9,13 @@ import pytest
 import timm
 import torch
 from timm.layers import set_fused_attn
-from timm.models import get_notrace_functions, get_notrace_modules
+from timm.models import get_notrace_functions, get_notrace_modules, register_model
 from timm.utils import AttentionExtract
 from timm.utils.model import freeze, unfreeze
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
 import models
+from models import twins
 from tests.test_models import TINY, image
 
 SLOW = [pytest.param(name, marks=[] if name in TINY else pytest.mark.slow) for name in models.list_models()]
@@ -228,6 +229,19 @@ def test_attention_maps_by_fx(unfused):
     maps = AttentionExtract(model, method="fx")(images)
     torch.testing.assert_close(list(maps.values()), list(AttentionExtract(model, method="hook")(images).values()))
     assert len(maps) == sum(map(len, model.blocks))
+
+
+def test_a_variant_without_a_default_configuration_has_that_of_the_others(caplog):
+    def alt_gvt_mine(pretrained=False, **kwargs):
+        return twins._alt_gvt("alt_gvt_mine", pretrained, kwargs, embed_dims=(8, 16, 24, 32), num_heads=(1, 2, 3, 4))
+
+    register_model(alt_gvt_mine)
+    model = timm.create_model("alt_gvt_mine", num_classes=5)
+    assert not caplog.records
+    expected = timm.create_model("alt_gvt_tiny").pretrained_cfg
+    for key in ("input_size", "crop_pct", "interpolation", "mean", "std", "first_conv", "classifier"):
+        assert model.pretrained_cfg[key] == expected[key]
+    assert (model.head.out_features, model.pretrained_cfg["architecture"]) == (5, "alt_gvt_mine")
 
 
 @TIMM
