@@ -220,12 +220,16 @@ def load_predictor(
     amp_dtype = choose_amp(amp, target)
     if pretrained:
         network = create_classifier(str(weights), pretrained=True)
-        return Classifier(models.cpu.accelerate(network).to(target), imagenet_classes(), {}, amp_dtype)
+        models.cpu.accelerate(network).to(target)
+        return Classifier(network, name_classes("classification", network.num_classes), {}, amp_dtype)
     description = read_description(weights)
     if not description.task:
         description = describe(weights, model, config)
+    elif model or config:
+        raise UserError(f"{weights}: describes its own network; remove --model and --config")
     if not description.classes:
-        classes = number_classes(weights, description)
+        count = count_classes(weights, description.task, description.options)
+        classes = number_classes(count)
         logger.info("%s: does not hold the names of its %d classes; they are numbered", weights, len(classes))
         description = replace(description, classes=classes)
     if description.task == "classification":
@@ -234,8 +238,12 @@ def load_predictor(
         raise UserError(f"{weights}: networks for {description.task} have no moving average of the weights")
     if description.task == "segmentation":
         return SegmentationPredictor.from_weights(description, weights, target, amp_dtype)
-    from detection.predictor import DetectionPredictor  # needs pycocotools
-
+    try:
+        from detection.predictor import DetectionPredictor  # needs pycocotools
+    except ImportError as error:
+        raise UserError(
+            f"{weights}: detection needs pycocotools ({error}); install it: pip install pycocotools"
+        ) from error
     return DetectionPredictor.from_weights(description, weights, target, amp_dtype)
 
 
@@ -265,39 +273,36 @@ def describe(weights: str | Path, model: str, config: str | Path) -> Description
     """Describe a network of released weights by the model or the experiment that the user names."""
     if model:
         check_classifier(model)
-        count = count_classes(weights, "classification", {"model": model})
-        return Description("classification", imagenet_classes() if count == 1000 else (), options={"model": model})
-    if not config:
+        task, options = "classification", {"model": model}
+    elif config:
+        experiment = load_experiment(config)
+        options = {field.name: getattr(experiment, field.name) for field in fields(experiment)}
+        task = next(task for option, task in TASKS.items() if option in options)
+    else:
         raise UserError(
             f"{weights}: does not say of which network it is; name a classifier with --model, or an experiment of "
             "segmentation/configs or detection/configs with --config"
         )
-    experiment = load_experiment(config)
-    options = {field.name: getattr(experiment, field.name) for field in fields(experiment)}
-    task = next(task for option, task in TASKS.items() if option in options)
     count = count_classes(weights, task, options)
+    colours = read_classes(ADE20K_CLASSES)[1] if (task, count) == ("segmentation", 150) else ()
+    return Description(task, name_classes(task, count), colours, options=options)
+
+
+def name_classes(task: str, count: int) -> list[str]:
+    """Return the names of a task's classes by their number: those of ImageNet, ADE20K or COCO, or numbers."""
+    if (task, count) == ("classification", 1000):
+        info = ImageNetInfo()
+        return [info.index_to_description(index) for index in range(count)]
     if (task, count) == ("segmentation", 150):
-        return Description(task, *read_classes(ADE20K_CLASSES), options=options)
+        return read_classes(ADE20K_CLASSES)[0]
     if (task, count) == ("detection", 80):
-        return Description(task, coco_classes(), options=options)
-    return Description(task, options=options)
+        names = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+        return [name for name in names if name not in ("__background__", "N/A")]
+    return number_classes(count)
 
 
-def imagenet_classes() -> list[str]:
-    """Return the names of the 1000 classes of ImageNet."""
-    info = ImageNetInfo()
-    return [info.index_to_description(index) for index in range(info.num_classes())]
-
-
-def coco_classes() -> list[str]:
-    """Return the names of the 80 classes of COCO."""
-    names = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
-    return [name for name in names if name not in ("__background__", "N/A")]
-
-
-def number_classes(weights: str | Path, description: Description) -> list[str]:
-    """Return names for classes that have none."""
-    count = count_classes(weights, description.task, description.options)
+def number_classes(count: int) -> list[str]:
+    """Return names for classes whose names are unknown."""
     return [f"class {index}" for index in range(count)]
 
 
@@ -308,7 +313,8 @@ def count_classes(path: str | Path, task: str, options: dict[str, Any]) -> int:
         UserError: If the weights are not those of such a network.
     """
     if task == "classification":
-        layers, per_class, others = [get_pretrained_cfg_value(options["model"], "classifier") or "head"], 1, 0
+        classifier = get_pretrained_cfg_value(options["model"], "classifier") or "head"
+        layers, per_class, others = [classifier] if isinstance(classifier, str) else classifier, 1, 0
     else:
         layers, per_class, others = CLASS_LAYERS[options.get("detector", task)]
     weights = models.read_weights(path)

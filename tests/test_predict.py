@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +239,8 @@ def test_published_weights_know_imagenet(monkeypatch, tmp_path):
     names = [info.index_to_description(index) for index in range(1000)]
     assert load_predictor("alt_gvt_tiny", pretrained=True, device="cpu").classes == names
     torch.save(create("alt_gvt_tiny").state_dict(), tmp_path / "released.pth")
+    torch.save(create("alt_gvt_tiny", num_classes=7).state_dict(), tmp_path / "other.pth")
+    assert load_predictor(tmp_path / "other.pth", model="alt_gvt_tiny", device="cpu").classes[6] == "class 6"
     assert load_predictor(tmp_path / "released.pth", model="alt_gvt_tiny", device="cpu").classes == names
     image = tmp_path / "image.png"
     Image.new("RGB", (40, 40)).save(image)
@@ -282,7 +285,7 @@ def test_released_objects_of_other_data_are_numbered(detector, tmp_path):
     assert torch.equal(result.boxes, own.boxes)
     assert len(result.boxes) > 0
     assert result.classes == ["class 0", "class 1", "class 2"]
-    names = predict.coco_classes()
+    names = predict.name_classes("detection", 80)
     assert (len(names), names[0], names[-1]) == (80, "person", "toothbrush")
 
 
@@ -312,6 +315,13 @@ def test_options_of_computation(image_folder, tmp_path, monkeypatch, compiled):
     network = load_predictor(weights, ema=True, device="cpu")
     paths = sorted((image_folder / "val" / CLASSES[0]).iterdir())
     assert torch.equal(torch.stack([result.logits for result in network(paths)]), average)
+
+
+@pytest.mark.slow
+def test_a_missing_pycocotools_is_named(detector, image_folder, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "detection.predictor", None)
+    image = image_folder / "val" / CLASSES[0] / "0.JPEG"
+    assert "pip install pycocotools" in fails(capsys, predict, detector, image, *CPU)
 
 
 # ------------------------------------------------------------------------------------------------------------- files
@@ -374,6 +384,7 @@ def test_bad_input_is_refused_in_one_line(classifier, image_folder, tmp_path, ca
     assert "'alt_gvt_smal' is unknown; did you mean" in fails(
         capsys, predict, bare, image, "--model", "alt_gvt_smal", *CPU
     )
+    assert "remove --model" in fails(capsys, predict, classifier, image, "--model", "alt_gvt_tiny", *CPU)
     assert "name the classifier with --model" in fails(capsys, predict, image, "--pretrained", *CPU)
     assert "name it with --out" in fails(capsys, predict, classifier, image, "--attention", *CPU)
     blocks = fails(capsys, predict, classifier, image, "--attention", "--out", tmp_path, "--blocks", "9.9", *CPU)
