@@ -8,6 +8,7 @@ import argparse
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 import torchvision
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from core import shapes
 from core.distributed import Processes
@@ -226,11 +228,22 @@ def _open_image_folder(root: Path, is_train: bool, transform: Callable) -> Datas
         raise UserError(f"{folder} contains no class folders; it should contain one folder of images per class")
     try:
         loader = partial(decode_image, mode="RGB")  # as torchvision's own, which ignores an EXIF orientation
-        dataset = torchvision.datasets.ImageFolder(folder, transform, loader=loader, allow_empty=True)
+        left = Counter()
+
+        def is_image(path: str) -> bool:
+            if path.lower().endswith(IMG_EXTENSIONS):
+                return True
+            left[os.path.splitext(path)[1] or os.path.basename(path)] += 1
+            return False
+
+        options = {"loader": loader, "is_valid_file": is_image, "allow_empty": True}
+        dataset = torchvision.datasets.ImageFolder(folder, transform, **options)
     except OSError as error:
         raise UserError(
             f"{error.filename or folder}: cannot be read ({error.strerror}); check the permissions"
         ) from error
+    if left:
+        logger.info("%s: leaves out %d files that are no images: %s", folder, left.total(), _shorten(sorted(left)))
     filled = set(dataset.targets)
     empty = [name for name, label in dataset.class_to_idx.items() if label not in filled]
     if empty:

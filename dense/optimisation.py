@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, not_decayed: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the parameters as groups of an optimizer, with and without weight decay.
+    """Return the parameters that are not frozen as groups of an optimizer, with and without weight decay.
 
     Args:
         model: The network.
@@ -18,6 +18,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, not_decayed: Sequenc
     """
     groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         group = groups[1] if any(part in name for part in not_decayed) else groups[0]
         group["params"].append(parameter)
     return [group for group in groups if group["params"]]

@@ -22,6 +22,7 @@ from core.options import (
     add_training_options,
     choose_amp,
     compile_if_asked,
+    number,
     train_settings,
 )
 from core.recipes import differences
@@ -85,6 +86,13 @@ def get_train_parser(description: str) -> ArgumentParser:
         "--finetune",
         metavar="FILE",
         help="start from these weights of a whole network; heads for other classes are re-initialised",
+    )
+    group.add_argument(
+        "--freeze",
+        default=0,
+        type=number(int, 0, 4),
+        metavar="STAGES",
+        help="number of first stages of the backbone, 0 to 4, that keep their initial weights and have no drop path",
     )
     group.add_argument("--grad-checkpointing", action="store_true", help="save memory, for about a third more time")
     add_compute_options(group, amp="published")
@@ -222,6 +230,7 @@ def run_training(
         seed_everything(args.seed)  # the same initial weights in all processes
         task = build_task(args, experiment, processes, run.is_new)
         model = synchronise_norms(accelerate(task.model), processes).to(device, memory_format=torch.channels_last)
+        model.backbone.freeze_stages(args.freeze)
         if args.grad_checkpointing:
             model.backbone.set_grad_checkpointing()
         state = build_state(args, experiment, model, task.lr_factor, task.sampler, device)

@@ -97,6 +97,9 @@ class TwinsFPN(nn.Module):
         maps = self.body.forward_intermediates(images, intermediates_only=True)[self.first :]
         return self.fpn(OrderedDict((str(i), x) for i, x in enumerate(maps)))
 
+    def freeze_stages(self, count: int) -> None:
+        self.body.freeze_stages(count)
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.body.set_grad_checkpointing(enable)
 

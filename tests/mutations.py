@@ -387,6 +387,10 @@ MUTATIONS = [
              ("test_launch.py::test_scripts_of_the_dense_tasks_start_in_both_forms[inside its folder-segmentation-train.py]",)),
     Mutation("masks of background images", "detection/transforms.py", "F.interpolate(target[\"masks\"][:, None], size=size, mode=\"nearest\")[:, 0]", "F.interpolate(target[\"masks\"][None], size=size, mode=\"nearest\")[0]",
              ("test_detection_data.py::test_detectors_train_on_background_images[mask_rcnn]",)),
+    Mutation("--freeze of the dense tasks", "dense/training.py", "        model.backbone.freeze_stages(args.freeze)\n", "",
+             ("test_freezing.py::test_frozen_stages_of_a_backbone_keep_their_weights[segmentation-backbone.]",)),
+    Mutation("files left out of a folder", "datasets.py", "    if left:\n", "    if False:\n",
+             ("test_datasets.py::test_files_that_are_no_images_are_named",)),
     # Prediction.
     Mutation("orientation in predictions", "core/predictor.py", "    upright = True ", "    upright = False ",
              ("test_predict.py::test_dense_predictors_apply_the_exif_orientation",)),

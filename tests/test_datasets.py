@@ -203,6 +203,22 @@ def test_missing_folder(tmp_path):
         build_dataset(True, options("--data-path", tmp_path))
 
 
+def test_files_that_are_no_images_are_named(image_folder, tmp_path, caplog):
+    shutil.copytree(image_folder, tmp_path / "data")
+    folder = tmp_path / "data/val/n01440764"
+    (folder / "notes.txt").write_text("")
+    (folder / "photo.jp2").write_text("")
+    with caplog.at_level("INFO", "twins"):
+        dataset = build_dataset(False, options("--data-path", tmp_path / "data"))
+    assert caplog.messages == [f"{tmp_path}/data/val: leaves out 2 files that are no images: .jp2, .txt"]
+    assert [sample for sample in dataset.samples if "n01440764" in sample[0]] == [
+        (str(folder / f"{i}.JPEG"), 0) for i in range(7)
+    ]
+    caplog.clear()
+    build_dataset(True, options("--data-path", tmp_path / "data"))
+    assert not caplog.messages
+
+
 def test_empty_class(image_folder, tmp_path):
     shutil.copytree(image_folder, tmp_path / "data")
     for file in (tmp_path / "data/train/n01443537").iterdir():

@@ -43,6 +43,7 @@ DENSE_TRAIN = {
     "print_freq": "test_options_of_a_dense_training",
     "pretrained": "test_a_tiny_network_learns_from_a_classifiers_weights",
     "finetune": "test_fine_tuning_makes_new_heads_for_other_classes",
+    "freeze": "test_frozen_stages_of_a_backbone_keep_their_weights",
     "grad_checkpointing": "test_options_of_a_dense_training",
     "compile": "test_options_of_a_dense_training",
     "amp": "test_mixed_precision_reaches_the_evaluation",

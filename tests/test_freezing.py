@@ -2,11 +2,13 @@
 
 import re
 
+import pytest
 import timm
 import torch
 
 import models  # noqa: F401  registers the models
-from tests.conftest import TINY
+from tests.conftest import ROOT, TINY
+from tests.test_dense_options import TASKS
 
 
 def test_frozen_stages_keep_their_weights(image_folder, tmp_path, run_in_process):
@@ -48,3 +50,18 @@ def test_frozen_stages_have_no_drop_path():
         }
         assert ("blocks.0.0.attn.qkv.weight" in without) == (count > 0)
         model.zero_grad(set_to_none=True)
+
+
+@pytest.mark.usefixtures("small_sets")
+@pytest.mark.parametrize(("task", "prefix"), [("segmentation", "backbone."), ("detection", "backbone.body.")])
+def test_frozen_stages_of_a_backbone_keep_their_weights(task, prefix, tmp_path):
+    script, config, changes = TASKS[task]
+    donor = timm.create_model("alt_gvt_tiny")
+    torch.save(donor.state_dict(), tmp_path / "weights.pth")
+    options = ["--freeze", "2", "--pretrained", str(tmp_path / "weights.pth"), "--work-dir", str(tmp_path / "run")]
+    options += ["--device", "cpu", "--num_workers", "0"]
+    script.main([str(ROOT / config), *options, "--cfg-options", *changes.split(), "weight_decay=0.5"])
+    content = torch.load(tmp_path / "run/checkpoint.pth", weights_only=True)
+    initial = {name: tensor for name, tensor in donor.state_dict().items() if not name.startswith(("norm.", "head."))}
+    kept = {name for name, tensor in initial.items() if torch.equal(content["model"][f"{prefix}{name}"], tensor)}
+    assert kept == {name for name in initial if re.match(r"(patch_embeds|pos_block|blocks)\.[01]\.", name)}
