@@ -225,7 +225,8 @@ class Run:
         epochs = self.state.epoch - self.first_epoch
         if not epochs:
             logger.info("this run is complete; raise the number of epochs to continue")
-        best = ", ".join(f"{name} {value:.3f}" for name, value in self.state.best.items())
+        factor = 1 if self.description.task == "classification" else 100  # dense figures are from 0 to 1
+        best = ", ".join(f"{name} {factor * value:.3f} %" for name, value in self.state.best.items())
         took = timedelta(seconds=int(time.perf_counter() - self.start))
         logger.info("finished: %d epochs, %d in this session, %s; best %s", self.state.epoch, epochs, took, best)
 

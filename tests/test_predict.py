@@ -297,6 +297,7 @@ def test_every_option_has_a_test():
     assert set(OPTIONS.values()) <= set(globals())
 
 
+@pytest.mark.slow
 def test_options_of_computation(image_folder, tmp_path, monkeypatch, compiled):
     """The moving average, bf16, compilation and the batch size reach the network."""
     options = [*TINY, "--epochs", "1", "--data-path", str(image_folder), "--output_dir", str(tmp_path)]
