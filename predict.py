@@ -510,7 +510,7 @@ def to_table(entries: Sequence[dict[str, Any]]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line; see `core.launch.run_script` for the exit codes."""
     parser = get_parser()
-    run_script(parser.prog, run_prediction, parser.parse_args(argv))
+    run_script(parser.prog, run_prediction, parser.parse_intermixed_args(argv))  # options may stand between paths
 
 
 if __name__ == "__main__":

@@ -36,10 +36,19 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
+        self._refuse(unknown)
+        return parsed
+
+    def parse_intermixed_args(self, args=None, namespace=None):
+        """Parse arguments whose options may stand between positional ones."""
+        parsed, unknown = self.parse_known_intermixed_args(args, namespace)
+        self._refuse(unknown)
+        return parsed
+
+    def _refuse(self, unknown: list[str]) -> None:
         if unknown:
             near = nearest(unknown[0].split("=")[0], self._option_string_actions)
             self.error(f"unknown argument {unknown[0]}{near}")
-        return parsed
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")

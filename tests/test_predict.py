@@ -337,7 +337,7 @@ def test_files_of_a_prediction(classifier, image_folder, tmp_path, capsys, monke
     shutil.copy(folder / CLASSES[0] / "0.JPEG", single)
     monkeypatch.setattr("sys.stdin", io.StringIO(f"{single}\n\n"))
     files = ["--json", tmp_path / "new/out.json", "--csv", tmp_path / "out.csv", "--out", tmp_path / "pictures"]
-    run(classifier, folder, "-", *files, "--topk", "2")
+    run(classifier, folder, *files, "--topk", "2", "-")  # an option between paths
     output = capsys.readouterr().out
     assert "leaves out 1 files that are no images: .txt" in output
     entries = json.loads((tmp_path / "new/out.json").read_text())
@@ -384,6 +384,9 @@ def test_bad_input_is_refused_in_one_line(classifier, image_folder, tmp_path, ca
     assert "has no layer decode_head.conv_seg" in wrong
     assert "'alt_gvt_smal' is unknown; did you mean" in fails(
         capsys, predict, bare, image, "--model", "alt_gvt_smal", *CPU
+    )
+    assert "unknown argument --topkk; did you mean --topk?" in fails(
+        capsys, predict, classifier, image, "--topkk", 1, *CPU
     )
     assert "remove --model" in fails(capsys, predict, classifier, image, "--model", "alt_gvt_tiny", *CPU)
     assert "name the classifier with --model" in fails(capsys, predict, image, "--pretrained", *CPU)
