@@ -146,7 +146,11 @@ class TrainState:
             self.lr_scheduler.step(self.epoch - 1)
         self.best = checkpoint["best"]
         self.history = checkpoint["history"]
-        return self._load_place(checkpoint) + self._load_randomness(checkpoint, seed)
+        changes = self._load_place(checkpoint)
+        updates = self.epoch * self.sampler.steps + self.meter.step
+        if updates > 0:  # the learning rate of the last step, which a checkpoint after an evaluation holds
+            self.lr_scheduler.step_update(updates - 1)
+        return changes + self._load_randomness(checkpoint, seed)
 
     def _load_place(self, checkpoint: dict[str, Any]) -> list[str]:
         """Restore the place in the epoch and the meter."""

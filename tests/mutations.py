@@ -391,6 +391,8 @@ MUTATIONS = [
              ("test_freezing.py::test_frozen_stages_of_a_backbone_keep_their_weights[segmentation-backbone.]",)),
     Mutation("files left out of a folder", "datasets.py", "    if left:\n", "    if False:\n",
              ("test_datasets.py::test_files_that_are_no_images_are_named",)),
+    Mutation("learning rate of a resumed run without steps", "core/checkpoint.py", "            self.lr_scheduler.step_update(updates - 1)\n", "            pass\n",
+             ("test_survival.py::test_a_signal_during_evaluation",)),
     # Prediction.
     Mutation("orientation in predictions", "core/predictor.py", "    upright = True ", "    upright = False ",
              ("test_predict.py::test_dense_predictors_apply_the_exif_orientation",)),
