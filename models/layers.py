@@ -5,7 +5,8 @@ Tokens are channels-last, `(B, H, W, C)`, so that convolutions, norms and linear
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, Mlp, register_notrace_module, use_fused_attn
+from timm.layers import DropPath, Mlp, use_fused_attn
+from timm.models import register_notrace_module
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -19,13 +19,14 @@ from itertools import chain
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import register_notrace_function, trunc_normal_
+from timm.layers import trunc_normal_
 from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
     get_pretrained_cfg,
     register_model,
     register_model_deprecations,
+    register_notrace_function,
 )
 from timm.models._features import feature_take_indices
 from torch import nn
