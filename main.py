@@ -34,12 +34,13 @@ from core.options import (
     SHARE,
     ArgumentParser,
     add_compute_options,
+    add_freeze_option,
     add_loader_options,
     add_process_options,
     add_training_options,
     choose_amp,
     compile_if_asked,
-    nearest,
+    find_fault,
     number,
     train_settings,
 )
@@ -298,14 +299,7 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
     group.add_argument(
         "--finetune", metavar="FILE", help="initial weights; a head for another number of classes is re-initialised"
     )
-
-    group.add_argument(
-        "--freeze",
-        default=0,
-        type=number(int, 0, 4),
-        metavar="STAGES",
-        help="number of first stages, 0 to 4, that keep their initial weights and have no drop path",
-    )
+    add_freeze_option(group)
 
     group = parser.add_argument_group("data")
     add_data_options(group)
@@ -344,9 +338,9 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--freeze {args.freeze} keeps initial weights; name them with --finetune, or pass --pretrained")
     for option in ("model", "teacher_model"):
         name = getattr(args, option)
-        if not timm.is_model(get_arch_name(name)):
-            near = nearest(name, timm.list_models(), cutoff=0.4)
-            parser.error(f"--{option.replace('_', '-')} {name!r} is unknown{near}")
+        fault = find_fault(name)
+        if fault:
+            parser.error(f"--{option.replace('_', '-')} {fault}")
 
 
 def check_ranges(parser: ArgumentParser, args: argparse.Namespace) -> None:

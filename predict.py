@@ -31,7 +31,7 @@ import timm
 import torch
 from PIL import Image
 from timm.data import ImageNetInfo
-from timm.models import get_arch_name, get_pretrained_cfg_value
+from timm.models import get_pretrained_cfg_value
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
@@ -52,8 +52,8 @@ from core.options import (
     add_process_options,
     choose_amp,
     compile_if_asked,
+    find_fault,
     loader_options,
-    nearest,
 )
 from core.predictor import Predictor, Result, Source, open_image
 from core.signals import signals_noted, stop_if_requested
@@ -115,37 +115,21 @@ class Classifier(Predictor):
 
     Args:
         model: Classifier of timm's interface.
-        classes: Names of its classes.
-        options: Options of main.py that shape the input, as `EVALUATION`.
+        description: Its classes, and the options of main.py that shape the input, by default those of `EVALUATION`.
         amp_dtype: Data type of autocast; None to disable mixed precision.
     """
 
     upright = False  # as in training, and as torchvision reads folders of images
+    load = staticmethod(models.load_weights)
 
-    def __init__(
-        self,
-        model: nn.Module,
-        classes: Sequence[str],
-        options: dict[str, Any],
-        amp_dtype: torch.dtype | None = None,
-    ):
-        super().__init__(model, classes, amp_dtype)
-        self.transform = build_eval_transform(argparse.Namespace(**(EVALUATION | options)))
+    def __init__(self, model: nn.Module, description: Description, amp_dtype: torch.dtype | None = None):
+        super().__init__(model, description, amp_dtype)
+        self.transform = build_eval_transform(argparse.Namespace(**(EVALUATION | description.options)))
 
-    @classmethod
-    def from_weights(
-        cls,
-        description: Description,
-        weights: str | Path,
-        device: torch.device,
-        amp_dtype: torch.dtype | None = None,
-        ema: bool = False,
-    ) -> "Classifier":
-        """Build the classifier of a description and load its weights; see `load_predictor`."""
-        network = create_classifier(description.options["model"], num_classes=len(description.classes))
-        logger.info("%s", models.load_weights(network, weights, ema=ema))
-        models.cpu.accelerate(network).to(device)
-        return cls(network, description.classes, description.options, amp_dtype)
+    @staticmethod
+    def build(description: Description) -> nn.Module:
+        """Build the classifier of a description."""
+        return create_classifier(description.options["model"], num_classes=len(description.classes))
 
     def to_input(self, image: Image.Image) -> Tensor:
         """Return the image, resized, cropped and normalised `(3, size, size)`."""
@@ -220,31 +204,51 @@ def load_predictor(
     amp_dtype = choose_amp(amp, target)
     if pretrained:
         network = create_classifier(str(weights), pretrained=True)
-        models.cpu.accelerate(network).to(target)
-        return Classifier(network, name_classes("classification", network.num_classes), {}, amp_dtype)
-    description = read_description(weights)
-    if not description.task:
-        description = describe(weights, model, config)
-    elif model or config:
-        raise UserError(f"{weights}: describes its own network; remove --model and --config")
-    if not description.classes:
-        count = count_classes(weights, description.task, description.options)
-        classes = number_classes(count)
-        logger.info("%s: does not hold the names of its %d classes; they are numbered", weights, len(classes))
-        description = replace(description, classes=classes)
-    if description.task == "classification":
-        return Classifier.from_weights(description, weights, target, amp_dtype, ema)
-    if ema:
-        raise UserError(f"{weights}: networks for {description.task} have no moving average of the weights")
-    if description.task == "segmentation":
-        return SegmentationPredictor.from_weights(description, weights, target, amp_dtype)
+        kind = Classifier
+        description = Description("classification", name_classes("classification", network.num_classes))
+    else:
+        description = find_description(weights, model, config)
+        if ema and description.task != "classification":
+            raise UserError(f"{weights}: networks for {description.task} have no moving average of the weights")
+        kind = find_predictor(weights, description.task)
+        network = kind.build(description)
+        loading = {"ema": True} if ema else {}
+        logger.info("%s", kind.load(network, weights, **loading))
+    models.cpu.accelerate(network).to(target)
+    return kind(network, description, amp_dtype)
+
+
+def find_predictor(weights: str | Path, task: str) -> type[Predictor]:
+    """Return the class of a task's predictors.
+
+    Raises:
+        UserError: If the task is detection and pycocotools is missing.
+    """
+    if task == "classification":
+        return Classifier
+    if task == "segmentation":
+        return SegmentationPredictor
     try:
-        from detection.predictor import DetectionPredictor  # needs pycocotools
+        from detection.predictor import DetectionPredictor
     except ImportError as error:
         raise UserError(
             f"{weights}: detection needs pycocotools ({error}); install it: pip install pycocotools"
         ) from error
-    return DetectionPredictor.from_weights(description, weights, target, amp_dtype)
+    return DetectionPredictor
+
+
+def find_description(weights: str | Path, model: str, config: str | Path) -> Description:
+    """Return the description of a network, whose classes are numbered where their names are unknown."""
+    description = read_description(weights)
+    if not description.task:
+        return describe(weights, model, config)
+    if model or config:
+        raise UserError(f"{weights}: describes its own network; remove --model and --config")
+    if description.classes:
+        return description
+    classes = number_classes(count_classes(weights, description.task, description.options))
+    logger.info("%s: does not hold the names of its %d classes; they are numbered", weights, len(classes))
+    return replace(description, classes=classes)
 
 
 def create_classifier(name: str, **kwargs) -> nn.Module:
@@ -265,8 +269,9 @@ def create_classifier(name: str, **kwargs) -> nn.Module:
 
 def check_classifier(name: str) -> None:
     """Raise a UserError if timm has no model of this name."""
-    if not timm.is_model(get_arch_name(name)):
-        raise UserError(f"--model {name!r} is unknown{nearest(name, timm.list_models(), cutoff=0.4)}")
+    fault = find_fault(name)
+    if fault:
+        raise UserError(f"--model {fault}")
 
 
 def describe(weights: str | Path, model: str, config: str | Path) -> Description:
@@ -428,8 +433,10 @@ def run_prediction(args: argparse.Namespace, processes: Processes) -> None:
     if args.attention and not isinstance(predictor, Classifier):
         raise UserError(f"--attention: is for classifiers, but {weights} is of another task; remove it")
     compile_if_asked(predictor.model, args.compile)
-    for folder in filter(None, (args.out, *(Path(file).parent for file in (args.json, args.csv) if file))):
-        make_folder(Path(folder))
+    if args.out:
+        make_folder(Path(args.out))
+    for file in filter(None, (args.json, args.csv)):
+        make_folder(Path(file).parent)
     with signals_noted():
         entries = predict_files(args, predictor, images)
     if args.json:

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+import timm
 import torch
+from timm.models import get_arch_name
 from torch import nn
 
 from core.distributed import cores_per_process
@@ -111,6 +113,13 @@ def nearest(name: str, known, cutoff: float = 0.6) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
+def find_fault(model: str) -> str:
+    """Return what is wrong with the name of a model of timm or of this code; an empty string if nothing is."""
+    if timm.is_model(get_arch_name(model)):
+        return ""
+    return f"{model!r} is unknown{nearest(model, timm.list_models(), cutoff=0.4)}"
+
+
 # --------------------------------------------------------------------------------------------------- common options
 
 
@@ -174,6 +183,17 @@ def add_compute_options(group, amp: str = "auto") -> None:
         default=amp,
         choices=tuple(dict.fromkeys((amp, "auto", "off", "bf16", "fp16"))),
         help=f"mixed precision; {published}auto: bf16 on GPUs that support it, fp16 on other GPUs, off on a CPU",
+    )
+
+
+def add_freeze_option(group) -> None:
+    """Add `--freeze`; the value is an argument of `freeze_stages` of the Twins models."""
+    group.add_argument(
+        "--freeze",
+        default=0,
+        type=number(int, 0, 4),
+        metavar="STAGES",
+        help="number of first stages of the backbone, 0 to 4, that keep their initial weights and have no drop path",
     )
 
 

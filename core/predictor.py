@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import nn
 
+from core.description import Description
 from core.images import decode_image
 from utils import UserError
 
@@ -65,17 +66,20 @@ class Result(ABC):
 class Predictor(ABC):
     """A network in evaluation mode, with the preprocessing of its task's evaluation.
 
+    A subclass has the two static methods `build(description)`, which returns the network, and `load(network, weights)`,
+    which loads a file of weights and returns a report.
+
     Args:
         model: The network.
-        classes: Names of its classes.
+        description: Its classes and the options of its training.
         amp_dtype: Data type of autocast; None to disable mixed precision.
     """
 
     upright = True  # images are turned by their EXIF orientation, as in the data sets of the dense tasks
 
-    def __init__(self, model: nn.Module, classes: Sequence[str], amp_dtype: torch.dtype | None = None):
+    def __init__(self, model: nn.Module, description: Description, amp_dtype: torch.dtype | None = None):
         self.model = model.eval()
-        self.classes = list(classes)
+        self.classes = list(description.classes)
         self.device = next(model.parameters()).device
         self.autocast = partial(torch.autocast, self.device.type, amp_dtype, enabled=amp_dtype is not None)
 

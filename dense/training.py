@@ -17,12 +17,12 @@ from core.distributed import Processes, parallelise, synchronise_norms
 from core.options import (
     ArgumentParser,
     add_compute_options,
+    add_freeze_option,
     add_loader_options,
     add_process_options,
     add_training_options,
     choose_amp,
     compile_if_asked,
-    number,
     train_settings,
 )
 from core.recipes import differences
@@ -87,13 +87,7 @@ def get_train_parser(description: str) -> ArgumentParser:
         metavar="FILE",
         help="start from these weights of a whole network; heads for other classes are re-initialised",
     )
-    group.add_argument(
-        "--freeze",
-        default=0,
-        type=number(int, 0, 4),
-        metavar="STAGES",
-        help="number of first stages of the backbone, 0 to 4, that keep their initial weights and have no drop path",
-    )
+    add_freeze_option(group)
     group.add_argument("--grad-checkpointing", action="store_true", help="save memory, for about a third more time")
     add_compute_options(group, amp="published")
     add_process_options(parser)

@@ -17,6 +17,16 @@ OPACITY = 0.5  # of masks
 FONT_SIZE = 14  # pixels
 
 
+def keep_above(found: dict[str, Tensor], min_score: float) -> dict[str, Tensor]:
+    """Return the objects with a score of at least `min_score`, in the form of `draw_detections`."""
+    return {name: value[found["scores"] >= min_score] for name, value in found.items()}
+
+
+def describe_none(min_score: float) -> str:
+    """Return the caption of a picture without objects."""
+    return f"nothing found with a score of at least {min_score}"
+
+
 def draw_detections(image: Tensor, found: dict[str, Tensor], classes: Sequence[str]) -> Image.Image:
     """Draw the masks, boxes, class names and scores of the objects in an image, the highest score on top.
 
@@ -25,12 +35,11 @@ def draw_detections(image: Tensor, found: dict[str, Tensor], classes: Sequence[s
         found: `boxes` `(n, 4)` and `labels` `(n,)`; for scores `scores` `(n,)`, for masks `masks` `(n, H, W)`.
         classes: Names of the classes.
     """
-    labels = found["labels"].tolist()
-    order, texts = torch.arange(len(labels)), [classes[label] for label in labels]
-    if "scores" in found:
-        order = found["scores"].argsort()
-        texts = [f"{classes[labels[i]]} {found['scores'][i]:.2f}" for i in order]
+    order = found["scores"].argsort() if "scores" in found else torch.arange(len(found["labels"]))
     labels = found["labels"][order].tolist()
+    texts = [classes[label] for label in labels]
+    if "scores" in found:
+        texts = [f"{text} {score:.2f}" for text, score in zip(texts, found["scores"][order].tolist(), strict=True)]
     class_colours = make_colours(len(classes))
     colours = [class_colours[label] for label in labels]
     if "masks" in found:

@@ -1,14 +1,12 @@
 """Prediction of the objects in one's own images; predict.py loads the predictor."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from core.description import Description
@@ -17,11 +15,8 @@ from core.predictor import Predictor, Result, Source, open_image
 from detection.configs.recipes import Experiment
 from detection.data import encode_mask
 from detection.network import build_detector
-from detection.pictures import draw_detections
+from detection.pictures import describe_none, draw_detections, keep_above
 from detection.weights import load_detector
-from models.cpu import accelerate
-
-logger = logging.getLogger("twins")
 
 MIN_SCORE = 0.3  # of the objects that are drawn and listed
 
@@ -49,7 +44,7 @@ class Detection(Result):
         found = {"boxes": self.boxes, "labels": self.labels, "scores": self.scores}
         if self.masks is not None:
             found["masks"] = self.masks
-        return {name: value[self.scores >= min_score] for name, value in found.items()}
+        return keep_above(found, min_score)
 
     def to_dict(self, min_score: float = MIN_SCORE) -> dict[str, Any]:
         """Return the objects with a score of at least `min_score`; masks are run-length codes, as in COCO's format."""
@@ -68,24 +63,18 @@ class Detection(Result):
         picture = draw_detections(image, found, self.classes)
         if len(found["scores"]):
             return picture
-        return draw_captions({f"nothing found with a score of at least {min_score}": picture})
+        return draw_captions({describe_none(min_score): picture})
 
 
 class DetectionPredictor(Predictor):
     """Predictor of objects. It sees one image at a time, as the evaluation does, because padding has an effect."""
 
-    @classmethod
-    def from_weights(
-        cls,
-        description: Description,
-        weights: str | Path,
-        device: torch.device,
-        amp_dtype: torch.dtype | None = None,
-    ) -> "DetectionPredictor":
-        """Build the detector of a description and load its weights; see `predict.load_predictor`."""
-        network = build_detector(description.to_experiment(Experiment), len(description.classes), pretrained=False)
-        logger.info("%s", load_detector(network, weights))
-        return cls(accelerate(network).to(device), description.classes, amp_dtype)
+    load = staticmethod(load_detector)
+
+    @staticmethod
+    def build(description: Description) -> nn.Module:
+        """Build the detector of a description."""
+        return build_detector(description.to_experiment(Experiment), len(description.classes), pretrained=False)
 
     def to_input(self, image: Image.Image) -> Tensor:
         """Return the image, uint8 `(3, H, W)`; the network itself resizes and normalises it."""

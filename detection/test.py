@@ -33,7 +33,7 @@ from detection.augmented import AugmentedDetector
 from detection.configs.recipes import Experiment
 from detection.metrics import find_objects, read_results, summarise, write_results
 from detection.network import build_detector
-from detection.pictures import draw_detections
+from detection.pictures import describe_none, draw_detections, keep_above
 from detection.train import KINDS, build_eval_loader
 from detection.weights import load_detector
 from models.cpu import accelerate
@@ -96,8 +96,8 @@ def run_test(args: argparse.Namespace, processes: Processes) -> None:
     if args.out:
         on_main(partial(write_results, results, Path(args.out)))
     if args.format_only:
-        count = on_main(lambda: len(results))
-        logger.info("wrote %d objects in %d images to %s", count, len(dataset), args.out)
+        if results is not None:  # the main process, which alone has them
+            logger.info("wrote %d objects in %d images to %s", len(results), len(dataset), args.out)
     else:
         logger.info("%s", describe(summarise(dataset.coco, dataset.ids, results, wanted)))
 
@@ -133,8 +133,8 @@ def build_painter(dataset: Dataset, folder: str, min_score: float) -> Callable[[
 
     def show(image_id: int, found: dict[str, Tensor]) -> None:
         image, target = dataset[index_of[image_id]]
-        shown = {name: value[found["scores"] >= min_score] for name, value in found.items()}
-        title = "found" if len(shown["scores"]) else f"nothing found with a score of at least {min_score}"
+        shown = keep_above(found, min_score)
+        title = "found" if len(shown["scores"]) else describe_none(min_score)
         panels = {title: draw_detections(image, shown, dataset.classes)}
         if dataset.coco.anns:
             truth = {name: target[name] for name in ("boxes", "labels", "masks") if name in found}

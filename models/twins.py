@@ -15,7 +15,6 @@ Parameter names are those of the released weights; `models/weights.py` reads the
 import math
 from collections.abc import Sequence
 from functools import partial
-from itertools import chain
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -229,10 +228,7 @@ class Twins(nn.Module):
         wanted, last_wanted = feature_take_indices(len(self.blocks), indices)
         keep = last_wanted + 1
         prune_stages = keep < len(self.blocks)
-        names = ["patch_embeds", "pos_block", "blocks"]
-        if self.stage_norm:
-            names.append("norm_list")
-        for name in names:
+        for name in self._stage_lists():
             setattr(self, name, getattr(self, name)[:keep])
         if prune_norm or prune_stages:
             self.norm = nn.Identity()
@@ -250,10 +246,11 @@ class Twins(nn.Module):
     @torch.jit.ignore
     def freeze_stages(self, count: int) -> None:
         """Freeze the first `count` stages for fine-tuning: no gradients and, also after `train()`, no drop path."""
-        for modules in (self.patch_embeds, self.pos_block, self.blocks, *([self.norm_list] if self.stage_norm else ())):
-            modules[:count].requires_grad_(False)
-        for block in chain(*self.blocks[:count]):
-            block.drop_path = nn.Identity()
+        for name in self._stage_lists():
+            getattr(self, name)[:count].requires_grad_(False)
+        for stage in self.blocks[:count]:
+            for block in stage:
+                block.drop_path = nn.Identity()
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -288,6 +285,10 @@ class Twins(nn.Module):
         self.head.apply(_init_weights)
         parameter = next(self.parameters())
         self.head.to(device=parameter.device, dtype=parameter.dtype).train(self.training)
+
+    def _stage_lists(self) -> list[str]:
+        """Return the names of the lists of modules that have one entry for each stage."""
+        return ["patch_embeds", "pos_block", "blocks"] + (["norm_list"] if self.stage_norm else [])
 
     def _to_channels_last(self, x: torch.Tensor) -> torch.Tensor:
         """Check the images and view them as `(B, H, W, in_chans)`."""

@@ -62,9 +62,9 @@ def find_files(experiment: Experiment, part: str) -> tuple[dict[str, Path], dict
     root = Path(experiment.data_root)
     folder, split = root / getattr(experiment, f"{part}_images"), getattr(experiment, f"{part}_split")
     suffixes = [experiment.image_suffix] if experiment.image_suffix else IMAGE_SUFFIXES
-    images = _list_files(folder, f"{part}_images", suffixes)
+    images, others = _list_files(folder, f"{part}_images", suffixes)
     if not experiment.image_suffix:
-        log_other_files(folder)
+        log_other_files(folder, others)
     if split:
         names = _read_lines(root / split, "write the names of the images in it, one per line, without suffix")
         missing = next((name for name in names if name not in images), None)
@@ -76,17 +76,16 @@ def find_files(experiment: Experiment, part: str) -> tuple[dict[str, Path], dict
     if part == "test":
         return images, None
     folder = root / getattr(experiment, f"{part}_labels")
-    labels = _list_files(folder, f"{part}_labels", [experiment.label_suffix])
+    labels, _ = _list_files(folder, f"{part}_labels", [experiment.label_suffix])
     for name, image in images.items():
         if name not in labels:
             raise UserError(f"{image}: has no labels; {folder / name}{experiment.label_suffix} is missing")
     return images, labels
 
 
-def log_other_files(folder: Path) -> None:
+def log_other_files(folder: Path, others: Sequence[Path]) -> None:
     """Log how many files of a folder are not used because of their suffixes, if any; hidden files are not counted."""
-    files = (file for file in folder.rglob("[!.]*") if file.is_file())
-    counts = Counter(file.suffix for file in files if file.suffix.lower() not in IMAGE_SUFFIXES)
+    counts = Counter(file.suffix for file in others if file.is_file() and not file.name.startswith("."))
     if counts:
         others = ", ".join(f"{count} with the suffix {suffix!r}" for suffix, count in sorted(counts.items()))
         logger.info("note: %s: files left out: %s; image_suffix chooses another suffix", folder, others)
@@ -215,16 +214,21 @@ def _read_lines(path: Path, remedy: str) -> list[str]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); {remedy}") from error
 
 
-def _list_files(folder: Path, field: str, suffixes: Sequence[str]) -> dict[str, Path]:
-    """Return the files of a folder with one of the suffixes, by their names without it, which may contain folders."""
+def _list_files(folder: Path, field: str, suffixes: Sequence[str]) -> tuple[dict[str, Path], list[Path]]:
+    """Return the files of a folder with one of the suffixes, by their names without it, and the other paths.
+
+    The names may contain folders.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder} is missing; set the folder with --cfg-options {field}=...")
-    files = {}
+    files, others = {}, []
     for file in sorted(folder.rglob("*")):
         suffix = next((suffix for suffix in suffixes if file.name.lower().endswith(suffix.lower())), None)
-        if suffix is not None:
-            name = str(file.relative_to(folder))[: -len(suffix)]
-            if name in files:
-                raise UserError(f"{file}: is a second file with this name; rename or remove it")
-            files[name] = file
-    return files
+        if suffix is None:
+            others.append(file)
+            continue
+        name = str(file.relative_to(folder))[: -len(suffix)]
+        if name in files:
+            raise UserError(f"{file}: is a second file with this name; rename or remove it")
+        files[name] = file
+    return files, others

@@ -1,9 +1,7 @@
 """Prediction of the class of each pixel of one's own images; predict.py loads the predictor."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,15 +12,12 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from core.description import Description
 from core.images import make_colours
 from core.predictor import Predictor, Result, Source, open_image
-from models.cpu import accelerate
 from segmentation.configs.recipes import Experiment
 from segmentation.data import IGNORED_LABEL
 from segmentation.network import Segmentor, build_predictor, build_segmentor
 from segmentation.pictures import draw_overlay
 from segmentation.transforms import evaluation_inputs
 from segmentation.weights import load_segmentor
-
-logger = logging.getLogger("twins")
 
 
 @dataclass(frozen=True)
@@ -56,39 +51,23 @@ class SegmentationPredictor(Predictor):
 
     Args:
         model: Network of `build_segmentor`.
-        classes: Names of its classes.
-        colours: RGB colours of the classes; empty for the default ones.
-        experiment: Experiment with the scale of the images and the sliding window.
+        description: Its classes with their colours, and the fields of its experiment.
         amp_dtype: Data type of autocast; None to disable mixed precision.
     """
 
-    def __init__(
-        self,
-        model: Segmentor,
-        classes: Sequence[str],
-        colours: Sequence[tuple[int, ...]],
-        experiment: Experiment,
-        amp_dtype: torch.dtype | None = None,
-    ):
-        super().__init__(model, classes, amp_dtype)
-        self.colours = list(colours) or make_colours(len(classes))
+    load = staticmethod(load_segmentor)
+
+    def __init__(self, model: Segmentor, description: Description, amp_dtype: torch.dtype | None = None):
+        super().__init__(model, description, amp_dtype)
+        experiment = description.to_experiment(Experiment)
+        self.colours = list(description.colours) or make_colours(len(self.classes))
         self.scale = experiment.scale
         self.predict_image = build_predictor(model, experiment, amp_dtype)
 
-    @classmethod
-    def from_weights(
-        cls,
-        description: Description,
-        weights: str | Path,
-        device: torch.device,
-        amp_dtype: torch.dtype | None = None,
-    ) -> "SegmentationPredictor":
-        """Build the network of a description and load its weights; see `predict.load_predictor`."""
-        experiment = description.to_experiment(Experiment)
-        network = build_segmentor(experiment, len(description.classes), pretrained=False)
-        logger.info("%s", load_segmentor(network, weights))
-        accelerate(network).to(device)
-        return cls(network, description.classes, description.colours, experiment, amp_dtype)
+    @staticmethod
+    def build(description: Description) -> Segmentor:
+        """Build the network of a description."""
+        return build_segmentor(description.to_experiment(Experiment), len(description.classes), pretrained=False)
 
     def to_input(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
         """Return the normalised image `(3, h, w)` at the scale of the evaluation, and the height and width before."""
