@@ -8,7 +8,6 @@ import argparse
 import json
 import logging
 import os
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from core import shapes
 from core.distributed import Processes
-from core.images import BadImageError, decode_image
+from core.images import BadImageError, decode_image, log_unused
 from core.options import POSITIVE_INT, loader_options
 from samplers import EvalSampler, SampleKey, SeededSet, TrainSampler
 from transforms import TrainImages, build_eval_transform, build_train_transform, collate_train_images
@@ -228,12 +227,12 @@ def _open_image_folder(root: Path, is_train: bool, transform: Callable) -> Datas
         raise UserError(f"{folder} contains no class folders; it should contain one folder of images per class")
     try:
         loader = partial(decode_image, mode="RGB")  # as torchvision's own, which ignores an EXIF orientation
-        left = Counter()
+        others = []
 
         def is_image(path: str) -> bool:
             if path.lower().endswith(IMG_EXTENSIONS):
                 return True
-            left[os.path.splitext(path)[1] or os.path.basename(path)] += 1
+            others.append(Path(path))
             return False
 
         options = {"loader": loader, "is_valid_file": is_image, "allow_empty": True}
@@ -242,8 +241,7 @@ def _open_image_folder(root: Path, is_train: bool, transform: Callable) -> Datas
         raise UserError(
             f"{error.filename or folder}: cannot be read ({error.strerror}); check the permissions"
         ) from error
-    if left:
-        logger.info("%s: leaves out %d files that are no images: %s", folder, left.total(), _shorten(sorted(left)))
+    log_unused(folder, others)
     filled = set(dataset.targets)
     empty = [name for name, label in dataset.class_to_idx.items() if label not in filled]
     if empty:

@@ -24,7 +24,7 @@ import models
 from core.checkpoint import TrainState
 from core.description import Description, check_same_classes, read_description, remembered_options
 from core.distributed import Processes, parallelise
-from core.launch import one_line, run_script
+from core.launch import RESUMABLE, one_line, run_script
 from core.optimizer import build_optimizer, build_scheduler, describe_peak_lr, note_schedule
 from core.options import (
     COUNT,
@@ -568,8 +568,8 @@ def announce(
     lr = describe_peak_lr(args, global_batch)
     logger.info("%s", describe_batch(args.batch_size, accumulation, lr, state.sampler.steps))
     notes = note_recipe(args) + note_schedule(args, global_batch)
-    defaults = vars(get_args_parser().parse_args([]))
-    for note in notes + note_published(args, global_batch, amp_dtype, defaults):
+    notes += note_published(args, global_batch, amp_dtype, vars(get_args_parser().parse_args([])))
+    for note in notes:
         logger.info("%s", note)
 
 
@@ -600,7 +600,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; see `core.launch.run_script` for exit codes and errors."""
     args = parse_args(argv)
-    run_script("main.py", run_evaluation if args.eval else run_training, args, kept=bool(args.output_dir))
+    when_stopped = RESUMABLE if args.output_dir else ""
+    run_script("main.py", run_evaluation if args.eval else run_training, args, when_stopped)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,11 @@ for a classifier, --config for an experiment of segmentation/configs or detectio
 """
 
 import argparse
-import csv
-import io
-import json
 import logging
 import os
 import sys
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +27,7 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo
+from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from timm.models import get_pretrained_cfg_value
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -40,7 +37,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 import models
 from core.description import TASKS, Description, read_description
 from core.distributed import Processes, choose_device
-from core.images import draw_captions, draw_heat, save_png
+from core.images import BadImageError, draw_captions, draw_heat, log_unused, save_png
 from core.launch import one_line, run_script
 from core.meters import show_progress
 from core.options import (
@@ -56,13 +53,15 @@ from core.options import (
     loader_options,
 )
 from core.predictor import Predictor, Result, Source, open_image
-from core.signals import signals_noted, stop_if_requested
+from core.reports import COLUMNS, Report, build_reports
+from core.signals import Interrupted, signals_noted, stop_if_requested
 from dense.experiments import load_experiment
-from models.attention import attention_maps, grad_cam
+from detection.pictures import describe_none
+from models.attention import attention_maps, check_blocks, grad_cam
 from segmentation.data import ADE20K_CLASSES, read_classes
 from segmentation.predictor import Segmentation, SegmentationPredictor
 from transforms import STATISTICS, build_eval_transform
-from utils import UserError, make_folder, write_text
+from utils import UserError, make_folder
 
 logger = logging.getLogger("twins")
 
@@ -74,7 +73,6 @@ CLASS_LAYERS = {
     "retinanet": (["head.classification_head.cls_logits", "bbox_head.retina_cls"], 9, 0),  # anchors per position
     "mask_rcnn": (["roi_heads.box_predictor.cls_score", "roi_head.bbox_head.fc_cls"], 1, 1),  # the background
 }
-VALUES = {"classes": "probability", "areas": "share", "objects": "score"}  # the figure of each entry of a prediction
 
 
 # --------------------------------------------------------------------------------------------------- classification
@@ -123,17 +121,16 @@ class Classifier(Predictor):
     load = staticmethod(models.load_weights)
 
     def __init__(self, model: nn.Module, description: Description, amp_dtype: torch.dtype | None = None):
-        super().__init__(model, description, amp_dtype)
-        self.transform = build_eval_transform(argparse.Namespace(**(EVALUATION | description.options)))
+        if "input_size" in description.options or isinstance(model, models.Twins):
+            transform = build_eval_transform(argparse.Namespace(**(EVALUATION | description.options)))
+        else:  # released weights of one of timm's models
+            transform = create_transform(**resolve_data_config(model=model))
+        super().__init__(model, description, transform, amp_dtype)
 
     @staticmethod
     def build(description: Description) -> nn.Module:
         """Build the classifier of a description."""
         return create_classifier(description.options["model"], num_classes=len(description.classes))
-
-    def to_input(self, image: Image.Image) -> Tensor:
-        """Return the image, resized, cropped and normalised `(3, size, size)`."""
-        return self.transform(image)
 
     @torch.inference_mode()
     def predict(self, sources: Sequence[Source], inputs: Sequence[Tensor]) -> list[Classification]:
@@ -153,10 +150,7 @@ class Classifier(Predictor):
             UserError: If the model is not a Twins model of this repository.
             TwinsError: If there is no such block.
         """
-        if not isinstance(self.model, models.Twins):
-            raise UserError(
-                f"--attention: is for Twins models, not for {type(self.model).__name__}; choose one of them"
-            )
+        self.check_explainable(blocks)
         pixels = self.prepare(result.source)
         best = result.logits.argmax()
         blocks = list(blocks) or [f"blocks.2.{i}" for i in range(len(self.model.blocks[2]))[-2:]]
@@ -168,6 +162,12 @@ class Classifier(Predictor):
         panels = {title: draw_heat(seen, maps[0].cpu()) for title, maps in heat.items()}
         return draw_captions({"image": seen} | panels)
 
+    def check_explainable(self, blocks: Sequence[str]) -> None:
+        """Raise the errors of `explain`."""
+        if not isinstance(self.model, models.Twins):
+            raise UserError(f"--attention: {type(self.model).__name__} is not a Twins model of this code; omit it")
+        check_blocks(self.model, blocks)
+
 
 # ---------------------------------------------------------------------------------------------------------- loading
 
@@ -176,8 +176,8 @@ def load_predictor(
     weights: str | Path,
     *,
     pretrained: bool = False,
-    model: str = "",
-    config: str | Path = "",
+    model: str | None = None,
+    config: str | Path | None = None,
     ema: bool = False,
     device: str = "auto",
     amp: str = "off",
@@ -237,7 +237,7 @@ def find_predictor(weights: str | Path, task: str) -> type[Predictor]:
     return DetectionPredictor
 
 
-def find_description(weights: str | Path, model: str, config: str | Path) -> Description:
+def find_description(weights: str | Path, model: str | None, config: str | Path | None) -> Description:
     """Return the description of a network, whose classes are numbered where their names are unknown."""
     description = read_description(weights)
     if not description.task:
@@ -262,8 +262,8 @@ def create_classifier(name: str, **kwargs) -> nn.Module:
         return timm.create_model(name, **kwargs)
     except Exception as error:  # timm and the hub raise many kinds of errors
         raise UserError(
-            f"--model {name}: cannot be created ({type(error).__name__}: {one_line(error)}); with --pretrained, check "
-            "the network connection"
+            f"--model {name}: cannot be created ({type(error).__name__}: {one_line(error)}); check the name, and for "
+            "--pretrained the network connection"
         ) from error
 
 
@@ -274,7 +274,7 @@ def check_classifier(name: str) -> None:
         raise UserError(f"--model {fault}")
 
 
-def describe(weights: str | Path, model: str, config: str | Path) -> Description:
+def describe(weights: str | Path, model: str | None, config: str | Path | None) -> Description:
     """Describe a network of released weights by the model or the experiment that the user names."""
     if model:
         check_classifier(model)
@@ -285,8 +285,8 @@ def describe(weights: str | Path, model: str, config: str | Path) -> Description
         task = next(task for option, task in TASKS.items() if option in options)
     else:
         raise UserError(
-            f"{weights}: does not say of which network it is; name a classifier with --model, or an experiment of "
-            "segmentation/configs or detection/configs with --config"
+            f"{weights}: does not name its network; pass --model for a classifier, or --config for an experiment of "
+            "segmentation/configs or detection/configs"
         )
     count = count_classes(weights, task, options)
     colours = read_classes(ADE20K_CLASSES)[1] if (task, count) == ("segmentation", 150) else ()
@@ -335,8 +335,8 @@ def count_classes(path: str | Path, task: str, options: dict[str, Any]) -> int:
 class Files(Dataset):
     """Image files as inputs of a predictor: `(path, input, "")`, or `(path, None, message)` for a bad file."""
 
-    def __init__(self, paths: Sequence[Path], predictor: Predictor):
-        self.paths, self.predictor = paths, predictor
+    def __init__(self, paths: Sequence[Path], prepare: Callable[[Path], Any]):
+        self.paths, self.prepare = paths, prepare
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -344,9 +344,14 @@ class Files(Dataset):
     def __getitem__(self, index: int) -> tuple[Path, Any, str]:
         path = self.paths[index]
         try:
-            return path, self.predictor.prepare(path), ""
+            return path, self.prepare(path), ""
         except UserError as error:
-            return path, None, str(error)
+            return path, None, name_file(path, error)
+
+
+def name_file(path: Path, error: Exception) -> str:
+    """Return the message of an error that an image file caused, with the path of the file."""
+    return str(error) if str(path) in str(error) else f"{path}: {error}"
 
 
 def get_parser() -> ArgumentParser:
@@ -361,16 +366,22 @@ def get_parser() -> ArgumentParser:
     )
     group = parser.add_argument_group("network")
     group.add_argument("--pretrained", action="store_true", help="use the published ImageNet weights of --model")
-    group.add_argument("--model", default="", metavar="NAME", help="classifier, for weights without a description")
-    group.add_argument("--config", default="", metavar="FILE", help="experiment, for weights without a description")
+    group.add_argument("--model", metavar="NAME", help="classifier, for weights without a description")
+    group.add_argument("--config", metavar="FILE", help="experiment, for weights without a description")
     group.add_argument("--model-ema", action="store_true", help="use the moving average of a classifier's weights")
     add_compute_options(group, amp="off")
     group = parser.add_argument_group("predictions")
     group.add_argument("--out", metavar="FOLDER", help="write a picture of each prediction, and label maps, as PNG")
     group.add_argument("--json", metavar="FILE", help="write the predictions as JSON: a list with an object per image")
     group.add_argument("--csv", metavar="FILE", help="write the predictions as a table")
-    group.add_argument("--topk", type=POSITIVE_INT, default=5, metavar="N", help="number of classes of an image")
-    group.add_argument("--score-thr", type=SHARE, default=0.3, metavar="SCORE", help="minimum score of an object")
+    group.add_argument("--topk", type=POSITIVE_INT, default=5, metavar="N", help="listed classes of a classifier")
+    group.add_argument(
+        "--score-thr",
+        type=SHARE,
+        default=0.3,
+        metavar="SCORE",
+        help="minimum score of an object; a network itself keeps those above its score_threshold, by default 0.05",
+    )
     group.add_argument("--batch-size", type=POSITIVE_INT, default=8, metavar="N", help="images of a classifier's batch")
     group.add_argument(
         "--attention",
@@ -379,145 +390,169 @@ def get_parser() -> ArgumentParser:
     )
     group.add_argument(
         "--blocks",
-        nargs="+",
-        default=[],
-        metavar="BLOCK",
-        help="blocks of --attention, such as blocks.2.3 (default: the last two of the third stage)",
+        metavar="NAMES",
+        help="blocks of --attention, such as blocks.1.1,blocks.2.3 (default: the last two of the third stage)",
     )
     add_loader_options(group, num_workers=4)
     add_process_options(parser)
     return parser
 
 
-def find_images(paths: Iterable[str]) -> list[Path]:
+def find_images(paths: Iterable[str], out: str | None = None) -> list[Path]:
     """Return the image files of paths: files, folders, and `-` for paths from standard input.
+
+    Args:
+        paths: The paths.
+        out: Folder of written pictures, which are not searched for images; None for no such folder.
 
     Raises:
         UserError: If a folder holds no image.
     """
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     images = []
     for path in paths:
-        if path == "-":
-            images += [Path(line.rstrip("\n")) for line in sys.stdin if line.strip()]
-        elif Path(path).is_dir():
-            files = sorted(file for file in Path(path).rglob("*") if file.is_file())
-            found = [file for file in files if file.suffix.lower() in suffixes]
-            if not found:
-                raise UserError(f"{path}: holds no image; name a folder of images, such as .jpg or .png")
-            left = Counter(file.suffix or file.name for file in files if file.suffix.lower() not in suffixes)
-            if left:
-                logger.info("%s: leaves out %d files that are no images: %s", path, left.total(), ", ".join(left))
-            images += found
-        else:
-            images.append(Path(path))
+        lines = [line.rstrip("\r\n") for line in sys.stdin] if path == "-" else [path]
+        for name in filter(None, lines):
+            images += search_folder(Path(name), out) if Path(name).is_dir() else [Path(name)]
     if not images:
-        raise UserError("there is no image; name images or folders after the weights")
+        raise UserError("there are no images; name images or folders after the weights, or list them for -")
     return list(dict.fromkeys(images))
+
+
+def search_folder(folder: Path, out: str | None) -> list[Path]:
+    """Return the image files in a folder, by their suffixes; see `find_images`."""
+    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    written = Path(out).resolve() if out else None
+    if folder.resolve() == written:
+        raise UserError(f"--out {out}: is searched for images; choose another folder")
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and written not in file.resolve().parents]
+    images = [file for file in files if file.suffix.lower() in suffixes]
+    if not images:
+        raise UserError(f"{folder}: contains no images; name a folder of images, such as .jpg or .png")
+    log_unused(folder, (file for file in files if file.suffix.lower() not in suffixes))
+    return images
 
 
 def run_prediction(args: argparse.Namespace, processes: Processes) -> None:
     """Predict images and write what the options ask for."""
     check_args(args, processes)
     weights, paths = (args.model, args.paths) if args.pretrained else (args.paths[0], args.paths[1:])
-    images = find_images(paths)
+    images = find_images(paths, args.out)
     predictor = load_predictor(
         weights,
         pretrained=args.pretrained,
-        model=args.model,
+        model=None if args.pretrained else args.model,
         config=args.config,
         ema=args.model_ema,
         device=str(processes.device),
         amp=args.amp,
     )
-    if args.attention and not isinstance(predictor, Classifier):
-        raise UserError(f"--attention: is for classifiers, but {weights} is of another task; remove it")
+    if args.attention:
+        if not isinstance(predictor, Classifier):
+            raise UserError(f"--attention: applies to classifiers, but {weights} is for {predictor.task}; omit it")
+        predictor.check_explainable(block_names(args))
     compile_if_asked(predictor.model, args.compile)
-    if args.out:
-        make_folder(Path(args.out))
-    for file in filter(None, (args.json, args.csv)):
-        make_folder(Path(file).parent)
-    with signals_noted():
-        entries = predict_files(args, predictor, images)
-    if args.json:
-        write_text(Path(args.json), json.dumps(entries, indent=1) + "\n")
-    if args.csv:
-        write_text(Path(args.csv), to_table(entries))
-    if len(entries) < len(images):
-        raise UserError(f"{len(images) - len(entries)} of {len(images)} images cannot be predicted; see above")
+    for folder in (args.out, *(Path(file).parent for file in (args.json, args.csv) if file)):
+        if folder:
+            make_folder(Path(folder))
+    with signals_noted(), ExitStack() as stack:
+        reports = [stack.enter_context(report) for report in build_reports(predictor.task, args.json, args.csv)]
+        predicted = predict_files(args, predictor, images, reports)
+    if predicted < len(images):
+        raise UserError(f"{len(images) - predicted} of {len(images)} images cannot be predicted; see above")
 
 
 def check_args(args: argparse.Namespace, processes: Processes) -> None:
-    """Reject options that do not work together."""
+    """Reject options that do not work together, and files that cannot be written."""
     if processes.world_size > 1:
         raise UserError("predict.py runs in one process; start it without a launcher")
     if args.pretrained and not args.model:
         raise UserError("--pretrained: name the classifier with --model")
+    for option in ("config", "model_ema"):
+        if args.pretrained and getattr(args, option):
+            raise UserError(
+                f"--pretrained: the published weights take no --{option.replace('_', '-')}; omit one of them"
+            )
     if args.attention and not args.out:
         raise UserError("--attention: there is no folder for its pictures; name it with --out")
+    if args.blocks and not args.attention:
+        raise UserError(f"--blocks {args.blocks}: chooses the blocks of --attention; add that option")
+    for option in ("json", "csv"):
+        path = getattr(args, option)
+        if path and (path == "-" or Path(path).is_dir()):
+            raise UserError(f"--{option} {path}: is not a file; name one")
+    if args.json and args.json == args.csv:
+        raise UserError(f"--json {args.json}: is also the file of --csv; name two files")
 
 
-def predict_files(args: argparse.Namespace, predictor: Predictor, images: Sequence[Path]) -> list[dict[str, Any]]:
-    """Predict image files; write and return the predictions, without those of unreadable files, which are logged."""
+def block_names(args: argparse.Namespace) -> list[str]:
+    """Return the names of `--blocks`."""
+    return [name.strip() for name in (args.blocks or "").split(",") if name.strip()]
+
+
+def predict_files(
+    args: argparse.Namespace, predictor: Predictor, images: Sequence[Path], reports: Sequence[Report]
+) -> int:
+    """Predict image files, write the predictions, and return their number. Bad files are logged."""
     batch_size = args.batch_size if isinstance(predictor, Classifier) else 1
     loading = loader_options(args, predictor.device)
-    loader = DataLoader(Files(images, predictor), batch_size, collate_fn=list, **loading)
-    folder = os.path.commonpath([path.absolute().parent for path in images])
-    entries = []
+    loader = DataLoader(Files(images, predictor.prepare), batch_size, collate_fn=list, **loading)
+    folder = os.path.commonpath([Path(os.path.abspath(path)).parent for path in images])
+    predicted = 0
     for batch in show_progress(loader, "prediction"):
-        stop_if_requested(predictor.device)
+        try:
+            stop_if_requested(predictor.device)
+        except Interrupted:
+            logger.info("%d of %d images are predicted", predicted, len(images))
+            raise
         for _, _, message in batch:
             if message:
                 logger.warning("skipped: %s", message)
         good = [(path, pixels) for path, pixels, message in batch if not message]
-        if good:
-            for result in predictor.predict([path for path, _ in good], [pixels for _, pixels in good]):
-                name = result.source.absolute().relative_to(folder)
-                entries.append({"path": str(result.source)} | write_result(args, predictor, result, name))
-    return entries
+        results = predictor.predict([path for path, _ in good], [pixels for _, pixels in good]) if good else []
+        for result in results:
+            name = os.path.relpath(os.path.abspath(result.source), folder)
+            try:
+                entry, rows = write_result(args, predictor, result, name)
+            except BadImageError as error:  # removed in the meantime
+                logger.warning("skipped: %s", name_file(result.source, error))
+                continue
+            for report in reports:
+                report.add(entry, rows)
+            predicted += 1
+    return predicted
 
 
-def write_result(args: argparse.Namespace, predictor: Predictor, result: Result, name: Path) -> dict[str, Any]:
-    """Log a prediction, write its pictures and its label map, and return it as plain values."""
-    choices = {"min_score": args.score_thr}
-    if isinstance(result, Classification):
-        choices = {"topk": args.topk}
-    elif isinstance(result, Segmentation):
-        choices = {}
-    entry = result.to_dict(**choices)
-    kind, rows = next(iter(entry.items()))
-    listed = ", ".join(f"{row['name']} {row[VALUES[kind]]:.1%}" for row in rows)
-    logger.info("%s: %s", result.source, listed or f"no {kind} with a score of at least {args.score_thr}")
+def write_result(
+    args: argparse.Namespace, predictor: Predictor, result: Result, name: str
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Log a prediction and write its pictures and its label map.
+
+    Returns:
+        The prediction as plain values, and its classes, areas or objects, which are a part of it.
+    """
+    choices = {"classification": {"topk": args.topk}, "detection": {"min_score": args.score_thr}}
+    choice = choices.get(predictor.task, {})
+    entry = {"path": str(result.source)} | result.to_dict(**choice)
+    rows = list(entry.values())[1]
+    figure = COLUMNS[predictor.task][2]
+    listed = ", ".join(f"{row['name']} {row[figure]:.1%}" for row in rows)
+    logger.info("%s: %s", result.source, listed or describe_none(args.score_thr))
     if args.out:
-        save_png(result.draw(**choices), Path(args.out) / name)
-    if args.out and isinstance(result, Segmentation):
-        path = Path(args.out) / f"{name}.labels"
-        save_png(to_pil_image(result.labels[None]), path)
-        entry["label_map"] = f"{path}.png"
-    if args.attention:
-        save_png(predictor.explain(result, args.blocks), Path(args.out) / f"{name}.attention")
-    return entry
-
-
-def to_table(entries: Sequence[dict[str, Any]]) -> str:
-    """Return predictions as CSV, with a line for each class, area or object."""
-    lines = []
-    for entry in entries:
-        for row in next(entry[kind] for kind in VALUES if kind in entry):
-            corners = dict(zip(("x1", "y1", "x2", "y2"), row.get("box", ()), strict=False))
-            plain = {key: value for key, value in row.items() if key not in ("box", "mask")}
-            lines.append({"path": entry["path"]} | plain | corners)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(lines[0]) if lines else ["path"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
+        path = Path(args.out, name)
+        save_png(result.draw(**choice), path)
+        if isinstance(result, Segmentation):
+            entry["label_map"] = f"{path}.labels.png"
+            save_png(to_pil_image(result.labels[None]), path.with_name(f"{path.name}.labels"))
+        if args.attention:
+            save_png(predictor.explain(result, block_names(args)), path.with_name(f"{path.name}.attention"))
+    return entry, rows
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line; see `core.launch.run_script` for the exit codes."""
     parser = get_parser()
-    run_script(parser.prog, run_prediction, parser.parse_intermixed_args(argv))  # options may stand between paths
+    args = parser.parse_intermixed_args(argv)  # options may stand between paths
+    run_script(parser.prog, run_prediction, args, when_stopped="the predictions up to then are written")
 
 
 if __name__ == "__main__":

@@ -29,9 +29,17 @@ class UserError(ValueError):
     """
 
 
+class LogHandler(logging.StreamHandler):
+    """Handler that is silent after the reader of a pipe has ended, as in `predict.py ... | head`."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  a name of logging
+        if not isinstance(sys.exc_info()[1], BrokenPipeError):
+            super().handleError(record)
+
+
 def set_up_logging(rank: int) -> None:
     """Log to standard output: all messages of the main process, warnings of the others."""
-    handler = logging.StreamHandler(sys.stdout)
+    handler = LogHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"[process {rank}] %(message)s"))
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)

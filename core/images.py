@@ -3,9 +3,13 @@
 import colorsys
 import errno
 import io
-from collections.abc import Mapping, Sequence
+import logging
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -14,8 +18,10 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from utils import UserError, make_folder, write_atomically
 
-FONT_SIZE, LINE, GAP = 14, 19, 8  # pixels
-MIN_SIDE = 320  # pixels; smaller images are enlarged
+logger = logging.getLogger("twins")
+
+MIN_SIDE = 480  # pixels; smaller images are enlarged, so that the text is legible
+GAP = 8  # pixels between panels
 
 
 class BadImageError(UserError):
@@ -44,12 +50,25 @@ def decode_image(path: str, mode: str | None = None, upright: bool = False) -> I
             image.load()
             if upright:
                 ImageOps.exif_transpose(image, in_place=True)
+            if mode == "RGB" and image.mode.startswith("I;16"):
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would clip it to 255
             return image.convert(mode) if mode not in (None, image.mode) else image
     except Exception as error:  # decoders raise many types of errors for damaged files
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
             raise UserError(f"{path}: cannot be read ({error.strerror}); check the disk and the permissions") from error
-        reason = "its format is unknown" if isinstance(error, Image.UnidentifiedImageError) else error
+        if isinstance(error, FileNotFoundError):
+            reason = "there is no such file"
+        else:
+            reason = "its format is unknown" if isinstance(error, Image.UnidentifiedImageError) else error
         raise BadImageError(f"{path}: cannot be read as an image ({reason})") from error
+
+
+def log_unused(folder: str | Path, files: Iterable[Path], remedy: str = "") -> None:
+    """Log how many files of a folder are not used because of their suffixes, if any; hidden files are not counted."""
+    counts = Counter(file.suffix or file.name for file in files if not file.name.startswith("."))
+    if counts:
+        listed = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counts.items())[:10])
+        logger.info("note: %s: files not used: %s%s", folder, listed, remedy)
 
 
 def fitted_size(size: Sequence[int], scale: tuple[int, int], ratio: float = 1.0) -> tuple[int, int]:
@@ -90,22 +109,39 @@ def make_colours(count: int) -> list[tuple[int, ...]]:
     return [tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(*colour)) for colour in hsv]
 
 
+def text_size(size: tuple[int, int]) -> int:
+    """Return the font size in pixels for a picture of a width and height."""
+    return max(14, max(size) // 60)
+
+
+def line_height(font_size: int) -> int:
+    """Return the height of a line of text in pixels."""
+    return round(1.35 * font_size)
+
+
+def plain_text(text: str) -> str:
+    """Return a text in ASCII, because Pillow's font has no other letters: ü becomes u, and those of Chinese `?`."""
+    letters = "".join(letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
+    return letters.encode("ascii", "replace").decode()
+
+
 def draw_captions(images: Mapping[str, Image.Image]) -> Image.Image:
     """Return a picture of RGB images side by side, with their captions of one or more lines below."""
-    font = ImageFont.load_default(FONT_SIZE)
-    panels = {caption: enlarge(image) for caption, image in images.items()}
-    text_height = LINE * max(len(caption.splitlines()) for caption in panels) + GAP
+    panels = {plain_text(caption): enlarge(image) for caption, image in images.items()}
+    font_size = max(text_size(panel.size) for panel in panels.values())
+    font, line = ImageFont.load_default(font_size), line_height(font_size)
+    text_height = line * max(len(caption.splitlines()) for caption in panels) + GAP
     widths = []
     for caption, panel in panels.items():
-        widths.append(max([panel.width, *(int(font.getlength(line)) for line in caption.splitlines())]) + GAP)
+        widths.append(max([panel.width, *(int(font.getlength(text)) for text in caption.splitlines())]) + GAP)
     height = max(panel.height for panel in panels.values())
     picture = Image.new("RGB", (sum(widths), height + text_height), "white")
     draw = ImageDraw.Draw(picture)
     left = 0
     for (caption, panel), width in zip(panels.items(), widths, strict=True):
         picture.paste(panel, (left, 0))
-        for row, line in enumerate(caption.splitlines()):
-            draw.text((left + 2, height + row * LINE + 2), line, fill="black", font=font)
+        for row, text in enumerate(caption.splitlines()):
+            draw.text((left + 2, height + row * line + 2), text, fill="black", font=font)
         left += width
     return picture
 

@@ -16,6 +16,7 @@ from models import TwinsError
 from utils import UserError
 
 LOST = "another process of the run has ended or cannot be reached; see its message. Continue with --auto-resume"
+RESUMABLE = "run the same command with --auto-resume to continue"  # the end of the message of a stopped training
 # Parts of messages of torch that have a cause outside this code, and the message to print.
 KNOWN_FAULTS = {
     "DataLoader timed out": "{}; raise --loader-timeout if the disk is slow, otherwise find out what blocks it",
@@ -28,7 +29,7 @@ KNOWN_FAULTS = {
 
 
 def run_script(
-    name: str, run: Callable[[argparse.Namespace, Processes], None], args: argparse.Namespace, kept: bool = False
+    name: str, run: Callable[[argparse.Namespace, Processes], None], args: argparse.Namespace, when_stopped: str = ""
 ) -> None:
     """Run a script on one or several processes.
 
@@ -39,7 +40,7 @@ def run_script(
         name: Name of the script, used in messages.
         run: Main function of the script.
         args: Options of the script, among them those of `add_process_options` and `add_loader_options`.
-        kept: True if a stopped run can be resumed.
+        when_stopped: What a stopped run has saved and how to continue it, used in its message.
     """
     try:
         # The loader's timeout comes first, so that its message names the cause.
@@ -49,8 +50,8 @@ def run_script(
             utils.make_deterministic()
         run(args, processes)
     except Interrupted as stop:
-        remedy = "run the same command with --auto-resume to continue" if kept else "no checkpoint was saved"
-        end_run(f"{name}: stopped by {stop.signal.name}; {remedy}", 128 + stop.signal, agreed=True)
+        saved = when_stopped or "nothing was saved"
+        end_run(f"{name}: stopped by {stop.signal.name}; {saved}", 128 + stop.signal, agreed=True)
     except KeyboardInterrupt:
         end_run(f"{name}: stopped immediately", 128 + signal.SIGINT, agreed=False)
     except Exception as error:

@@ -1,7 +1,7 @@
 """What the predictors and the results of the three tasks share; predict.py loads them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,9 +37,20 @@ def open_image(source: Source, upright: bool) -> Image.Image:
     array = np.asarray(source)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)):
         raise UserError(
-            f"an array of {array.dtype} {array.shape} is no image; pass uint8 from 0 to 255 of shape (height, width, 3)"
+            f"an array of {array.dtype} and shape {array.shape} is not an image; pass uint8 of shape (height, width, 3)"
         )
     return Image.fromarray(array).convert("RGB")
+
+
+def prepare_image(source: Source, to_input: Callable[[Image.Image], Any], upright: bool) -> Any:
+    """Return the input of a network for an image; see `open_image` for the errors.
+
+    Args:
+        source: The image.
+        to_input: Function that returns the input for an RGB image.
+        upright: True to turn the image by its EXIF orientation.
+    """
+    return to_input(open_image(source, upright))
 
 
 @dataclass(frozen=True)
@@ -71,15 +82,28 @@ class Predictor(ABC):
 
     Args:
         model: The network.
-        description: Its classes and the options of its training.
+        description: Its task, its classes and the options of its training.
+        to_input: Function that returns the input of the network for an RGB image.
         amp_dtype: Data type of autocast; None to disable mixed precision.
+
+    Attributes:
+        prepare: Function that returns the input for an image; it does not hold the network, so that data-loading
+            processes can have it.
     """
 
     upright = True  # images are turned by their EXIF orientation, as in the data sets of the dense tasks
 
-    def __init__(self, model: nn.Module, description: Description, amp_dtype: torch.dtype | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        description: Description,
+        to_input: Callable[[Image.Image], Any],
+        amp_dtype: torch.dtype | None = None,
+    ):
         self.model = model.eval()
+        self.task = description.task
         self.classes = list(description.classes)
+        self.prepare = partial(prepare_image, to_input=to_input, upright=self.upright)
         self.device = next(model.parameters()).device
         self.autocast = partial(torch.autocast, self.device.type, amp_dtype, enabled=amp_dtype is not None)
 
@@ -100,14 +124,6 @@ class Predictor(ABC):
             batch = images[start : start + batch_size]
             results += self.predict(batch, [self.prepare(source) for source in batch])
         return results
-
-    def prepare(self, source: Source) -> Any:
-        """Return the input of the network for an image."""
-        return self.to_input(open_image(source, self.upright))
-
-    @abstractmethod
-    def to_input(self, image: Image.Image) -> Any:
-        """Return the input of the network for an RGB image."""
 
     @abstractmethod
     def predict(self, sources: Sequence[Source], inputs: Sequence[Any]) -> list[Result]:

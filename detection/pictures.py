@@ -4,17 +4,14 @@ import io
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageFont
 from torch import Tensor
-from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from core.images import make_colours
+from core.images import enlarge, make_colours, plain_text, text_size
 
-MIN_SIDE = 480  # pixels; smaller images are enlarged, so that the text is legible
 OPACITY = 0.5  # of masks
-FONT_SIZE = 14  # pixels
 
 
 def keep_above(found: dict[str, Tensor], min_score: float) -> dict[str, Tensor]:
@@ -23,8 +20,8 @@ def keep_above(found: dict[str, Tensor], min_score: float) -> dict[str, Tensor]:
 
 
 def describe_none(min_score: float) -> str:
-    """Return the caption of a picture without objects."""
-    return f"nothing found with a score of at least {min_score}"
+    """Return the description of a prediction without objects."""
+    return f"no objects with a score of at least {min_score}"
 
 
 def draw_detections(image: Tensor, found: dict[str, Tensor], classes: Sequence[str]) -> Image.Image:
@@ -37,7 +34,7 @@ def draw_detections(image: Tensor, found: dict[str, Tensor], classes: Sequence[s
     """
     order = found["scores"].argsort() if "scores" in found else torch.arange(len(found["labels"]))
     labels = found["labels"][order].tolist()
-    texts = [classes[label] for label in labels]
+    texts = [plain_text(classes[label]) for label in labels]
     if "scores" in found:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, found["scores"][order].tolist(), strict=True)]
     class_colours = make_colours(len(classes))
@@ -46,20 +43,34 @@ def draw_detections(image: Tensor, found: dict[str, Tensor], classes: Sequence[s
         for mask, colour in zip(found["masks"][order].bool(), colours, strict=True):
             # One call per mask: in one call for all, torchvision blackens the pixels where masks overlap.
             image = draw_segmentation_masks(image, mask, alpha=OPACITY, colors=colour)
-    factor = -(-MIN_SIDE // max(image.shape[1:]))
-    picture = F.interpolate(image[None], scale_factor=factor)[0]  # by nearest pixels
+    picture = enlarge(to_pil_image(image))
     if not labels:
-        return to_pil_image(picture)  # torchvision warns where there is nothing to draw
-    picture = draw_bounding_boxes(
-        picture,
-        found["boxes"][order] * factor,
-        labels=texts,
+        return picture  # torchvision warns where there is nothing to draw
+    font_size = text_size(picture.size)
+    font, width = ImageFont.load_default(font_size), font_size // 4
+    boxes = found["boxes"][order] * (picture.width / image.shape[2])
+    drawn = draw_bounding_boxes(
+        pil_to_tensor(picture),
+        boxes,
+        labels=_drop_hidden(texts, boxes, font),
         colors=colours,
-        width=3,
-        font=io.BytesIO(ImageFont.load_default(FONT_SIZE).font_bytes),  # Pillow's own; torchvision's default is tiny
-        font_size=FONT_SIZE,
+        width=width,
+        font=io.BytesIO(font.font_bytes),  # Pillow's own; torchvision's default is tiny
+        font_size=font_size,
         label_colors="white",
         label_background_colors="black",
         fill_labels=True,
     )
-    return to_pil_image(picture)
+    return to_pil_image(drawn)
+
+
+def _drop_hidden(texts: Sequence[str], boxes: Tensor, font: ImageFont.FreeTypeFont) -> list[str | None]:
+    """Return the labels of boxes, from the lowest score to the highest, with None where one of a higher score lies."""
+    shown, taken = [], []
+    for text, (x, y) in zip(reversed(texts), reversed(boxes[:, :2].tolist()), strict=True):
+        right, bottom = x + font.getlength(text), y + font.size
+        hidden = any(x < r and left < right and y < b and top < bottom for left, top, r, b in taken)
+        shown.append(None if hidden else text)
+        if not hidden:
+            taken.append((x, y, right, bottom))
+    return shown[::-1]

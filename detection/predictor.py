@@ -67,18 +67,23 @@ class Detection(Result):
 
 
 class DetectionPredictor(Predictor):
-    """Predictor of objects. It sees one image at a time, as the evaluation does, because padding has an effect."""
+    """Predictor of objects. It sees one image at a time, as the evaluation does, because padding has an effect.
+
+    Args:
+        model: Network of `build_detector`, which resizes and normalises the images itself.
+        description: Its classes.
+        amp_dtype: Data type of autocast; None to disable mixed precision.
+    """
 
     load = staticmethod(load_detector)
+
+    def __init__(self, model: nn.Module, description: Description, amp_dtype: torch.dtype | None = None):
+        super().__init__(model, description, pil_to_tensor, amp_dtype)
 
     @staticmethod
     def build(description: Description) -> nn.Module:
         """Build the detector of a description."""
         return build_detector(description.to_experiment(Experiment), len(description.classes), pretrained=False)
-
-    def to_input(self, image: Image.Image) -> Tensor:
-        """Return the image, uint8 `(3, H, W)`; the network itself resizes and normalises it."""
-        return pil_to_tensor(image)
 
     @torch.inference_mode()
     def predict(self, sources: Sequence[Source], inputs: Sequence[Tensor]) -> list[Detection]:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 
 from core.description import Description
 from core.distributed import Processes
-from core.launch import run_script
+from core.launch import RESUMABLE, run_script
 from core.options import choose_amp, loader_options
 from dense.optimisation import linear_warmup, step_decay
 from dense.training import Task, describe, get_train_parser, process_batch, run_training
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line; see `core.launch.run_script` for the exit codes."""
     parser = get_train_parser(__doc__)
     args = parser.parse_args(argv)
-    run_script(parser.prog, partial(run_training, build_task=build_task, kind=Experiment), args, kept=True)
+    run_script(parser.prog, partial(run_training, build_task=build_task, kind=Experiment), args, when_stopped=RESUMABLE)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,14 @@ def attention_maps(model: Twins, images: Tensor, blocks: Sequence[str]) -> dict[
     return {name: _received(model.get_submodule(name).attn, *weights[name], len(images)) for name in blocks}
 
 
+def check_blocks(model: Twins, blocks: Sequence[str]) -> None:
+    """Raise a TwinsError if a model has no block of one of the names."""
+    known = [f"blocks.{stage}.{i}" for stage, part in enumerate(model.blocks) for i in range(len(part))]
+    for name in blocks:
+        if name not in known:
+            raise TwinsError(f"block {name!r} is unknown; choose from {known[0]} to {known[-1]}, blocks.STAGE.BLOCK")
+
+
 @torch.no_grad()
 def attention_weights(model: Twins, images: Tensor, blocks: Sequence[str]) -> dict[str, tuple[Tensor, int, int]]:
     """Return the attention weights of chosen blocks, computed in steps; see `attention_maps`.
@@ -40,10 +48,7 @@ def attention_weights(model: Twins, images: Tensor, blocks: Sequence[str]) -> di
         The weights `(B, heads, queries, keys)`, in LSA `(windows, heads, tokens, tokens)`, and the height and width of
         the block's map, by the name of the block.
     """
-    known = [f"blocks.{stage}.{i}" for stage, part in enumerate(model.blocks) for i in range(len(part))]
-    unknown = next((name for name in blocks if name not in known), None)
-    if unknown is not None:
-        raise TwinsError(f"block {unknown!r} is unknown; choose from {known[0]} to {known[-1]}, blocks.STAGE.BLOCK")
+    check_blocks(model, blocks)
     sizes, weights = {}, {}
 
     def record(name: str, attention: nn.Module, stack: ExitStack) -> None:

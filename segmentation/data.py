@@ -6,7 +6,6 @@ add it to `build_dataset`, and add its name to `dataset` in `configs/recipes.py`
 """
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from core import shapes
-from core.images import decode_image, load_image, make_colours
+from core.images import decode_image, load_image, log_unused, make_colours
 from segmentation.configs.recipes import Experiment
 from utils import UserError
 
@@ -64,7 +63,7 @@ def find_files(experiment: Experiment, part: str) -> tuple[dict[str, Path], dict
     suffixes = [experiment.image_suffix] if experiment.image_suffix else IMAGE_SUFFIXES
     images, others = _list_files(folder, f"{part}_images", suffixes)
     if not experiment.image_suffix:
-        log_other_files(folder, others)
+        log_unused(folder, filter(Path.is_file, others), "; image_suffix chooses another suffix")
     if split:
         names = _read_lines(root / split, "write the names of the images in it, one per line, without suffix")
         missing = next((name for name in names if name not in images), None)
@@ -81,14 +80,6 @@ def find_files(experiment: Experiment, part: str) -> tuple[dict[str, Path], dict
         if name not in labels:
             raise UserError(f"{image}: has no labels; {folder / name}{experiment.label_suffix} is missing")
     return images, labels
-
-
-def log_other_files(folder: Path, others: Sequence[Path]) -> None:
-    """Log how many files of a folder are not used because of their suffixes, if any; hidden files are not counted."""
-    counts = Counter(file.suffix for file in others if file.is_file() and not file.name.startswith("."))
-    if counts:
-        others = ", ".join(f"{count} with the suffix {suffix!r}" for suffix, count in sorted(counts.items()))
-        logger.info("note: %s: files left out: %s; image_suffix chooses another suffix", folder, others)
 
 
 class MaskFolder(Dataset):

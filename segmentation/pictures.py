@@ -3,17 +3,14 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
-MIN_SIDE = 320  # pixels; smaller images are enlarged, so that there is room for the legend
+from core.images import GAP, draw_captions, enlarge, line_height, plain_text, text_size
+
 OPACITY = 0.5  # of the colours
-LINE = 18  # pixels per line of text
-GAP = 8  # pixels between panels
-FONT_SIZE = 13  # pixels
 
 
 def draw_overlay(
@@ -33,26 +30,25 @@ def draw_overlay(
         ignored: Label of pixels that stay as they are.
     """
     present = torch.cat([labels.unique().long() for labels in maps.values()]).unique().tolist()
-    legend = [label for label in present if label != ignored]
-    panels = {"image": image} | {title: _paint(image, labels, legend, colours) for title, labels in maps.items()}
-    factor = -(-MIN_SIDE // max(image.shape[1:]))
-    height, width = (side * factor for side in image.shape[1:])
-    legend_left = len(panels) * (width + GAP)
-    font = ImageFont.load_default(FONT_SIZE)
-    column = max((int(font.getlength(classes[label])) for label in legend), default=0) + LINE + 2 * GAP
-    rows = max(1, height // LINE)
-    columns = -(-len(legend) // rows)
-    picture = Image.new("RGB", (legend_left + columns * column, height + LINE + GAP), "white")
+    shown = [label for label in present if label != ignored]
+    panels = {"image": image} | {title: _paint(image, labels, shown, colours) for title, labels in maps.items()}
+    pictures = {title: enlarge(to_pil_image(panel)) for title, panel in panels.items()}
+    names = {plain_text(classes[label]): tuple(colours[label]) for label in shown}
+    return draw_captions(pictures | {"": draw_legend(names, pictures["image"].size)})
+
+
+def draw_legend(colours: Mapping[str, tuple[int, ...]], size: tuple[int, int]) -> Image.Image:
+    """Draw the names of classes beside their colours, in columns of the height of a picture of a width and height."""
+    font_size = text_size(size)
+    font, line = ImageFont.load_default(font_size), line_height(font_size)
+    rows = max(1, size[1] // line)
+    column = max((int(font.getlength(name)) for name in colours), default=0) + line + 2 * GAP
+    picture = Image.new("RGB", (max(1, -(-len(colours) // rows) * column), size[1]), "white")
     draw = ImageDraw.Draw(picture)
-    for i, (title, panel) in enumerate(panels.items()):
-        left = i * (width + GAP)
-        draw.text((left, 1), title, fill="black", font=font)
-        enlarged = F.interpolate(panel[None], scale_factor=factor)[0]  # by nearest pixels
-        picture.paste(to_pil_image(enlarged), (left, LINE))
-    for i, label in enumerate(legend):
-        x, y = legend_left + i // rows * column, LINE + i % rows * LINE
-        draw.rectangle((x, y, x + LINE - 5, y + LINE - 5), fill=tuple(colours[label]), outline="black")
-        draw.text((x + LINE, y - 1), classes[label], fill="black", font=font)
+    for i, (name, colour) in enumerate(colours.items()):
+        x, y = i // rows * column, i % rows * line
+        draw.rectangle((x, y, x + font_size, y + font_size), fill=colour, outline="black")
+        draw.text((x + line, y - 1), name, fill="black", font=font)
     return picture
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,6 +47,11 @@ class Segmentation(Result):
         return draw_overlay(image, {"prediction": self.labels}, self.classes, self.colours, IGNORED_LABEL)
 
 
+def to_input(image: Image.Image, scale: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+    """Return the normalised image `(3, h, w)` at the scale of the evaluation, and the height and width before."""
+    return evaluation_inputs(pil_to_tensor(image), scale)[0], (image.height, image.width)
+
+
 class SegmentationPredictor(Predictor):
     """Predictor of label maps.
 
@@ -58,21 +64,15 @@ class SegmentationPredictor(Predictor):
     load = staticmethod(load_segmentor)
 
     def __init__(self, model: Segmentor, description: Description, amp_dtype: torch.dtype | None = None):
-        super().__init__(model, description, amp_dtype)
         experiment = description.to_experiment(Experiment)
+        super().__init__(model, description, partial(to_input, scale=experiment.scale), amp_dtype)
         self.colours = list(description.colours) or make_colours(len(self.classes))
-        self.scale = experiment.scale
         self.predict_image = build_predictor(model, experiment, amp_dtype)
 
     @staticmethod
     def build(description: Description) -> Segmentor:
         """Build the network of a description."""
         return build_segmentor(description.to_experiment(Experiment), len(description.classes), pretrained=False)
-
-    def to_input(self, image: Image.Image) -> tuple[Tensor, tuple[int, int]]:
-        """Return the normalised image `(3, h, w)` at the scale of the evaluation, and the height and width before."""
-        pixels = pil_to_tensor(image)
-        return evaluation_inputs(pixels, self.scale)[0], (image.height, image.width)
 
     def predict(
         self, sources: Sequence[Source], inputs: Sequence[tuple[Tensor, tuple[int, int]]]

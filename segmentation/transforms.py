@@ -90,7 +90,7 @@ def evaluation_inputs(image: Tensor, scale: tuple[int, int], ratios: Sequence[fl
     if min(smallest) < MIN_INPUT_SIZE:
         raise UserError(
             f"has {smallest[1]}x{smallest[0]} pixels when resized to scale={scale} at the smallest ratio, but each "
-            f"side needs at least {MIN_INPUT_SIZE}; raise scale, or remove small test_ratios"
+            f"side needs at least {MIN_INPUT_SIZE}; crop the image, raise scale, or remove small test_ratios"
         )
     return [normalise(resize_image(image, size)) for size in sizes]
 

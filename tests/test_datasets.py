@@ -210,7 +210,7 @@ def test_files_that_are_no_images_are_named(image_folder, tmp_path, caplog):
     (folder / "photo.jp2").write_text("")
     with caplog.at_level("INFO", "twins"):
         dataset = build_dataset(False, options("--data-path", tmp_path / "data"))
-    assert caplog.messages == [f"{tmp_path}/data/val: leaves out 2 files that are no images: .jp2, .txt"]
+    assert caplog.messages == [f"note: {tmp_path}/data/val: files not used: 1 .jp2, 1 .txt"]
     assert [sample for sample in dataset.samples if "n01440764" in sample[0]] == [
         (str(folder / f"{i}.JPEG"), 0) for i in range(7)
     ]

@@ -4,6 +4,7 @@ import json
 import re
 import warnings
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from core.images import make_colours
 from dense.experiments import load_experiment
 from detection import data as detection_data
 from detection import metrics
+from detection import pictures as detection_pictures
 from detection import test as test_script
 from detection import train as train_script
 from detection.configs.recipes import shapes_setting
@@ -363,6 +365,16 @@ def test_pictures_show_overlapping_objects():
     assert np.abs(pixels[-1, -1] - (first / 2 + second / 4)).max() <= 1  # and so does its mask
 
 
+def test_a_label_does_not_cover_that_of_a_higher_score():
+    """Two boxes at the same corner, in either order, and one below them, whose label has room."""
+    found = {"boxes": torch.tensor([[10.0, 10, 200, 60], [10, 12, 210, 90], [10, 100, 90, 200]])}
+    found |= {"labels": torch.tensor([0, 1, 0]), "scores": torch.tensor([0.6, 0.9, 0.5])}
+    image = torch.zeros(3, 300, 480, dtype=torch.uint8)
+    with mock.patch("detection.pictures.draw_bounding_boxes", wraps=detection_pictures.draw_bounding_boxes) as draw:
+        draw_detections(image, found, ["a long name", "b"])
+    assert draw.call_args.kwargs["labels"] == ["a long name 0.50", None, "b 0.90"]
+
+
 def test_a_picture_without_objects_is_the_image():
     none = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "scores": torch.zeros(0)}
     image = torch.full((3, 96, 96), 90, dtype=torch.uint8)
@@ -390,7 +402,7 @@ def test_only_objects_above_the_threshold_are_shown(tmp_path, monkeypatch):
         show(0, {"boxes": torch.zeros(3, 4), "scores": found, "labels": torch.zeros(3, dtype=torch.int64)})
     assert drawn[0]["scores"].tolist() == pytest.approx([0.5, 0.4])
     assert set(drawn[1]) == {"boxes", "labels"}  # of the annotations; this detector finds no masks
-    assert captions == [["found", "annotated"], ["nothing found with a score of at least 0.4", "annotated"]]
+    assert captions == [["found", "annotated"], ["no objects with a score of at least 0.4", "annotated"]]
     parser = test_script.get_parser()
     assert parser.parse_args(["c", "w", "--show-score-thr", "0.7"]).show_score_thr == 0.7
 

@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import pickle
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -150,7 +152,7 @@ def test_classes_of_shapes_equal_the_evaluation(tmp_path, monkeypatch):
 def test_options_of_classifiers_are_refused_for_other_tasks(segmentor, image_folder, tmp_path, capsys):
     image = image_folder / "val" / CLASSES[0] / "0.JPEG"
     for options, message in (
-        (["--attention", "--out", tmp_path], "is for classifiers"),
+        (["--attention", "--out", tmp_path], "applies to classifiers"),
         (["--model-ema"], "no moving av"),
     ):
         assert message in fails(capsys, predict, segmentor, image, *options, *CPU)
@@ -225,7 +227,7 @@ def test_paths_images_and_arrays_give_the_same(classifier, image_folder):
         sources = [str(path), path, image.copy(), np.asarray(image)]
     for result in network(sources, batch_size=1):
         assert torch.equal(result.logits, network(path).logits)
-    with pytest.raises(ValueError, match=r"array of float64 \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"array of float64 and shape \(4, 4\)"):
         network(np.zeros((4, 4)))
     with pytest.raises(ValueError, match="cannot be read as an image"):
         network("nowhere.jpg")
@@ -233,11 +235,17 @@ def test_paths_images_and_arrays_give_the_same(classifier, image_folder):
 
 def test_published_weights_know_imagenet(monkeypatch, tmp_path):
     """By name with --pretrained, and a file with --model; the hub cannot be reached in tests."""
-    create = predict.timm.create_model
-    monkeypatch.setattr(predict.timm, "create_model", lambda name, pretrained=False, **kwargs: create(name, **kwargs))
+    create, asked = predict.timm.create_model, []
+
+    def create_fresh(name, pretrained=False, **kwargs):
+        asked.append((name, pretrained))
+        return create(name, **kwargs)
+
+    monkeypatch.setattr(predict.timm, "create_model", create_fresh)
     info = ImageNetInfo()
     names = [info.index_to_description(index) for index in range(1000)]
     assert load_predictor("alt_gvt_tiny", pretrained=True, device="cpu").classes == names
+    assert asked == [("alt_gvt_tiny", True)]
     torch.save(create("alt_gvt_tiny").state_dict(), tmp_path / "released.pth")
     torch.save(create("alt_gvt_tiny", num_classes=7).state_dict(), tmp_path / "other.pth")
     assert load_predictor(tmp_path / "other.pth", model="alt_gvt_tiny", device="cpu").classes[6] == "class 6"
@@ -245,9 +253,25 @@ def test_published_weights_know_imagenet(monkeypatch, tmp_path):
     image = tmp_path / "image.png"
     Image.new("RGB", (40, 40)).save(image)
     run(image, "--model", "alt_gvt_tiny", "--pretrained", "--json", tmp_path / "out.json", "--topk", "3")
+    assert asked[-1] == ("alt_gvt_tiny", True)
     (entry,) = json.loads((tmp_path / "out.json").read_text())
     assert len(entry["classes"]) == 3
     assert entry["classes"][0]["name"] in names
+
+
+def test_models_of_timm_get_their_own_preprocessing(monkeypatch):
+    """Mean 0.5, a crop of 0.9 and bicubic interpolation; ours have the statistics of ImageNet and 0.875."""
+    create = predict.timm.create_model
+    monkeypatch.setattr(predict.timm, "create_model", lambda name, pretrained=False, **kwargs: create(name, **kwargs))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (200, 300, 3), np.uint8))
+    name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    network = load_predictor(name, pretrained=True, device="cpu")
+    resized = image.resize((248 * 300 // 200, 248), Image.Resampling.BICUBIC)
+    left, top = (round((side - 224) / 2) for side in resized.size)
+    pixels = np.asarray(resized.crop((left, top, left + 224, top + 224)), np.float32) / 255
+    assert np.abs(network.prepare(image).permute(1, 2, 0).numpy() - (pixels - 0.5) / 0.5).max() < 1e-5
+    with pytest.raises(ValueError, match="VisionTransformer is not a Twins model of this code"):
+        network.explain(network(image))
 
 
 def as_config(task: str, setting: str, changes: list[str], path: Path) -> Path:
@@ -332,19 +356,21 @@ def test_files_of_a_prediction(classifier, image_folder, tmp_path, capsys, monke
     """Folders, files and a list on standard input, in the order given; a file of the same name in two folders."""
     folder = tmp_path / "images"
     shutil.copytree(image_folder / "val", folder)
-    (folder / "notes.txt").write_text("no image")
+    (folder / "notes.txt").write_text("not an image")
     single = tmp_path / "0.JPEG"
     shutil.copy(folder / CLASSES[0] / "0.JPEG", single)
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{single}\n\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{single}\r\n\n"))
     files = ["--json", tmp_path / "new/out.json", "--csv", tmp_path / "out.csv", "--out", tmp_path / "pictures"]
     run(classifier, folder, *files, "--topk", "2", "-")  # an option between paths
     output = capsys.readouterr().out
-    assert "leaves out 1 files that are no images: .txt" in output
+    assert f"note: {folder}: files not used: 1 .txt" in output
     entries = json.loads((tmp_path / "new/out.json").read_text())
     paths = [str(path) for path in [*sorted(folder.rglob("*.JPEG")), single]]
     assert [entry["path"] for entry in entries] == paths
     assert all(f"{path}: n0" in output for path in paths)
-    rows = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
+    table = (tmp_path / "out.csv").read_text().splitlines()
+    assert table[0] == "path,name,index,probability"
+    rows = list(csv.DictReader(table))
     assert [row["path"] for row in rows] == [path for path in paths for _ in range(2)]
     assert [float(row["probability"]) for row in rows[:2]] == [c["probability"] for c in entries[0]["classes"]]
     pictures = {str(path.relative_to(tmp_path / "pictures")) for path in (tmp_path / "pictures").rglob("*.png")}
@@ -368,7 +394,88 @@ def test_bad_files_are_named(classifier, image_folder, tmp_path, capsys):
         run(classifier, tmp_path / "text.jpg", tmp_path / "nowhere.jpg")
     output = capsys.readouterr().out
     assert f"skipped: {tmp_path / 'text.jpg'}: cannot be read as an image (its format is unknown)" in output
-    assert f"skipped: {tmp_path / 'nowhere.jpg'}: cannot be read as an image" in output
+    assert f"skipped: {tmp_path / 'nowhere.jpg'}: cannot be read as an image (there is no such file)\n" in output
+
+
+def test_pictures_stay_in_their_folder(classifier, image_folder, tmp_path, capsys, monkeypatch):
+    """Paths with `..`, and a second run over the folder that holds the pictures of the first."""
+    for place in ("a/0.JPEG", "b/1.JPEG"):
+        (tmp_path / place).parent.mkdir()
+        shutil.copy(image_folder / "val" / CLASSES[0] / "0.JPEG", tmp_path / place)
+    monkeypatch.chdir(tmp_path / "a")
+    run(classifier, "../b/1.JPEG", "0.JPEG", "--out", "pictures")
+    written = ["0.JPEG.png", "1.JPEG.png"]
+    assert sorted(path.name for path in (tmp_path / "a/pictures").rglob("*.png")) == written
+    assert len(list(tmp_path.rglob("*.png"))) == 2
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{tmp_path}\n"))  # a folder in the list
+    run(classifier, "-", "--out", "pictures", "--json", "out.json")
+    paths = [str(tmp_path / place) for place in ("a/0.JPEG", "b/1.JPEG")]
+    assert [entry["path"] for entry in json.loads((tmp_path / "a/out.json").read_text())] == paths
+    assert "--out pictures: is searched for images" in fails(
+        capsys, predict, classifier, "pictures", "--out", "pictures"
+    )
+
+
+def test_a_stopped_prediction_keeps_what_it_has(classifier, image_folder, tmp_path, capsys, monkeypatch):
+    """A signal before the third of four batches; one image of the second has been removed."""
+    folder = tmp_path / "images"
+    shutil.copytree(image_folder / "val" / CLASSES[0], folder)
+    draw, batches = predict.Classification.draw, []
+
+    def remove_before_drawing(result, topk):
+        Path(folder / "3.JPEG").unlink(missing_ok=True)
+        return draw(result, topk)
+
+    def stop(_device):
+        batches.append(1)
+        if len(batches) == 3:
+            raise predict.Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(predict.Classification, "draw", remove_before_drawing)
+    monkeypatch.setattr(predict, "stop_if_requested", stop)
+    files = ["--json", tmp_path / "out.json", "--csv", tmp_path / "out.csv", "--out", tmp_path / "pictures"]
+    with pytest.raises(SystemExit) as end:
+        run(classifier, folder, *files, "--batch-size", 2, "--topk", 1)
+    assert end.value.code == 128 + signal.SIGTERM
+    printed = capsys.readouterr()
+    assert "predict.py: stopped by SIGTERM; the predictions up to then are written" in printed.err
+    assert "3 of 7 images are predicted" in printed.out
+    assert f"skipped: {folder / '3.JPEG'}: cannot be read as an image (there is no such file)" in printed.out
+    entries = json.loads((tmp_path / "out.json").read_text())
+    assert [Path(entry["path"]).name for entry in entries] == ["0.JPEG", "1.JPEG", "2.JPEG"]
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 4
+    assert not list(tmp_path.glob(".*.tmp"))
+
+
+@pytest.mark.slow
+def test_tables_of_dense_tasks(segmentor, detector, tmp_path, capsys):
+    """The columns are those of the task, also without objects; an image too narrow for a segmentor is named."""
+    image = tmp_path / "image.png"
+    shapes.draw_scene(3, 96).image.save(image)
+    Image.new("RGB", (300, 3)).save(tmp_path / "narrow.png")
+    run(detector, image, "--csv", tmp_path / "out.csv", "--json", tmp_path / "out.json", "--score-thr", 1)
+    assert (tmp_path / "out.csv").read_text() == "path,name,index,score,x1,y1,x2,y2\n"
+    assert json.loads((tmp_path / "out.json").read_text()) == [{"path": str(image), "objects": []}]
+    run(detector, image, "--csv", tmp_path / "out.csv", "--json", tmp_path / "out.json", "--score-thr", 0)
+    ((entry,), rows) = json.loads((tmp_path / "out.json").read_text()), (tmp_path / "out.csv").read_text().splitlines()
+    assert len(rows) == 1 + len(entry["objects"]) > 1
+    assert [float(x) for x in rows[1].split(",")[-4:]] == entry["objects"][0]["box"]
+    assert "mask" in entry["objects"][0]
+    with pytest.raises(SystemExit):
+        run(segmentor, image, tmp_path / "narrow.png", "--csv", tmp_path / "out.csv")
+    assert (tmp_path / "out.csv").read_text().startswith(f"path,name,index,share\n{image},")
+    assert f"skipped: {tmp_path / 'narrow.png'}: has 256x3 pixels when resized" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["classifier", "segmentor", "detector"])
+def test_data_loading_processes_get_no_network(kind, request, tmp_path):
+    """The input of an image can be prepared in any process; the pickled function is small."""
+    network = load_predictor(request.getfixturevalue(kind), device="cpu")
+    content = pickle.dumps(network.prepare)
+    assert len(content) < 5000
+    image = shapes.draw_scene(3, 96).image
+    assert str(pickle.loads(content)(image)) == str(network.prepare(image))
 
 
 def test_bad_input_is_refused_in_one_line(classifier, image_folder, tmp_path, capsys):
@@ -376,10 +483,10 @@ def test_bad_input_is_refused_in_one_line(classifier, image_folder, tmp_path, ca
     (tmp_path / "empty").mkdir()
     bare = tmp_path / "bare.pth"
     torch.save(torch.load(classifier, weights_only=True)["model"], bare)
-    assert "holds no image" in fails(capsys, predict, classifier, tmp_path / "empty", *CPU)
-    assert "there is no image" in fails(capsys, predict, classifier, *CPU)
+    assert "contains no images" in fails(capsys, predict, classifier, tmp_path / "empty", *CPU)
+    assert "there are no images" in fails(capsys, predict, classifier, *CPU)
     assert "there is no such file" in fails(capsys, predict, tmp_path / "nowhere.pth", image, *CPU)
-    assert "name a classifier with --model" in fails(capsys, predict, bare, image, *CPU)
+    assert "does not name its network; pass --model" in fails(capsys, predict, bare, image, *CPU)
     wrong = fails(capsys, predict, bare, image, "--config", ROOT / "segmentation" / UPERNET, *CPU)
     assert "has no layer decode_head.conv_seg" in wrong
     assert "'alt_gvt_smal' is unknown; did you mean" in fails(
@@ -393,6 +500,14 @@ def test_bad_input_is_refused_in_one_line(classifier, image_folder, tmp_path, ca
     assert "name it with --out" in fails(capsys, predict, classifier, image, "--attention", *CPU)
     blocks = fails(capsys, predict, classifier, image, "--attention", "--out", tmp_path, "--blocks", "9.9", *CPU)
     assert "block '9.9' is unknown" in blocks
+    assert "add that option" in fails(capsys, predict, classifier, image, "--blocks", "blocks.0.0", *CPU)
+    for file in ("-", tmp_path):
+        assert f"--json {file}: is not a file" in fails(capsys, predict, classifier, image, "--json", file, *CPU)
+    twice = ["--json", tmp_path / "out", "--csv", tmp_path / "out"]
+    assert "is also the file of --csv" in fails(capsys, predict, classifier, image, *twice, *CPU)
+    for option in (["--model-ema"], ["--config", "x.py"]):
+        published = [image, "--pretrained", "--model", "alt_gvt_tiny"]
+        assert "--pretrained: the published weights take no" in fails(capsys, predict, *published, *option, *CPU)
 
 
 def test_old_checkpoints_have_numbered_classes(classifier, image_folder, tmp_path, capsys):
@@ -415,14 +530,21 @@ def test_pictures(classifier, segmentor, detector, image_folder, tmp_path):
     path = image_folder / "val" / CLASSES[0] / "0.JPEG"  # 90x72
     network = load_predictor(classifier, device="cpu")
     drawn = network(path).draw(topk=2)
-    assert 288 < drawn.height < network(path).draw(topk=3).height
-    part = drawn.crop((0, 0, 360, 288)).resize((90, 72), Image.Resampling.NEAREST)
+    assert 432 < drawn.height < network(path).draw(topk=3).height
+    part = drawn.crop((0, 0, 540, 432)).resize((90, 72), Image.Resampling.NEAREST)
     assert part.tobytes() == open_image(path, upright=False).tobytes()
     result = load_predictor(detector, device="cpu")(path)
     shares = result.scores.sort().values
     limit = shares[len(shares) // 2].item()
     assert len(result.to_dict(limit)["objects"]) == (result.scores >= limit).sum() < len(shares)
     assert result.draw(min_score=limit).tobytes() != result.draw(min_score=0).tobytes()
+    result = load_predictor(segmentor, device="cpu")(path)
+    panels = np.asarray(result.draw(), int)[:432:6, : 2 * 548 : 6][:, :, :]
+    image, labels = np.asarray(open_image(path, upright=True), int), result.labels.long()
+    painted = np.asarray(result.draw(), int)[:432, 548:1088][::6, ::6]
+    assert np.array_equal(panels[:, :90], image)
+    colours = np.array(result.colours)[labels]
+    assert np.abs(painted - (image + colours) / 2).max() <= 1
 
 
 def test_attention_is_drawn(classifier, image_folder, tmp_path):
@@ -430,12 +552,16 @@ def test_attention_is_drawn(classifier, image_folder, tmp_path):
     run(classifier, path, "--attention", "--out", tmp_path)
     run(classifier, path, "--attention", "--out", tmp_path / "one", "--blocks", "blocks.0.0")
     both = [Image.open(folder / "0.JPEG.attention.png") for folder in (tmp_path, tmp_path / "one")]
-    assert both[0].width > both[1].width > 3 * 320
+    assert both[0].width > both[1].width > 3 * 480
     network = load_predictor(classifier, device="cpu")
-    seen = both[0].crop((0, 0, 320, 320)).resize((32, 32), Image.Resampling.NEAREST)
+    seen = both[0].crop((0, 0, 480, 480)).resize((32, 32), Image.Resampling.NEAREST)
     pixels = network.prepare(path) * torch.tensor(predict.STATISTICS[1])[:, None, None]
     pixels = pixels + torch.tensor(predict.STATISTICS[0])[:, None, None]
-    assert np.abs(np.asarray(seen, int) - np.asarray(to_pil_image(pixels.clamp(0, 1)), int)).max() <= 1
+    seen, image = np.asarray(seen, int), to_pil_image(pixels.clamp(0, 1))
+    assert np.abs(seen - np.asarray(image, int)).max() <= 1
+    heat = predict.attention_maps(network.model, network.prepare(path)[None], ["blocks.0.0"])["blocks.0.0"][0]
+    panel = both[1].crop((2 * 488, 0, 2 * 488 + 480, 480)).resize((32, 32), Image.Resampling.NEAREST)
+    assert panel.tobytes() == predict.draw_heat(image, heat).tobytes()
 
 
 @pytest.mark.slow
@@ -443,6 +569,10 @@ def test_a_folder_of_many_images(classifier, tmp_path):
     """Through the command line with workers: as many predictions as images."""
     for i in range(30):
         shapes.draw_scene(i, 40 + i).image.save(tmp_path / f"{i}.png")
-    result = run_bash_in(ROOT, "-c", f"$PYTHON predict.py {classifier} {tmp_path} --csv {tmp_path}/out.csv --topk 1")
-    assert result.returncode == 0, result.stderr
+    command = (
+        f"$PYTHON predict.py {classifier} {tmp_path} --csv {tmp_path}/out.csv --topk 1 | head -2; exit $PIPESTATUS"
+    )
+    result = run_bash_in(ROOT, "-c", command)
+    assert result.returncode in (0, 120), result.stderr  # 120: Python itself could not flush its output
+    assert "Traceback" not in result.stderr
     assert len((tmp_path / "out.csv").read_text().splitlines()) == 31

@@ -78,7 +78,7 @@ def test_files_with_other_suffixes_are_announced(tmp_path, caplog):
             (folder / name).write_bytes(b"")
         (tmp_path / "annotations/training/upper.png").write_bytes(b"")
         open_part(tmp_path, dataset="folder")
-    note = f"note: {folder}: files left out: 1 with the suffix '.bmp', 2 with the suffix '.tif'; image_suffix"
+    note = f"note: {folder}: files not used: 1 .bmp, 2 .tif; image_suffix"
     assert note in caplog.text
     assert caplog.text.count("note:") == 1
 

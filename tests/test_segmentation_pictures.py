@@ -15,12 +15,12 @@ def test_overlays_show_classes_in_their_colours():
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
     picture = draw_overlay(image, {"prediction": labels}, ["a", "b", "c"], colours, ignored=255)
     pixels = np.asarray(picture).astype(int)
-    second = 2 * 200 + 8  # the image is enlarged twice, then a gap
-    panels = pixels[18 : 18 + 200, : second + 400]
-    assert (panels[:, :400] == 100).all()
+    second = 3 * 200 + 8  # the image is enlarged three times, then a gap
+    panels = pixels[:300, : second + 600]
+    assert (panels[:, :600] == 100).all()
     for x, expected in ((0, (100, 100, 100)), (50, (177, 50, 50)), (100, (50, 50, 177)), (150, (100, 100, 100))):
-        assert (panels[:, second + 2 * x : second + 2 * (x + 50)] == expected).all()
-    legend = pixels[:, second + 2 * 200 + 8 :].reshape(-1, 3).tolist()
+        assert (panels[:, second + 3 * x : second + 3 * (x + 50)] == expected).all()
+    legend = pixels[:, second + 3 * 200 + 8 :].reshape(-1, 3).tolist()
     assert [255, 0, 0] in legend
     assert [0, 0, 255] in legend
     assert [0, 255, 0] not in legend  # not in the picture
@@ -32,7 +32,7 @@ def test_the_legend_has_the_classes_of_all_maps():
         maps[title] = torch.full((64, 64), label, dtype=torch.uint8)
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
     pixels = np.asarray(draw_overlay(image, maps, ["a", "b", "c"], colours, ignored=255))
-    legend = pixels[:, 3 * (320 + 8) :].reshape(-1, 3).tolist()
+    legend = pixels[:, 3 * (512 + 8) :].reshape(-1, 3).tolist()
     assert [colour in legend for colour in map(list, colours)] == [False, True, True]
 
 
@@ -41,4 +41,4 @@ def test_an_image_without_labels_stays_as_it_is():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pixels = np.asarray(draw_overlay(image, {"labels": labels}, ["a"], [(255, 0, 0)], ignored=255))
-    assert (pixels[18 : 18 + 320, 320 + 8 : 320 + 8 + 320] == 70).all()
+    assert (pixels[:512, 512 + 8 : 512 + 8 + 512] == 70).all()
