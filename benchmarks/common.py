@@ -60,18 +60,13 @@ def name_models(names: Sequence[str], peers: bool) -> list[tuple[str, ...]]:
     return [(name, name.replace("pcpvt", "twins_pcpvt").replace("alt_gvt", "twins_svt"))[: 1 + peers] for name in names]
 
 
-def print_progress(message: str) -> None:
-    """Print a progress message on standard error; the results go to standard output."""
-    print(message, file=sys.stderr, flush=True)
-
-
 def time_in_turns(steps: Sequence[Callable[[], Any]], turns: int, device: torch.device, what: str) -> list[list[float]]:
     """Return the seconds per call of each function in each of several turns.
 
     The turns alternate between the functions, so that a change of the machine's speed affects all of them. Each
     function is called twice before, as a warm-up. `what` names the measurement in a progress message.
     """
-    print_progress(f"{what}: warm-up and {turns} turns")
+    print(f"{what}: warm-up and {turns} turns", file=sys.stderr, flush=True)
     repeats = []
     for step in steps:
         time_calls(step, 1, device)  # the first call compiles, selects kernels and fills caches
@@ -115,17 +110,12 @@ def print_table(rows: Iterable[Row]) -> list[Row]:
     """Print rows as they arrive, under the headings of the first one, and return them."""
     printed = []
     for row in rows:
-        if not printed:
-            _print_cells(row, row)
-        _print_cells(row, map(_format, row.values()))
+        lines = [list(map(_format, row.values()))] if printed else [list(row), list(map(_format, row.values()))]
+        for first, *others in lines:
+            padded = [cell.rjust(max(len(heading), 6) + 2) for heading, cell in zip(list(row)[1:], others, strict=True)]
+            logger.info("%s", first.ljust(28) + "".join(padded))
         printed.append(row)
     return printed
-
-
-def _print_cells(headings: Iterable[str], cells: Iterable[str]) -> None:
-    """Print a line: the first cell to the left, the others to the right, in columns as wide as their headings."""
-    first, *others = [cell.rjust(max(len(heading), 6) + 2) for heading, cell in zip(headings, cells, strict=True)]
-    logger.info("%s", first.strip().ljust(28) + "".join(others))
 
 
 def _format(value: str | float | None) -> str:

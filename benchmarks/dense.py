@@ -8,6 +8,7 @@
 """
 
 import argparse
+import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,7 +39,6 @@ ADE20K_CLASSES, COCO_CLASSES = 150, 80
 UPERNETS = str(Path(__file__).parents[1] / "segmentation/configs/upernet_{}_512x512_160k_ade20k_swin_setting.py")
 # Multiply-accumulates in the original's README, in G.
 PUBLISHED_G = {"pcpvt_s": 234, "pcpvt_b": 250, "pcpvt_l": 269, "alt_gvt_s": 228, "alt_gvt_b": 261, "alt_gvt_l": 297}
-TURNS = 4  # number of measured steps
 BOX_REGIONS, MASK_REGIONS = 1000, 100  # regions of one image in the box head and in the mask head
 SETTINGS = {"RetinaNet": retinanet_1x_pvt_setting, "Mask R-CNN": mask_rcnn_1x_pvt_setting}
 MEASURED_BACKBONES = ("alt_gvt_small", "twins_svt_small", "pcpvt_small", "twins_pcpvt_small")
@@ -72,7 +72,7 @@ def measure_segmentor(mode: str, experiment: Experiment, device: torch.device) -
     def infer() -> None:
         model.eval()(images)
 
-    (times,) = common.time_in_turns([train if mode == "training" else infer], TURNS, device, mode)
+    (times,) = common.time_in_turns([train if mode == "training" else infer], 4, device, mode)
     step = f"{mode}, {shape[0]} x {shape[1]}x{shape[2]}"
     return {"step": step, "seconds": statistics.median(times), "peak MiB": peak_memory(device) / 2**20}
 
@@ -99,13 +99,12 @@ class AllHeads(nn.Module):
 
 def count_detectors() -> Iterator[Row]:
     """Yield a row for each detector with each published backbone, at 800x1280."""
-    for kind, setting in SETTINGS.items():
-        for name in PUBLISHED:
-            with torch.device("meta"):
-                detector = build_detector(setting(name), COCO_CLASSES, pretrained=False)
-                macs = count_module_macs(AllHeads(detector), torch.empty(1, 3, 800, 1280))
-            row = {"detector": f"{kind}, {name}", "parameters": count_module_parameters(detector)}
-            yield row | {"G layers": macs.layers / 1e9, "G total": macs.total / 1e9}
+    for (kind, setting), name in itertools.product(SETTINGS.items(), PUBLISHED):
+        with torch.device("meta"):
+            detector = build_detector(setting(name), COCO_CLASSES, pretrained=False)
+            macs = count_module_macs(AllHeads(detector), torch.empty(1, 3, 800, 1280))
+        row = {"detector": f"{kind}, {name}", "parameters": count_module_parameters(detector)}
+        yield row | {"G layers": macs.layers / 1e9, "G total": macs.total / 1e9}
 
 
 def measure_backbone_memory(name: str, device: torch.device, accelerated: bool = True) -> int:

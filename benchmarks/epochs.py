@@ -20,7 +20,7 @@ import torch
 from timm.data import FastCollateMixup
 from timm.loss import SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
-from timm.utils import AverageMeter, dispatch_clip_grad
+from timm.utils import dispatch_clip_grad
 
 from benchmarks import common
 from benchmarks.pipeline import build_images_parser, build_timms_loader, compare_loops, training_images
@@ -28,7 +28,6 @@ from core.distributed import Processes
 from core.launch import run_script
 from utils import UserError
 
-MAIN = Path(__file__).resolve().parents[1] / "main.py"
 # Options of main.py and their values, for both loops; the augmentation is that of `pipeline.parse_loading`.
 RECIPE = {"opt": "adamw", "lr": 5e-4, "weight_decay": 0.05, "clip_grad": 5.0, "drop_path": 0.1}
 RECIPE |= {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}
@@ -39,7 +38,8 @@ def run_our_epoch(name: str, loading: argparse.Namespace, threads: int) -> float
     used = ("data_path", "input_size", "batch_size", "num_workers")
     options = RECIPE | {option: getattr(loading, option) for option in used}
     options |= {"model": name, "epochs": 1, "device": "cpu"}
-    command = [sys.executable, str(MAIN), *(f"--{option}={value}" for option, value in options.items())]
+    main = Path(__file__).resolve().parents[1] / "main.py"
+    command = [sys.executable, str(main), *(f"--{option}={value}" for option, value in options.items())]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     run = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     images, seconds = re.search(r"^epoch 0: (\d+) images in (\S+) s$", run.stdout, re.MULTILINE).groups()
@@ -55,23 +55,22 @@ def run_timms_epoch(name: str, loading: argparse.Namespace, threads: int) -> flo
     mixup = FastCollateMixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
     loader, criterion = build_timms_loader(loading, mixup), SoftTargetCrossEntropy()
     optimizer = create_optimizer_v2(model, opt=recipe.opt, lr=recipe.lr, weight_decay=recipe.weight_decay)
-    losses = AverageMeter()
-    start = time.perf_counter()
+    count, start = 0, time.perf_counter()
     for images, targets in loader:
         loss = criterion(model(images), targets)
-        losses.update(loss.item(), len(images))
+        count += len(images)
         optimizer.zero_grad()
         loss.backward()
         dispatch_clip_grad(model.parameters(), recipe.clip_grad)
         optimizer.step()
-    return (time.perf_counter() - start) / losses.count
+    return (time.perf_counter() - start) / count
 
 
 def measure_epochs(name: str, peer: str, loading: argparse.Namespace, args: argparse.Namespace) -> Iterator[common.Row]:
     """Return a row for main.py's epochs of a model and one for timm's, which are measured in turns."""
     ours, timms = [], []
     for turn in range(1, args.turns + 1):
-        common.print_progress(f"epochs of {name}: turn {turn} of {args.turns}")
+        print(f"epochs of {name}: turn {turn} of {args.turns}", file=sys.stderr, flush=True)
         ours.append(run_our_epoch(name, loading, args.threads))
         timms.append(common.run_in_new_process(run_timms_epoch, peer, loading, args.threads))
     return compare_loops({f"{name}, ours": ours, "timm": timms})

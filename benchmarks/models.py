@@ -12,7 +12,7 @@ import argparse
 import logging
 import statistics
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 
 import timm
 import torch
@@ -46,26 +46,19 @@ class Subject:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         images = torch.randn(args.batch_size, 3, *args.input_size, generator=torch.Generator().manual_seed(0))
         self.images = images.to(device, memory_format=memory_format)
-        self.steps = {"inference": self.infer, "training": self.train}
 
-    def forward(self) -> list[Tensor]:
-        """Return the maps of the four stages, or a list of the logits."""
-        with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
+    def step(self, mode: str) -> list[Tensor]:
+        """Run a step of a key of `MODES`; return the maps of the four stages, or a list of the logits."""
+        self.model.train(mode == "training")
+        autocast = torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+        with torch.inference_mode(mode == "inference"), autocast:
             output = self.model(self.images)
-        return output if isinstance(output, list) else [output]
-
-    @torch.inference_mode()
-    def infer(self) -> list[Tensor]:
-        """Run a forward pass in evaluation mode."""
-        self.model.eval()
-        return self.forward()
-
-    def train(self) -> None:
-        """Run a forward pass, a backward pass and an update by AdamW."""
-        self.model.train()
-        sum(output.float().square().mean() for output in self.forward()).backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        outputs = output if isinstance(output, list) else [output]
+        if mode == "training":
+            sum(output.float().square().mean() for output in outputs).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return outputs
 
 
 def build_model(name: str, args: argparse.Namespace) -> nn.Module:
@@ -84,11 +77,9 @@ def build_model(name: str, args: argparse.Namespace) -> nn.Module:
 
 
 def check_outputs(ours: Subject, peer: Subject) -> float:
-    """Return the largest difference between the outputs of two models; raise an error if it is too large.
-
-    It is relative to the largest value. The times of models that do different work cannot be compared.
-    """
-    pairs = [(a.float(), b.float()) for a, b in zip(ours.infer(), peer.infer(), strict=True)]
+    """Return the largest difference between the outputs of two models, as a share of the largest value."""
+    outputs = [subject.step("inference") for subject in (ours, peer)]
+    pairs = [(a.float(), b.float()) for a, b in zip(*outputs, strict=True)]
     error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
     if not error <= TOLERANCES[ours.amp_dtype]:
         found = f"the outputs of the two models differ by {error:.1e} of the largest value"
@@ -112,12 +103,12 @@ def measure_memory(name: str, mode: str, args: argparse.Namespace, device: torch
     if args.compile and device.type == "cpu":
         return None  # the compiler takes its memory in the same process
     torch.set_num_threads(args.threads)
-    step = Subject(name, args, device).steps[mode]
+    subject = Subject(name, args, device)
     if device.type == "cuda":
-        step()  # the first step compiles and tries kernels
+        subject.step(mode)  # the first step compiles and tries kernels
         torch.cuda.reset_peak_memory_stats(device)
     before = peak_memory(device)
-    step()
+    subject.step(mode)
     return (peak_memory(device) - before) / 2**20
 
 
@@ -132,7 +123,8 @@ def measure_model(names: Sequence[str], args: argparse.Namespace, device: torch.
         counts["difference"] = check_outputs(*subjects)
     for mode in MODES if args.mode == "both" else [args.mode]:
         what = f"{names[0]}, {mode}"
-        times = common.time_in_turns([subject.steps[mode] for subject in subjects], args.turns, device, what)
+        steps = [partial(subject.step, mode) for subject in subjects]
+        times = common.time_in_turns(steps, args.turns, device, what)
         speeds = [args.batch_size / statistics.median(model_times) for model_times in times]
         memory = [common.run_in_new_process(measure_memory, name, mode, args, device) for name in names]
         share = 2 * macs.total * MODES[mode] * speeds[0] / measure_peak(subjects[0].amp_dtype, device)

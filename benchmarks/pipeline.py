@@ -34,8 +34,6 @@ from utils import UserError
 
 logger = logging.getLogger("twins")
 
-PHOTO_SIZE = (500, 375)  # width and height of drawn images in pixels, a usual size in ImageNet
-
 
 def build_images_parser(name: str, description: str, models_help: str = "") -> ArgumentParser:
     """Build the parser of a benchmark on the CPU that loads images; the arguments are those of `build_parser`."""
@@ -67,8 +65,8 @@ def training_images(args: argparse.Namespace) -> Iterator[argparse.Namespace]:
         yield parse_loading(folder, args.batch_size, args.workers)
 
 
-def draw_images(root: Path, count: int, size: tuple[int, int] = PHOTO_SIZE) -> None:
-    """Draw JPEG files of a width and height in pixels in `root/train`, in the layout of ImageNet."""
+def draw_images(root: Path, count: int, size: tuple[int, int] = (500, 375)) -> None:
+    """Draw JPEG files of a width and height in pixels, by default usual ones of ImageNet, in `root/train`."""
     for i in show_progress(range(count), "drawing images"):
         labels = [(i + k) % len(shapes.CLASSES) for k in range(3)]
         image = shapes.draw_scene((9, i), max(size), labels=labels).image.crop((0, 0, *size))
