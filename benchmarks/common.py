@@ -1,13 +1,14 @@
-"""What the benchmarks share: options, timing in turns, measurements in a new process, and the report."""
+"""What the benchmarks share: options, timing in turns, measurements in a new process, tables and reports."""
 
 import argparse
 import json
+import logging
 import math
 import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,158 +17,81 @@ import timm
 import torch
 
 import models  # noqa: F401  registers our models with timm
-from core.options import COUNT, POSITIVE_INT, ArgumentParser, nearest
+from core.options import POSITIVE_INT, ArgumentParser, find_fault
 from core.recipes import PUBLISHED
 from utils import UserError
 
+logger = logging.getLogger("twins")
+
 TURN_SECONDS = 0.3  # minimum duration of a turn; short steps are repeated
-PROGRESS_SECONDS = 20  # time between progress messages
+Row = dict[str, str | float | None]  # a row of a table: values by the headings of their columns
 
 
-# ----------------------------------------------------------------------------------------------------------- options
-
-
-def build_parser(name: str, description: str, arguments: str = "[options]") -> ArgumentParser:
-    """Build the parser of `python -m benchmarks.NAME`."""
-    usage = f"python -m benchmarks.{name} {arguments}"
-    return ArgumentParser(prog=f"{name}.py", usage=usage, description=description)
-
-
-def add_models_argument(parser: ArgumentParser, help: str) -> None:
-    """Add the names of the models; `choose_models` reads them."""
-    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{help} (default: the six published ones)")
-
-
-def add_measurement_options(parser: ArgumentParser):
-    """Add the options of measuring and reporting, and return their group."""
+def build_parser(name: str, description: str, models_help: str = "") -> ArgumentParser:
+    """Build the parser of `python -m benchmarks.NAME`; `models_help` says which models are measured, if any are."""
+    usage = f"python -m benchmarks.{name} {'[MODEL ...] ' if models_help else ''}[options]"
+    parser = ArgumentParser(prog=f"{name}.py", usage=usage, description=description)
     group = parser.add_argument_group("measurement")
-    group.add_argument("--turns", default=7, type=POSITIVE_INT, metavar="N", help="number of timed turns")
-    group.add_argument("--json", metavar="FILE", help="also write the results to this file")
-    return group
-
-
-def add_batch_size_option(group) -> None:
-    """Add `--batch-size`."""
     group.add_argument("--batch-size", default=8, type=POSITIVE_INT, metavar="N", help="images per batch")
+    group.add_argument("--turns", default=7, type=POSITIVE_INT, metavar="N", help="number of timed turns")
+    group.add_argument("--json", type=_report_file, metavar="FILE", help="also write the results to this file")
+    if models_help:
+        published = list(PUBLISHED)
+        parser.add_argument("models", nargs="*", default=published, metavar="MODEL", help=models_help)
+        threads = torch.get_num_threads()
+        group.add_argument("--threads", default=threads, type=POSITIVE_INT, metavar="N", help="CPU threads")
+    parser.set_defaults(loader_timeout=0)  # for `run_script`
+    return parser
 
 
-def add_threads_option(group) -> None:
-    """Add `--threads`."""
-    group.add_argument("--threads", default=0, type=COUNT, metavar="N", help="CPU threads; 0: torch's default")
+def _report_file(path: str) -> str:
+    if Path(path).is_dir() or not Path(path).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: name a file in a folder that exists")
+    return path
 
 
-def add_script_options(parser: ArgumentParser, cpu_only: bool = True) -> None:
-    """Add `--traceback` and, unless `cpu_only`, `--device`; set the other options that `run_script` reads."""
-    group = parser.add_argument_group("script")
-    parser.set_defaults(device="cpu", dist_url="env://", deterministic=False, loader_timeout=0)
-    if not cpu_only:
-        group.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
-    group.add_argument("--traceback", action="store_true", help="show the whole traceback of an error in the input")
-
-
-def check_report(path: str | None) -> None:
-    """Check before the measurements that the report can be written.
-
-    Raises:
-        UserError: If the path is a folder, or in a folder that does not exist.
-    """
-    if path and (Path(path).is_dir() or not Path(path).parent.is_dir()):
-        raise UserError(f"--json {path}: name a file in a folder that exists")
-
-
-def choose_models(names: Sequence[str], need_peers: bool) -> Sequence[str]:
-    """Return the models to measure: those given, or else the published ones.
-
-    Args:
-        names: Models given on the command line.
-        need_peers: True if timm must have each of the models too.
-
-    Raises:
-        UserError: If there is no such model.
-    """
+def name_models(names: Sequence[str], peers: bool) -> list[tuple[str, ...]]:
+    """Return the name of each model, followed by that of timm's version of it if `peers` is True."""
     for name in names:
-        if not timm.is_model(name):
-            raise UserError(f"model {name!r} is unknown{nearest(name, timm.list_models())}")
-        if need_peers:
-            name_peer(name)
-    return names or list(PUBLISHED)
+        if fault := find_fault(name):
+            raise UserError(f"model {fault}")
+        if peers and name not in PUBLISHED:
+            raise UserError(f"timm has no model like {name} to compare it with, only {', '.join(PUBLISHED)}")
+    return [(name, name.replace("pcpvt", "twins_pcpvt").replace("alt_gvt", "twins_svt"))[: 1 + peers] for name in names]
 
 
-def name_peer(name: str) -> str:
-    """Return timm's name of a published model."""
-    if name not in PUBLISHED:
-        raise UserError(f"timm has no model like {name} to compare it with, only {', '.join(PUBLISHED)}; choose these")
-    return name.replace("pcpvt", "twins_pcpvt").replace("alt_gvt", "twins_svt")
+def time_in_turns(steps: Sequence[Callable[[], Any]], turns: int, device: torch.device, what: str) -> list[list[float]]:
+    """Return the seconds per call of each function in each of several turns.
 
-
-# ------------------------------------------------------------------------------------------------------- measurement
-
-
-def set_threads(threads: int) -> None:
-    """Set the number of CPU threads; 0 keeps torch's default."""
-    if threads:
-        torch.set_num_threads(threads)
-
-
-def print_progress(message: str) -> None:
-    """Print a progress message on standard error; the results go to standard output."""
-    print(message, file=sys.stderr, flush=True)
-
-
-def time_in_turns(
-    steps: Sequence[Callable[[], Any]], turns: int, device: torch.device, what: str | None = None
-) -> list[list[float]]:
-    """Time functions in turns, so that a change of the machine's speed affects all of them.
-
-    Args:
-        steps: Functions to time; each is called two or three times before, as a warm-up.
-        turns: Number of times of each function.
-        device: Device that the functions compute on.
-        what: Name of the measurement in progress messages; None to print none.
-
-    Returns:
-        Seconds per call in each turn, for each function.
+    The turns alternate between the functions, so that a change of the machine's speed affects all of them. Each
+    function is called twice before, as a warm-up. `what` names the measurement in a progress message.
     """
-    if what:
-        print_progress(f"{what}: warm-up")
+    print(f"{what}: warm-up and {turns} turns", file=sys.stderr, flush=True)
     repeats = []
     for step in steps:
-        for _ in range(2):  # the first call compiles, selects kernels and fills caches
-            seconds = time_calls(step, 1, device)
-        repeats.append(max(1, math.ceil(TURN_SECONDS / seconds)))
-        if repeats[-1] > 1:
-            time_calls(step, repeats[-1], device)
+        time_calls(step, 1, device)  # the first call compiles, selects kernels and fills caches
+        repeats.append(math.ceil(TURN_SECONDS / time_calls(step, 1, device)))
     times = [[] for _ in steps]
-    shown = time.perf_counter()
-    for turn in range(1, turns + 1):
-        if what and time.perf_counter() - shown >= PROGRESS_SECONDS:
-            print_progress(f"{what}: turn {turn} of {turns}")
-            shown = time.perf_counter()
+    for _ in range(turns):
         for step, repeat, step_times in zip(steps, repeats, times, strict=True):
             step_times.append(time_calls(step, repeat, device) / repeat)
     return times
 
 
 def time_calls(step: Callable[[], Any], calls: int, device: torch.device) -> float:
-    """Return the seconds that a number of calls take; on a GPU they are measured with CUDA events."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        for _ in range(calls):
-            step()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1000
+    """Return the seconds that a number of calls take."""
     start = time.perf_counter()
     for _ in range(calls):
         step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
 def compare(our_times: Sequence[float], their_times: Sequence[float]) -> dict[str, float]:
     """Return our speed as a multiple of theirs: the median, minimum and maximum over the turns."""
     ratios = [theirs / ours for ours, theirs in zip(our_times, their_times, strict=True)]
-    return {"ratio": statistics.median(ratios), "ratio_least": min(ratios), "ratio_most": max(ratios)}
+    return {"ratio": statistics.median(ratios), "least": min(ratios), "most": max(ratios)}
 
 
 def run_in_new_process(function: Callable[..., Any], *args) -> Any:
@@ -176,16 +100,33 @@ def run_in_new_process(function: Callable[..., Any], *args) -> Any:
         return pool.submit(function, *args).result()
 
 
-# ------------------------------------------------------------------------------------------------------------ report
-
-
 def describe_machine(device: torch.device) -> str:
     """Return the device and the versions of the libraries in words."""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     return f"{where}, torch {torch.__version__}, timm {timm.__version__}"
 
 
-def write_report(args: argparse.Namespace, device: torch.device, rows: list[dict[str, Any]]) -> None:
+def print_table(rows: Iterable[Row]) -> list[Row]:
+    """Print rows as they arrive, under the headings of the first one, and return them."""
+    printed = []
+    for row in rows:
+        lines = [list(map(_format, row.values()))] if printed else [list(row), list(map(_format, row.values()))]
+        for first, *others in lines:
+            padded = [cell.rjust(max(len(heading), 6) + 2) for heading, cell in zip(list(row)[1:], others, strict=True)]
+            logger.info("%s", first.ljust(28) + "".join(padded))
+        printed.append(row)
+    return printed
+
+
+def _format(value: str | float | None) -> str:
+    if value is None or isinstance(value, str):
+        return value or "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.2f}" if value >= 0.01 else f"{value:.1e}"
+
+
+def write_report(args: argparse.Namespace, device: torch.device, rows: list[Row]) -> None:
     """Write the results to the file of `--json`, if it is given."""
     if args.json:
         report = {"machine": describe_machine(device), "options": vars(args), "rows": rows}

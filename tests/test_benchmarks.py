@@ -9,24 +9,21 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import common, dense, epochs, models, parts, pipeline
-from dense.experiments import load_experiment
+from benchmarks import common, dense, epochs, models, pipeline
+from core.distributed import Processes
+from datasets import build_train_loader
 from main import get_args_parser, parse_args
 from tests import forks
 from tests.conftest import ROOT, fails
-from utils import seed_generators
 
-SMALL = ["--device", "cpu", "--turns", "2", "--batch-size", "2", "--input-size", "64"]
-SEGMENTATION_CONFIG = ROOT / "segmentation/configs/upernet_alt_gvt_s_512x512_160k_ade20k_swin_setting.py"
+SMALL = ["--device", "cpu", "--turns", "2", "--batch-size", "2", "--input-size", "64", "64"]
 DETECTION_CONFIG = ROOT / "detection/configs/retinanet_pcpvt_s_fpn_1x_coco_pvt_setting.py"
-SMALL_SEGMENTOR = ["backbone=alt_gvt_tiny", "pretrained=", "channels=16", "scale=(256, 64)", "crop_size=32"]
 
 
 @pytest.fixture(autouse=True)
 def fast_processes(monkeypatch):
     """Let new processes be forks, which start faster."""
-    for script in (models, epochs, dense):
-        monkeypatch.setattr(script, "run_in_new_process", forks.call)
+    monkeypatch.setattr(common, "run_in_new_process", forks.call)
 
 
 def run(capsys, script, *argv) -> str:
@@ -45,37 +42,33 @@ def test_a_model_beside_timms(tmp_path, capsys):
     output = run(capsys, models, "alt_gvt_small", "--compare", "timm", *SMALL, "--threads", "1", "--json", report)
     assert "geometric mean" in output
     rows = json.loads(report.read_text())["rows"]
-    assert [(row["model"], row["peer"], row["mode"]) for row in rows] == [
-        ("alt_gvt_small", "twins_svt_small", mode) for mode in ("inference", "training")
-    ]
+    assert [row["model"] for row in rows] == ["alt_gvt_small, inference", "alt_gvt_small, training"]
     for row in rows:
         assert row["parameters"] == 24_060_776
-        assert 0 < row["output_difference"] < 1e-5
-        assert row["ratio_least"] <= row["ratio"] <= row["ratio_most"]
-        quotient = row["images_per_second"] / row["peer_images_per_second"]
-        assert row["ratio_least"] * 0.99 <= quotient <= row["ratio_most"] * 1.01
-        assert 0 < row["share_of_peak"] < 1
-    assert rows[1]["memory"] > 24_060_776 * 4  # gradients
-    assert rows[0]["images_per_second"] > rows[1]["images_per_second"]
+        assert 0 < row["difference"] < 1e-5
+        assert row["least"] <= row["ratio"] <= row["most"]
+        assert row["least"] * 0.99 <= row["images/s"] / row["timm"] <= row["most"] * 1.01
+        assert 0 < row["% of peak"] < 100
+    assert rows[1]["MiB"] > 24_060_776 * 4 / 2**20  # gradients
+    assert rows[0]["images/s"] > rows[1]["images/s"]
 
 
 @pytest.mark.slow
 def test_backbones_of_dense_tasks(tmp_path, capsys):
-    options = [*SMALL[:-2], "--input-size", "70", "100", "--features", "--mode", "inference"]
+    options = [*SMALL[:-3], "--input-size", "70", "100", "--features", "--mode", "inference"]
     run(capsys, models, "alt_gvt_small", "--compare", "timm", *options, "--json", tmp_path / "report.json")
     (row,) = json.loads((tmp_path / "report.json").read_text())["rows"]
-    assert row["output_difference"] < 1e-5
+    assert row["difference"] < 1e-5
     assert row["parameters"] < 24_060_776  # without the classifier
 
 
 def test_different_outputs_are_not_compared():
-    setting = models.Setting(torch.device("cpu"), batch_size=1, input_size=(32, 32))
-    ours = models.Subject("alt_gvt_tiny", setting)
-    other = models.Subject("alt_gvt_tiny", setting)
+    args = models.get_parser().parse_args(["--batch-size", "1", "--input-size", "32", "32"])
+    ours, other = (models.Subject("alt_gvt_tiny", args, torch.device("cpu")) for _ in range(2))
     with pytest.raises(RuntimeError, match="the outputs of the two models differ by"):
         models.check_outputs(ours, other)
-    same = models.Subject("alt_gvt_tiny", setting, ours.model.state_dict())
-    assert models.check_outputs(ours, same) == 0
+    other.model.load_state_dict(ours.model.state_dict())
+    assert models.check_outputs(ours, other) == 0
 
 
 @pytest.mark.slow
@@ -86,7 +79,7 @@ def test_times_are_those_of_one_call():
         calls.append(seconds)
         time.sleep(seconds)
 
-    times = common.time_in_turns([lambda: step(0.02), lambda: step(0.4)], 3, torch.device("cpu"))
+    times = common.time_in_turns([lambda: step(0.02), lambda: step(0.4)], 3, torch.device("cpu"), "steps")
     assert [len(step_times) for step_times in times] == [3, 3]
     assert all(0.02 <= seconds < 0.2 for seconds in times[0])  # one call, not the 15 of a turn
     assert all(seconds >= 0.4 for seconds in times[1])
@@ -94,14 +87,9 @@ def test_times_are_those_of_one_call():
     assert runs.lstrip("s").lstrip("l").count("sl") == 3  # in turns, after the warm-up
 
 
-def test_progress_goes_to_standard_error(monkeypatch, capsys):
-    monkeypatch.setattr(common, "TURN_SECONDS", 0)
-    for seconds, turns in ((0, ["a step: turn 1 of 2", "a step: turn 2 of 2"]), (60, [])):
-        monkeypatch.setattr(common, "PROGRESS_SECONDS", seconds)
-        common.time_in_turns([lambda: None], 2, torch.device("cpu"), "a step")
-        printed = capsys.readouterr()
-        assert printed.err.splitlines() == ["a step: warm-up", *turns]
-        assert not printed.out
+def test_progress_goes_to_standard_error(capsys):
+    common.time_in_turns([lambda: time.sleep(0.2)], 1, torch.device("cpu"), "a step")
+    assert capsys.readouterr() == ("", "a step: warm-up and 1 turns\n")
 
 
 @pytest.mark.slow
@@ -115,11 +103,11 @@ def test_input_pipelines(image_folder, tmp_path, capsys):
 
 
 def test_images_of_the_pipeline(tmp_path):
-    pipeline.write_images(tmp_path / "drawn", (50, 40), count=8)
+    pipeline.draw_images(tmp_path / "drawn", 8, size=(50, 40))
     pipeline.link_images(tmp_path / "drawn", tmp_path / "linked", count=6)
     for folder, batches in (("drawn", 4), ("linked", 3)):
         options = pipeline.parse_loading(tmp_path / folder, 2, 0)
-        ours = [images.normalise() for images, _ in pipeline.build_our_loader(options)]
+        ours = [images.normalise() for images, _ in build_train_loader(options, Processes(torch.device("cpu")), 2)]
         assert [tuple(images.shape) for images in ours] == [(2, 3, 224, 224)] * batches
         for build in (pipeline.build_timms_loader, pipeline.build_torchvisions_loader):
             assert [tuple(batch[0].shape) for batch in build(options)] == [(2, 3, 224, 224)] * batches
@@ -155,7 +143,7 @@ def test_epochs_of_main_have_the_options_of_timms(tmp_path, monkeypatch):
     monkeypatch.setattr(epochs, "RECIPE", changed)
     monkeypatch.setattr(subprocess, "run", run)
     loading = pipeline.parse_loading(tmp_path, 2, 1)
-    assert epochs.run_our_epoch("alt_gvt_small", loading) == (2.5, 12)
+    assert epochs.run_our_epoch("alt_gvt_small", loading, threads=1) == 2.5 / 12
     ((_, script, *argv),) = commands
     assert script == str(ROOT / "main.py")
     expected = {**vars(loading), **changed, "model": "alt_gvt_small", "epochs": 1}
@@ -165,78 +153,70 @@ def test_epochs_of_main_have_the_options_of_timms(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_epochs_of_training(tmp_path, capsys):
-    pipeline.write_images(tmp_path / "images", (50, 40), count=2)
+    pipeline.draw_images(tmp_path / "images", 2, size=(50, 40))
     options = ["--data", tmp_path / "images", "--batch-size", "2", "--turns", "1", "--workers", "0", "--threads", "1"]
     run(capsys, epochs, "alt_gvt_small", *options, "--json", tmp_path / "report.json")
     rows = json.loads((tmp_path / "report.json").read_text())["rows"]
     assert [row["loop"] for row in rows] == ["alt_gvt_small, ours", "timm"]
     assert rows[0]["ratio"] == 1
-    assert rows[1]["images_per_second"] > 0
+    assert rows[1]["images/s"] > 0
 
 
 @pytest.mark.slow
-def test_parts_have_the_same_results_both_ways(tmp_path, capsys):
-    for part in parts.build_parts():
-        results = []
-        for way in (part.before, part.after):
-            seed_generators(0)
-            with torch.no_grad():
-                results.append(way())
-        tolerance = 0.3 if isinstance(results[0], Image.Image) else 1e-6
-        before, after = (np.asarray(result, float).ravel() for result in results)
-        assert before.std() > 0
-        assert np.abs(before - after).mean() < tolerance
-    output = run(capsys, parts, "--turns", "1", "--json", tmp_path / "report.json")
-    rows = json.loads((tmp_path / "report.json").read_text())["rows"]
-    assert [row["part"] for row in rows] == [part.what for part in parts.build_parts()]
-    assert all(row["part"] in output for row in rows)
-
-
-@pytest.mark.slow
-def test_the_measured_steps_run(capsys):
-    model = dense.build_untrained_segmentor(load_experiment(SEGMENTATION_CONFIG, SMALL_SEGMENTOR))
-    before = model.decode_head.conv_seg.weight.clone()
-    dense.build_training_step(model, torch.device("cpu"))()
-    assert not torch.equal(model.decode_head.conv_seg.weight, before)
-    logits = dense.build_inference(model, torch.device("cpu"))()
-    assert logits.shape == (1, 150, 512, 2048)
-    lines = run(capsys, dense, "segmentation", "--device", "cpu").splitlines()
+def test_counts_of_segmentors(monkeypatch, capsys):
+    monkeypatch.setattr(dense, "PUBLISHED_G", {"pcpvt_s": 234, "alt_gvt_b": 261})
+    _, pcpvt, alt_gvt = run(capsys, dense, "segmentation", "--device", "cpu").splitlines()
+    assert pcpvt.split()[:2] == ["pcpvt_s", "54,080,044"]
+    assert float(pcpvt.split()[2]) == pytest.approx(234, abs=0.5)
     # The published figures count padded windows of SVT, which ours do not have.
-    for line, published in zip(lines[1:], (234, 250, 269, 228, 261, 297), strict=True):
-        assert float(line.split()[2]) == pytest.approx(published, abs=0.5 if "pcpvt" in line else 2.6)
+    assert float(alt_gvt.split()[2]) == pytest.approx(261, abs=2.6)
 
 
 @pytest.mark.slow
 def test_time_and_memory_of_a_segmentor(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(dense, "STEPS", 2)
-    monkeypatch.setattr(dense, "run_in_new_process", lambda function, *args: function(*args))
+    built, build = [], dense.build_segmentor
+
+    def time_once(step):
+        return common.time_calls(step, 1, torch.device("cpu"))
+
+    def build_and_record(*args, **kwargs):
+        model = build(*args, **kwargs)
+        built.append((model, model.decode_head.conv_seg.weight.clone()))
+        return model
+
+    monkeypatch.setattr(dense, "build_segmentor", build_and_record)
+    monkeypatch.setattr(common, "time_in_turns", lambda steps, *_: [[time_once(step)] for step in steps])
+    monkeypatch.setattr(common, "run_in_new_process", lambda function, *args: function(*args))
     config = tmp_path / "small.py"
     config.write_text(
         "from segmentation.configs.recipes import upernet_swin_setting\n"
         "config = upernet_swin_setting('alt_gvt_tiny', channels=16, pretrained='')\n"
     )
-    lines = run(capsys, dense, "segmentation", "--time", config, "--device", "cpu").splitlines()
-    assert [line.split(",")[0] for line in lines] == ["training step", "inference"]
-    assert all("MiB peak   (cpu)" in line for line in lines)
+    _, *lines = run(capsys, dense, "segmentation", "--time", config, "--device", "cpu").splitlines()
+    assert [line.split(",")[0] for line in lines] == ["training", "inference"]
+    assert all(float(line.split()[-1]) > 100 for line in lines)
+    unchanged = [torch.equal(model.decode_head.conv_seg.weight, weight) for model, weight in built]
+    assert unchanged == [False, True]
 
 
 @pytest.mark.slow
 def test_counts_and_memory_of_detectors(monkeypatch, capsys):
+    monkeypatch.setattr(dense, "PUBLISHED", ("pcpvt_small", "alt_gvt_small"))
     lines = run(capsys, dense, "detection", "--device", "cpu").splitlines()
-    layers = {tuple(line.rsplit(maxsplit=4)[:2]): float(line.split()[-2]) for line in lines[1:]}
-    assert len(layers) == 12
+    layers = {line.rsplit(maxsplit=3)[0]: float(line.split()[-2]) for line in lines[1:]}
+    assert len(layers) == 4
     # Counted for the networks of the original, without norms.
-    assert layers["RetinaNet", "pcpvt_small"] == pytest.approx(226.5, rel=0.01)
-    assert layers["Mask R-CNN", "alt_gvt_small"] == pytest.approx(228.5, rel=0.01)
+    assert layers["RetinaNet, pcpvt_small"] == pytest.approx(226.5, rel=0.01)
+    assert layers["Mask R-CNN, alt_gvt_small"] == pytest.approx(228.5, rel=0.01)
     monkeypatch.setattr(dense, "MEASURED_BACKBONES", ("alt_gvt_tiny",))
-    (line,) = run(capsys, dense, "detection", "--memory", "--device", "cpu").splitlines()
-    name, memory, *rest = line.split()
-    assert (name, rest) == ("alt_gvt_tiny", ["MiB", "on", "cpu"])
-    assert int(memory) > 50
+    _, line = run(capsys, dense, "detection", "--memory", "--device", "cpu").splitlines()
+    name, memory = line.split()
+    assert name == "alt_gvt_tiny"
+    assert float(memory) > 50
 
 
 def test_broken_images_are_named_by_their_own_file(tmp_path, capsys):
-    pipeline.write_images(tmp_path, (50, 40), count=8)
+    pipeline.draw_images(tmp_path, 8, size=(50, 40))
     broken = next(tmp_path.glob("train/*/7.jpg"))
     broken.write_bytes(broken.read_bytes()[:300])
     assert f"{broken}: cannot be read as an image" in fails(capsys, pipeline, "--data", str(tmp_path))
@@ -260,35 +240,29 @@ def test_what_timms_models_do_not_support_is_named(capsys):
     [
         (models, ["alt_gvt_tiny", "--compare", "timm"], "timm has no model like alt_gvt_tiny"),
         (models, ["alt_gvt"], "model 'alt_gvt' is unknown; did you mean"),
-        (models, ["alt_gvt_tiny", "--input-size", "1", "2", "3"], "--input-size 1 2 3: give a side length, or height"),
-        (models, ["alt_gvt_tiny", "--input-size", "16", "--device", "cpu"], "16x16 pixels are too small"),
-        (models, ["alt_gvt_tiny", "--json", "/"], "--json /: name a file"),
-        (
-            models,
-            ["alt_gvt_tiny", "--json", "/nowhere/report.json"],
-            "--json /nowhere/report.json: name a file in a folder that exists",
-        ),
-        (models, ["alt_gvt_tiny", "--threads", "-1"], "argument --threads: '-1' is no"),
+        (models, ["alt_gvt_tiny", "--input-size", "64"], "argument --input-size: expected 2 arguments"),
+        (models, ["alt_gvt_tiny", "--input-size", "16", "16", "--device", "cpu"], "16x16 pixels are too small"),
+        (models, ["alt_gvt_tiny", "--json", "/"], "argument --json: /: name a file in a folder that exists"),
+        (models, ["alt_gvt_tiny", "--json", "/nowhere/report.json"], "--json: /nowhere/report.json: name a file"),
+        (models, ["alt_gvt_tiny", "--threads", "0"], "argument --threads: '0' is no"),
         (models, ["--workers", "2"], "unknown argument --workers"),
-        (pipeline, ["--data", "/nowhere"], "--data /nowhere: has no folder train/"),
+        (pipeline, ["--data", "/nowhere"], "--data /nowhere: "),
         (pipeline, ["--images", "4"], "--batch-size 8: there are 4 images, fewer than a batch"),
-        (pipeline, ["--workers", "1000"], "--workers 1000: there are"),
-        (pipeline, ["--json", "/"], "--json /: name a file"),
+        (pipeline, ["--workers", "1000"], "argument --workers: '1000' is no"),
+        (pipeline, ["--json", "/"], "argument --json: /: name a file"),
         (pipeline, ["alt_gvt_small"], "unknown argument alt_gvt_small"),
         (pipeline, ["--amp", "bf16"], "unknown argument --amp"),
         (pipeline, ["--threads", "2"], "unknown argument --threads"),
         (epochs, ["alt_gvt_tiny"], "timm has no model like alt_gvt_tiny"),
         (epochs, ["alt_gvt"], "model 'alt_gvt' is unknown; did you mean"),
         (epochs, ["--batch-size", "3"], "--batch-size 3: mixup pairs images; make it even"),
-        (epochs, ["--data", "/nowhere"], "--data /nowhere: has no folder train/"),
-        (epochs, ["--workers", "1000"], "--workers 1000: there are"),
-        (epochs, ["--json", "/"], "--json /: name a file"),
+        (epochs, ["--data", "/nowhere"], "--data /nowhere: "),
+        (epochs, ["--workers", "1000"], "argument --workers: '1000' is no"),
+        (epochs, ["--json", "/"], "argument --json: /: name a file"),
         (epochs, ["--input-size", "64"], "unknown argument --input-size"),
-        (parts, ["--threads", "2"], "unknown argument --threads"),
-        (parts, ["--data", "/nowhere"], "unknown argument --data"),
-        (parts, ["--json", "/"], "--json /: name a file"),
         (dense, [], "the following arguments are required"),
-        (dense, ["detection", "--time", "config.py"], "unknown argument --time"),
+        (dense, ["detection", "--time", "config.py"], "--time is for segmentation"),
+        (dense, ["segmentation", "--memory"], "--memory for detection, not for segmentation"),
         (dense, ["segmentation", "--time", "/nowhere.py"], "/nowhere.py: there is no such config"),
         (dense, ["segmentation", "--time", DETECTION_CONFIG], "is an experiment of another task"),
     ],
