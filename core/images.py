@@ -111,7 +111,7 @@ def make_colours(count: int) -> list[tuple[int, ...]]:
 
 def text_size(size: tuple[int, int]) -> int:
     """Return the font size in pixels for a picture of a width and height."""
-    return max(14, max(size) // 60)
+    return max(14, max(size) // 45)
 
 
 def line_height(font_size: int) -> int:

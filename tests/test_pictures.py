@@ -12,7 +12,7 @@ from predict import Classification
 def test_text_grows_with_the_picture():
     """A legend of 14 pixels could not be read in a photograph of 3000."""
     network = Classification(Image.new("RGB", (3000, 2000)), ["a"], torch.zeros(1))
-    assert network.draw().height == 2000 + 68 + 8  # a line of a font of 50 pixels, and the gap
+    assert network.draw().height == 2000 + 89 + 8  # a line of a font of 66 pixels, and the gap
 
 
 def test_captions_have_letters_that_the_font_has():
