@@ -23,7 +23,7 @@ from core import shapes
 from core.distributed import Processes
 from core.images import BadImageError, decode_image
 from core.options import POSITIVE_INT, loader_options
-from samplers import EvalSampler, SampleKey, SeededSet, TrainSampler
+from samplers import SampleKey, SeededSet, TrainSampler
 from transforms import TrainImages, build_eval_transform, build_train_transform, collate_train_images
 from utils import UserError
 
@@ -83,9 +83,10 @@ def build_train_loader(args: argparse.Namespace, processes: Processes, global_ba
 def build_val_loader(args: argparse.Namespace, processes: Processes) -> DataLoader:
     """Build the loader of the validation set; with --dist-eval, of this process's part of it."""
     dataset = EvalSet(build_dataset(False, args), args.bad_image)
-    share = {"world_size": processes.world_size, "rank": processes.rank} if args.dist_eval else {}
-    options = {"batch_size": int(1.5 * args.batch_size), **loader_options(args, processes.device)}
-    return DataLoader(dataset, sampler=EvalSampler(len(dataset), **share), **options)
+    share = range(processes.rank, len(dataset), processes.world_size) if args.dist_eval else range(len(dataset))
+    return DataLoader(
+        dataset, batch_size=int(1.5 * args.batch_size), sampler=share, **loader_options(args, processes.device)
+    )
 
 
 def build_dataset(is_train: bool, args) -> Dataset:

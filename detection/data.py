@@ -357,26 +357,15 @@ class GroupedBatches(EpochSampler):
         sizes: Height and width of each image of the data set.
         batch_size: Images per process per batch.
         global_batch: Images per step, over all processes and accumulated batches.
-        world_size: Number of processes.
-        rank: Number of this process.
-        seed: Seed of the order.
+        **kwargs: Other arguments of `EpochSampler`.
     """
 
-    def __init__(
-        self,
-        sizes: Sequence[tuple[int, int]],
-        *,
-        batch_size: int,
-        global_batch: int,
-        world_size: int = 1,
-        rank: int = 0,
-        seed: int = 0,
-    ):
+    def __init__(self, sizes: Sequence[tuple[int, int]], *, batch_size: int, global_batch: int, **kwargs):
         wide = np.array([width > height for height, width in sizes])
         self.groups = [group for group in (np.flatnonzero(wide), np.flatnonzero(~wide)) if len(group)]
         self.batch_size = batch_size
         steps = sum(-(-len(group) // global_batch) for group in self.groups)
-        super().__init__(steps, global_batch, world_size, rank, seed)
+        super().__init__(steps, global_batch=global_batch, **kwargs)
 
     def __len__(self) -> int:
         """Return the number of this process's batches that are left in the epoch."""

@@ -29,9 +29,9 @@ from detection.configs.recipes import Experiment
 from detection.data import GroupedBatches, build_dataset, collate
 from detection.metrics import find_objects, summarise
 from detection.network import build_detector
-from detection.transforms import TrainViews, many_scales, one_scale
+from detection.transforms import many_scales, one_scale
 from detection.weights import load_detector
-from samplers import EvalSampler, SeededSet
+from samplers import SeededSet
 
 logger = logging.getLogger("twins")
 
@@ -50,7 +50,7 @@ def build_train_loader(args: argparse.Namespace, experiment: Experiment, process
         rank=processes.rank,
         seed=args.seed,
     )
-    views = SeededSet(TrainViews(dataset, augment), args.seed)
+    views = SeededSet(dataset, args.seed, augment)
     return DataLoader(views, batch_sampler=batches, collate_fn=collate, **loader_options(args, processes.device))
 
 
@@ -59,7 +59,7 @@ def build_eval_loader(
 ) -> DataLoader:
     """Build the loader of this process's share of a part: one image per batch, so padded by itself."""
     dataset = build_dataset(experiment, part)
-    sampler = EvalSampler(len(dataset), world_size=processes.world_size, rank=processes.rank)
+    sampler = range(processes.rank, len(dataset), processes.world_size)
     return DataLoader(dataset, sampler=sampler, collate_fn=collate, **loader_options(args, processes.device))
 
 

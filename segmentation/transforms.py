@@ -20,36 +20,27 @@ CROP_TRIES = 10
 CACHED_ROWS = 64  # of an image, whose colours are changed at a time; all at once would take three times as long
 
 
-class TrainViews(Dataset):
-    """A data set with the published augmentation; returns a normalised image `(3, crop, crop)` and its labels.
+def augment(
+    image: Tensor, labels: Tensor, scale: tuple[int, int], scale_range: tuple[float, float], crop_size: int
+) -> Sample:
+    """Return a normalised image `(3, crop, crop)` and its labels after the published augmentation.
 
     Args:
-        dataset: Data set of `segmentation/data.py`.
-        scale: Limits of an image's longer and shorter side in pixels.
+        image: RGB image, uint8 `(3, H, W)`.
+        labels: Labels, uint8 `(H, W)`.
+        scale: Limits of the image's longer and shorter side in pixels.
         scale_range: Range of the random factor on `scale`.
-        crop_size: Side length of the crops in pixels.
+        crop_size: Side length of the crop in pixels.
     """
-
-    def __init__(self, dataset: Dataset, scale: tuple[int, int], scale_range: tuple[float, float], crop_size: int):
-        self.dataset = dataset
-        self.scale = scale
-        self.scale_range = scale_range
-        self.crop_size = crop_size
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Sample:
-        image, labels = self.dataset[index]
-        size = fitted_size(labels.shape, self.scale, np.random.uniform(*self.scale_range))
-        image, labels = resize_image(image, size), resize_labels(labels, size)
-        image, labels = random_crop(image, labels, self.crop_size)
-        if np.random.rand() < 0.5:
-            image, labels = image.flip(2), labels.flip(1)
-        image = normalise(distort_colours(image))
-        bottom, right = (self.crop_size - side for side in labels.shape)
-        padding = (0, right, 0, bottom)
-        return F.pad(image, padding), F.pad(labels, padding, value=IGNORED_LABEL)
+    size = fitted_size(labels.shape, scale, np.random.uniform(*scale_range))
+    image, labels = resize_image(image, size), resize_labels(labels, size)
+    image, labels = random_crop(image, labels, crop_size)
+    if np.random.rand() < 0.5:
+        image, labels = image.flip(2), labels.flip(1)
+    image = normalise(distort_colours(image))
+    bottom, right = (crop_size - side for side in labels.shape)
+    padding = (0, right, 0, bottom)
+    return F.pad(image, padding), F.pad(labels, padding, value=IGNORED_LABEL)
 
 
 class EvalViews(Dataset):
