@@ -99,7 +99,12 @@ def build_dataset(is_train: bool, args) -> Dataset:
         UserError: If the data are missing or their layout is not that described in README.md.
     """
     transform = build_train_transform(args) if is_train else build_eval_transform(args)
-    return DATA_SETS[args.data_set](args, is_train, transform)
+    try:
+        return DATA_SETS[args.data_set](args, is_train, transform)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or args.data_path}: cannot be read ({error.strerror}); check the permissions"
+        ) from error
 
 
 def data_root(args) -> Path:
@@ -177,12 +182,12 @@ class INaturalist(Dataset):
     Args:
         root: Folder of the JSON files, to which their image paths are relative.
         is_train: True for the training part, False for the validation part.
+        transform: Transform of the PIL images.
         year: Year of the data set, 2018 or 2019.
         category: Level of the taxonomy that defines the classes, one of `INAT_CATEGORIES`.
-        transform: Transform of the PIL images.
     """
 
-    def __init__(self, root: Path, is_train: bool, year: int, category: str, transform: Callable):
+    def __init__(self, root: Path, is_train: bool, transform: Callable, year: int, category: str):
         taxonomy = _read_json(root / "categories.json")
         train = _read_json(root / f"train{year}.json")
         part = train if is_train else _read_json(root / f"val{year}.json")
@@ -216,7 +221,11 @@ class INaturalist(Dataset):
 def _open_image_folder(root: Path, is_train: bool, transform: Callable) -> Dataset:
     """Open `root/train` or `root/val`, with one folder per class; both must have the same classes."""
     folder = root / ("train" if is_train else "val")
-    classes = {side: _subfolders(root / side) for side in ("train", "val") if (root / side).is_dir()}
+    classes = {
+        side: {entry.name for entry in os.scandir(root / side) if entry.is_dir()}
+        for side in ("train", "val")
+        if (root / side).is_dir()
+    }
     if folder.name not in classes:
         raise UserError(f"{folder} is missing; {root} should contain train/ and val/ with one folder per class")
     differing = sorted(set.symmetric_difference(*classes.values())) if len(classes) == 2 else []
@@ -227,22 +236,17 @@ def _open_image_folder(root: Path, is_train: bool, transform: Callable) -> Datas
         )
     if not classes[folder.name]:
         raise UserError(f"{folder} contains no class folders; it should contain one folder of images per class")
-    try:
-        loader = partial(decode_image, mode="RGB")  # as torchvision's own, which ignores an EXIF orientation
-        left = Counter()
+    left = Counter()
 
-        def is_image(path: str) -> bool:
-            if path.lower().endswith(IMG_EXTENSIONS):
-                return True
-            left[os.path.splitext(path)[1] or os.path.basename(path)] += 1
-            return False
+    def is_image(path: str) -> bool:
+        if path.lower().endswith(IMG_EXTENSIONS):
+            return True
+        left[os.path.splitext(path)[1] or os.path.basename(path)] += 1
+        return False
 
-        options = {"loader": loader, "is_valid_file": is_image, "allow_empty": True}
-        dataset = torchvision.datasets.ImageFolder(folder, transform, **options)
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or folder}: cannot be read ({error.strerror}); check the permissions"
-        ) from error
+    loader = partial(decode_image, mode="RGB")  # as torchvision's own, which ignores an EXIF orientation
+    options = {"loader": loader, "is_valid_file": is_image, "allow_empty": True}
+    dataset = torchvision.datasets.ImageFolder(folder, transform, **options)
     if left:
         logger.info("%s: leaves out %d files that are no images: %s", folder, left.total(), _shorten(sorted(left)))
     filled = set(dataset.targets)
@@ -253,7 +257,7 @@ def _open_image_folder(root: Path, is_train: bool, transform: Callable) -> Datas
 
 
 def _open_inaturalist(args, is_train: bool, transform: Callable, year: int) -> Dataset:
-    return INaturalist(data_root(args), is_train, year, args.inat_category, transform)
+    return INaturalist(data_root(args), is_train, transform, year, args.inat_category)
 
 
 def _open_cifar(root: Path, is_train: bool, transform: Callable) -> Dataset:
@@ -275,13 +279,6 @@ def _read_json(path: Path):
         raise UserError(f"{path}: is not valid JSON ({error}); download it again") from error
 
 
-def _subfolders(folder: Path) -> set[str]:
-    try:
-        return {entry.name for entry in os.scandir(folder) if entry.is_dir()}
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror}); check the permissions") from error
-
-
 def _shorten(names: Sequence[str], limit: int = 5) -> str:
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + rest
@@ -298,7 +295,7 @@ def _handle_bad_image(error: BadImageError, policy: str) -> None:
 DATA_SETS = {
     "IMNET": lambda args, is_train, transform: _open_image_folder(data_root(args), is_train, transform),
     "CIFAR": lambda args, is_train, transform: _open_cifar(data_root(args), is_train, transform),
-    "INAT": lambda args, is_train, transform: _open_inaturalist(args, is_train, transform, 2018),
-    "INAT19": lambda args, is_train, transform: _open_inaturalist(args, is_train, transform, 2019),
+    "INAT": partial(_open_inaturalist, year=2018),
+    "INAT19": partial(_open_inaturalist, year=2019),
     "SHAPES": lambda args, is_train, transform: Shapes(is_train, args.input_size, transform),
 }
