@@ -62,22 +62,9 @@ class LimitedScaler(torch.amp.GradScaler):
         super().load_state_dict(state_dict | {"scale": min(state_dict["scale"], self.limit)})
 
 
-# ------------------------------------------------------------- factors of the peak learning rate, by iteration from 0
-
-
 def linear_warmup(iteration: int, length: int, ratio: float) -> float:
     """Return the factor of a linear warm-up from `ratio` at iteration 0 to 1 at iteration `length`."""
     return 1 - (1 - iteration / length) * (1 - ratio) if iteration < length else 1.0
-
-
-def poly_decay(iteration: int, iterations: int, power: float, min_ratio: float) -> float:
-    """Return the factor of a decay from 1 to `min_ratio`, as a power of the share of iterations that is left."""
-    return min_ratio + (1 - min_ratio) * (1 - iteration / iterations) ** power
-
-
-def step_decay(iteration: int, milestones: Sequence[int]) -> float:
-    """Return the factor of a decay to a tenth at each milestone, in iterations."""
-    return 0.1 ** sum(iteration >= milestone for milestone in milestones)
 
 
 class IterationSchedule:

@@ -23,7 +23,7 @@ from core.description import Description
 from core.distributed import Processes
 from core.launch import run_script
 from core.options import choose_amp, loader_options
-from dense.optimisation import linear_warmup, step_decay
+from dense.optimisation import linear_warmup
 from dense.training import Task, describe, get_train_parser, process_batch, run_training
 from detection.configs.recipes import Experiment
 from detection.data import GroupedBatches, build_dataset, collate
@@ -94,9 +94,8 @@ def build_task(args: argparse.Namespace, experiment: Experiment, processes: Proc
 
 def lr_factor(iteration: int, experiment: Experiment, steps: int) -> float:
     """Return the factor of the peak learning rate at an iteration, counted from 0; an epoch has `steps` iterations."""
-    milestones = [milestone * steps for milestone in experiment.milestones]
-    warmup = linear_warmup(iteration, experiment.warmup_iterations, experiment.warmup_ratio)
-    return warmup * step_decay(iteration, milestones)
+    decay = 0.1 ** sum(iteration >= milestone * steps for milestone in experiment.milestones)
+    return decay * linear_warmup(iteration, experiment.warmup_iterations, experiment.warmup_ratio)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -22,7 +22,7 @@ from core.description import Description
 from core.distributed import Processes
 from core.launch import run_script
 from core.options import choose_amp, loader_options
-from dense.optimisation import linear_warmup, poly_decay
+from dense.optimisation import linear_warmup
 from dense.training import Task, describe, get_train_parser, process_batch, run_training
 from models.twins import MIN_INPUT_SIZE
 from samplers import EndlessSampler, SeededSet
@@ -111,8 +111,8 @@ def check_batch(experiment: Experiment, processes: Processes) -> None:
 def lr_factor(iteration: int, experiment: Experiment) -> float:
     """Return the factor of the peak learning rate at an iteration, counted from 0."""
     min_ratio = experiment.min_lr / experiment.lr
-    warmup = linear_warmup(iteration, experiment.warmup_iterations, experiment.warmup_ratio)
-    return warmup * poly_decay(iteration, experiment.iterations, experiment.power, min_ratio)
+    decay = min_ratio + (1 - min_ratio) * (1 - iteration / experiment.iterations) ** experiment.power
+    return decay * linear_warmup(iteration, experiment.warmup_iterations, experiment.warmup_ratio)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

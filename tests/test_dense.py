@@ -12,7 +12,7 @@ import torch
 from core.options import choose_amp
 from dense.experiments import NonNegative, Positive, Rate, Side, change_fields, check_fields, load_experiment
 from dense.networks import build_backbone
-from dense.optimisation import IterationSchedule, build_scaler, linear_warmup, parameter_groups, poly_decay
+from dense.optimisation import IterationSchedule, build_scaler, linear_warmup, parameter_groups
 from dense.training import build_experiment, build_state, get_test_parser, get_train_parser
 from segmentation.configs.recipes import Experiment
 from tests.conftest import ROOT
@@ -305,7 +305,7 @@ def test_learning_rates_depend_on_the_iteration_alone():
     """In any order of iterations they are the same, so a resumed run needs the iteration alone."""
 
     def factor(iteration: int) -> float:
-        return linear_warmup(iteration, 10, 0.1) * poly_decay(iteration, 100, 0.9, 1e-3)
+        return linear_warmup(iteration, 10, 0.1) * (1 - iteration / 100) ** 0.9
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch expects steps of the optimizer between those of its schedulers
