@@ -77,7 +77,8 @@ class CocoDetection(Dataset):
         self.label_of = {category: label for label, category in enumerate(self.category_ids)}
         self.ids = sorted(self.coco.imgs)
         if part == "train":
-            self.ids = [i for i in self.ids if self._is_trained(i)]
+            sides = {i: min(image["width"], image["height"]) for i, image in self.coco.imgs.items()}
+            self.ids = [i for i in self.ids if sides[i] >= MIN_SIDE and self.coco.imgToAnns[i]]
         if not self.ids:
             raise UserError(f"{annotations}: has no images{' with annotations to train on' if part == 'train' else ''}")
         missing = next((i for i in self.ids if not os.path.isfile(folder / self.coco.imgs[i]["file_name"])), None)
@@ -124,17 +125,14 @@ class CocoDetection(Dataset):
 
     def _used_annotations(self, image_id: int) -> list[dict]:
         """Return the annotations of an image that targets contain."""
-        image = self.coco.imgs[image_id]
-        return [
-            annotation
-            for annotation in self.coco.imgToAnns[image_id]
-            if not (annotation["iscrowd"] or annotation.get("ignore"))
-            and _is_box(annotation, image["width"], image["height"])
-        ]
-
-    def _is_trained(self, image_id: int) -> bool:
-        image = self.coco.imgs[image_id]
-        return min(image["width"], image["height"]) >= MIN_SIDE and bool(self.coco.imgToAnns[image_id])
+        image, used = self.coco.imgs[image_id], []
+        for annotation in self.coco.imgToAnns[image_id]:
+            x, y, w, h = annotation["bbox"]
+            is_inside = min(x + w, image["width"]) > max(x, 0) and min(y + h, image["height"]) > max(y, 0)
+            has_area = annotation["area"] > 0 and w >= 1 and h >= 1
+            if is_inside and has_area and not (annotation["iscrowd"] or annotation.get("ignore")):
+                used.append(annotation)
+        return used
 
 
 class Shapes(Dataset):
@@ -165,22 +163,12 @@ class Shapes(Dataset):
         """Return the annotations in COCO's format, for the evaluation."""
         annotations = []
         for i in self.ids:
-            _, target = self[i]
-            for box, label, mask in zip(
-                target["boxes"].tolist(), target["labels"].tolist(), target["masks"], strict=True
-            ):
-                x1, y1, x2, y2 = box
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": i,
-                        "category_id": label + 1,
-                        "iscrowd": 0,
-                        "bbox": [x1, y1, x2 - x1, y2 - y1],
-                        "area": int(mask.sum()),
-                        "segmentation": encode_mask(mask.numpy()),
-                    }
-                )
+            scene = shapes.draw_quarters((self.split, i), self.size)
+            for (x1, y1, x2, y2), label, mask in zip(scene.boxes.tolist(), scene.labels, scene.masks, strict=True):
+                number, area = len(annotations) + 1, int(mask.sum())
+                annotation = {"id": number, "image_id": i, "category_id": label + 1, "iscrowd": 0, "area": area}
+                annotation |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": encode_mask(mask)}
+                annotations.append(annotation)
         categories = [{"id": i, "name": name} for i, name in zip(self.category_ids, self.classes, strict=True)]
         images = [{"id": i, "width": self.size, "height": self.size, "file_name": f"{i:05}"} for i in self.ids]
         return index_annotations({"images": images, "annotations": annotations, "categories": categories, "info": {}})
@@ -327,13 +315,6 @@ def index_annotations(content: dict) -> COCO:
     with contextlib.redirect_stdout(io.StringIO()):
         coco.createIndex()
     return coco
-
-
-def _is_box(annotation: dict, width: int, height: int) -> bool:
-    """Return True if a box has an area and a size of at least a pixel, and overlaps the image."""
-    x, y, w, h = annotation["bbox"]
-    inside = min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0)
-    return inside and annotation["area"] > 0 and w >= 1 and h >= 1
 
 
 # -------------------------------------------------------------------------------------------------------- batches

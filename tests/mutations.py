@@ -237,7 +237,7 @@ MUTATIONS = [
     Mutation("boxes are not clipped", "detection/transforms.py", 'clip_boxes_to_image(target["boxes"] * target["boxes"].new_tensor([width / w, height / h] * 2), size)', 'target["boxes"] * target["boxes"].new_tensor([width / w, height / h] * 2)',
              ("test_detection_data.py::test_boxes_are_clipped_to_the_resized_image",
               "test_detection_data.py::test_boxes_are_clipped_to_resized_images_as_in_the_original[True]")),
-    Mutation("images of crowds are skipped", "detection/data.py", "bool(self.coco.imgToAnns[image_id])", "bool(self._used_annotations(image_id))",
+    Mutation("images of crowds are skipped", "detection/data.py", "self.coco.imgToAnns[i]]", "self._used_annotations(i)]",
              ("test_detection_data.py::test_images_of_crowds_and_ignored_annotations_are_background",)),
     Mutation("ignored annotations", "detection/data.py", 'annotation["iscrowd"] or annotation.get("ignore")', 'annotation["iscrowd"]',
              ("test_detection_data.py::test_images_of_crowds_and_ignored_annotations_are_background",)),
