@@ -127,9 +127,9 @@ def build_experiment(args: argparse.Namespace, kind: type) -> Any:
     `--amp published` is replaced by the precision of the experiment, and fields that depend on others are set.
     """
     experiment = load_experiment(args.config, kind=kind)
-    checkpoint = getattr(args, "checkpoint", "")  # of test.py
-    if is_checkpoint(checkpoint):
-        experiment = as_trained(experiment, checkpoint, args.cfg_options)
+    checkpoint = Path(getattr(args, "checkpoint", ""))  # of test.py, which also takes results: a folder or a JSON file
+    if checkpoint.is_file() and checkpoint.suffix != ".json":
+        experiment = as_trained(experiment, args.checkpoint, args.cfg_options)
     else:
         experiment = change_fields(experiment, args.cfg_options)
     if args.data_root and experiment.dataset == "shapes":
@@ -143,11 +143,6 @@ def build_experiment(args: argparse.Namespace, kind: type) -> Any:
     shortcuts = {name: getattr(args, name, None) for name in ("data_root", "pretrained")}
     changes = {name: value for name, value in shortcuts.items() if value is not None}
     return dataclasses.replace(experiment, **changes).resolve()
-
-
-def is_checkpoint(path: str) -> bool:
-    """Return True for a file of weights; test.py also takes results, which are a folder or a JSON file."""
-    return Path(path).is_file() and Path(path).suffix != ".json"
 
 
 def as_trained(experiment: Any, path: str, changes: Sequence[str]) -> Any:
@@ -227,7 +222,7 @@ def run_training(
         model.backbone.freeze_stages(args.freeze)
         if args.grad_checkpointing:
             model.backbone.set_grad_checkpointing()
-        state = build_state(args, experiment, model, task.lr_factor, task.sampler, device)
+        state = build_state(args, experiment, model, task, device)
         seed_everything(args.seed + processes.rank)  # different drop path and dropout in each process
         run.resume(state, task.description, task.same)
         compile_if_asked(model, args.compile)
@@ -265,12 +260,7 @@ def log_warmup(length: int, iterations: int) -> None:
 
 
 def build_state(
-    args: argparse.Namespace,
-    experiment: Any,
-    model: nn.Module,
-    lr_factor: Callable[[int], float],
-    sampler: EpochSampler,
-    device: torch.device,
+    args: argparse.Namespace, experiment: Any, model: nn.Module, task: Task, device: torch.device
 ) -> TrainState:
     """Build the training state of an experiment, with AdamW, the schedule, and the gradient scaler for fp16."""
     is_fp16 = choose_amp(args.amp, device) == torch.float16
@@ -279,9 +269,9 @@ def build_state(
     return TrainState(
         model=model,
         optimizer=optimizer,
-        lr_scheduler=IterationSchedule(optimizer, lr_factor),
+        lr_scheduler=IterationSchedule(optimizer, task.lr_factor),
         scaler=build_scaler(device, experiment.loss_scale, is_fp16),
-        sampler=sampler,
+        sampler=task.sampler,
     )
 
 

@@ -102,19 +102,18 @@ def summarise(
     Returns:
         `bbox_AP`, `bbox_AP50` and so on, from 0 to 1.
     """
-    return on_main(lambda: _summarise(truth, image_ids, results, kinds, tables))
 
+    def compute() -> dict[str, float]:
+        figures = {}
+        for kind in kinds:
+            evaluation, lines = _evaluate(truth, image_ids, results, kind)
+            values = zip(METRICS, evaluation.stats.tolist(), strict=False)
+            figures.update({f"{kind}_{name}": value for name, value in values})
+            if tables:
+                logger.info("%s:\n%s\n%s", kind, lines, _per_class(truth, evaluation, kind))
+        return figures
 
-def _summarise(
-    truth: COCO, image_ids: list[int], results: list[dict], kinds: Iterable[str], tables: bool
-) -> dict[str, float]:
-    figures = {}
-    for kind in kinds:
-        evaluation, lines = _evaluate(truth, image_ids, results, kind)
-        figures |= {f"{kind}_{name}": value for name, value in zip(METRICS, evaluation.stats.tolist(), strict=False)}
-        if tables:
-            logger.info("%s:\n%s\n%s", kind, lines, _per_class(truth, evaluation, kind))
-    return figures
+    return on_main(compute)
 
 
 def write_results(results: list[dict], path: Path) -> None:

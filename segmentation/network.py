@@ -11,6 +11,8 @@ from segmentation.configs.recipes import Experiment
 from segmentation.data import IGNORED_LABEL
 from segmentation.heads import FPN, FCNHead, FPNHead, UPerHead, resize
 
+AUXILIARY_WEIGHT = 0.4  # of the auxiliary head's loss
+
 
 class Segmentor(nn.Module):
     """A backbone of `models/`, a decode head and, in training, an auxiliary head.
@@ -20,7 +22,6 @@ class Segmentor(nn.Module):
         decode_head: Head that computes the logits.
         neck: Module between the backbone and the decode head; the auxiliary head takes the backbone's maps.
         auxiliary_head: Head of a second loss in training.
-        auxiliary_weight: Weight of the second loss.
     """
 
     # The layers that `models.load_state_dict` skips in fine-tuning if the classes differ.
@@ -32,14 +33,12 @@ class Segmentor(nn.Module):
         decode_head: nn.Module,
         neck: nn.Module | None = None,
         auxiliary_head: nn.Module | None = None,
-        auxiliary_weight: float = 0.4,
     ):
         super().__init__()
         self.backbone = backbone
         self.neck = neck or nn.Identity()
         self.decode_head = decode_head
         self.auxiliary_head = auxiliary_head
-        self.auxiliary_weight = auxiliary_weight
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | dict[str, Tensor]:
         """Return the logits of images, or the losses if labels are given: DistributedDataParallel needs `forward`.
@@ -49,19 +48,16 @@ class Segmentor(nn.Module):
             labels: Class of each pixel, or `IGNORED_LABEL`, `(B, H, W)`.
 
         Returns:
-            Logits `(B, classes, H, W)`, or the dict of `losses`.
+            Logits `(B, classes, H, W)`, or the losses of the heads: `decode` and, with an auxiliary head, the weighted
+            `aux`.
         """
-        if labels is not None:
-            return self.losses(images, labels)
         maps = self.backbone.forward_intermediates(images, intermediates_only=True)
-        return resize(self.decode_head(self.neck(maps)), images)
-
-    def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Return the losses of the heads: `decode` and, with an auxiliary head, the weighted `aux`."""
-        maps = self.backbone.forward_intermediates(images, intermediates_only=True)
-        losses = {"decode": pixel_cross_entropy(self.decode_head(self.neck(maps)), labels)}
+        logits = self.decode_head(self.neck(maps))
+        if labels is None:
+            return resize(logits, images)
+        losses = {"decode": pixel_cross_entropy(logits, labels)}
         if self.auxiliary_head is not None:
-            losses["aux"] = self.auxiliary_weight * pixel_cross_entropy(self.auxiliary_head(maps), labels)
+            losses["aux"] = AUXILIARY_WEIGHT * pixel_cross_entropy(self.auxiliary_head(maps), labels)
         return losses
 
 

@@ -274,7 +274,7 @@ MUTATIONS = [
              ("test_detection_views.py::test_objects_are_chosen_by_the_thresholds_of_the_experiment",)),
     Mutation("folders of one's own data", "detection/data.py", 'getattr(experiment, f"{part}_{name}")', 'getattr(Experiment, f"{part}_{name}")',
              ("test_detection_data.py::test_data_may_lie_in_other_folders",)),
-    Mutation("every process evaluates", "detection/metrics.py", "return on_main(lambda: _summarise(truth, image_ids, results, kinds, tables))", "return _summarise(truth, image_ids, results or [], kinds, tables)",
+    Mutation("every process evaluates", "detection/metrics.py", "return on_main(compute)", "results = results or []\n    return compute()",
              ("test_detection_runs.py::test_the_main_process_alone_computes_the_figures",)),
 
     # Both dense tasks.

@@ -3,6 +3,7 @@
 import math
 import warnings
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -231,7 +232,8 @@ def test_a_published_loss_scale_reaches_the_training(monkeypatch):
     ):
         experiment = load_experiment(ROOT / f"detection/configs/{config}.py")
         args = get_train_parser("").parse_args(["x"])
-        state = build_state(args, experiment, torch.nn.Linear(1, 1), lambda step: 1.0, None, torch.device("cpu"))
+        task = SimpleNamespace(lr_factor=lambda step: 1.0, sampler=None)
+        state = build_state(args, experiment, torch.nn.Linear(1, 1), task, torch.device("cpu"))
         assert (state.scaler.is_enabled(), state.scaler.get_scale()) == (True, scale)
 
 
