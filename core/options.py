@@ -31,10 +31,14 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
+        """Parse arguments, with the parser's spelling of the options."""
         spellings = {option.replace("_", "-"): option for option in self._option_string_actions}
-        args = [self._spell(arg, spellings) for arg in args]
-        return super().parse_known_args(args, namespace)
+        spelled = []
+        for arg in sys.argv[1:] if args is None else args:
+            name, equals, value = arg.partition("=")
+            known = spellings.get(name.replace("_", "-"), name) if arg.startswith("--") else name
+            spelled.append(known + equals + value)
+        return super().parse_known_args(spelled, namespace)
 
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -54,14 +58,6 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
-
-    @staticmethod
-    def _spell(arg: str, spellings: dict[str, str]) -> str:
-        """Return an argument with the parser's spelling of the option."""
-        if not arg.startswith("--"):
-            return arg
-        name, equals, value = arg.partition("=")
-        return spellings.get(name.replace("_", "-"), name) + equals + value
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):

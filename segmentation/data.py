@@ -63,8 +63,10 @@ def find_files(experiment: Experiment, part: str) -> tuple[dict[str, Path], dict
     folder, split = root / getattr(experiment, f"{part}_images"), getattr(experiment, f"{part}_split")
     suffixes = [experiment.image_suffix] if experiment.image_suffix else IMAGE_SUFFIXES
     images, others = _list_files(folder, f"{part}_images", suffixes)
-    if not experiment.image_suffix:
-        log_other_files(folder, others)
+    counts = Counter(file.suffix for file in others if file.is_file() and not file.name.startswith("."))
+    if counts and not experiment.image_suffix:
+        left_out = ", ".join(f"{count} with the suffix {suffix!r}" for suffix, count in sorted(counts.items()))
+        logger.info("note: %s: files left out: %s; image_suffix chooses another suffix", folder, left_out)
     if split:
         names = _read_lines(root / split, "write the names of the images in it, one per line, without suffix")
         missing = next((name for name in names if name not in images), None)
@@ -81,14 +83,6 @@ def find_files(experiment: Experiment, part: str) -> tuple[dict[str, Path], dict
         if name not in labels:
             raise UserError(f"{image}: has no labels; {folder / name}{experiment.label_suffix} is missing")
     return images, labels
-
-
-def log_other_files(folder: Path, others: Sequence[Path]) -> None:
-    """Log how many files of a folder are not used because of their suffixes, if any; hidden files are not counted."""
-    counts = Counter(file.suffix for file in others if file.is_file() and not file.name.startswith("."))
-    if counts:
-        others = ", ".join(f"{count} with the suffix {suffix!r}" for suffix, count in sorted(counts.items()))
-        logger.info("note: %s: files left out: %s; image_suffix chooses another suffix", folder, others)
 
 
 class MaskFolder(Dataset):
