@@ -30,7 +30,6 @@ from utils import UserError
 logger = logging.getLogger("twins")
 
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
-BAD_IMAGE_POLICIES = ("raise", "skip")
 IGNORED_TARGET = -1  # target of images that the evaluation does not count
 SHAPES_TRAIN, SHAPES_VAL = 10000, 1000  # number of images
 
@@ -60,7 +59,7 @@ def add_data_options(group) -> None:
     group.add_argument(
         "--bad-image",
         default="raise",
-        choices=BAD_IMAGE_POLICIES,
+        choices=("raise", "skip"),
         help="raise: stop at an unreadable image; skip: replace it by another image in training, omit it in evaluation",
     )
 

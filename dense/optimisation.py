@@ -26,13 +26,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, not_decayed: Sequenc
 
 
 def build_scaler(device: torch.device, loss_scale: float, enabled: bool) -> torch.amp.GradScaler:
-    """Build the gradient scaler of fp16.
-
-    Args:
-        device: Device of the model.
-        loss_scale: The loss scale; 0 for one that adapts without a limit, as usual in PyTorch.
-        enabled: False if the run does not use fp16.
-    """
+    """Build the gradient scaler of fp16; a loss scale of 0 adapts without a limit, as usual in PyTorch."""
     if loss_scale and enabled:
         return LimitedScaler(device.type, loss_scale)
     return torch.amp.GradScaler(device.type, enabled=enabled)

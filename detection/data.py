@@ -35,11 +35,7 @@ Sample = tuple[Tensor, Target]
 
 
 def build_dataset(experiment: Experiment, part: str) -> Dataset:
-    """Build a part of the data set of an experiment.
-
-    Args:
-        experiment: The experiment.
-        part: `"train"`, `"val"`, or `"test"`, which may be without annotations.
+    """Build a part of the data set of an experiment: `"train"`, `"val"`, or `"test"`, perhaps without annotations.
 
     Raises:
         UserError: If the files are missing or invalid.

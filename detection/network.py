@@ -43,16 +43,9 @@ from transforms import STATISTICS, normalise
 
 
 def build_detector(experiment: Experiment, num_classes: int, pretrained: bool) -> nn.Module:
-    """Build the detector of an experiment.
+    """Build the detector of an experiment; with `pretrained`, its ImageNet weights are loaded into the backbone.
 
-    Args:
-        experiment: The experiment.
-        num_classes: Number of classes.
-        pretrained: True to load the experiment's ImageNet weights into the backbone.
-
-    Raises:
-        UserError: If there is no such backbone, or the published weights cannot be loaded.
-        TwinsError: If a file of weights cannot be read or does not fit the backbone.
+    Raises the errors of `dense.networks.build_backbone`.
     """
     weights = experiment.pretrained if pretrained else ""
     # The published models were trained with zero padding that takes part in the attention of windows.

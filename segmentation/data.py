@@ -33,11 +33,7 @@ Sample = tuple[Tensor, Tensor]
 
 
 def build_dataset(experiment: Experiment, part: str) -> Dataset:
-    """Build a part of the data set of an experiment.
-
-    Args:
-        experiment: The experiment.
-        part: `"train"`, `"val"`, or `"test"` for images without labels.
+    """Build a part of the data set of an experiment: `"train"`, `"val"`, or `"test"` for images without labels.
 
     Raises:
         UserError: If the files are missing or inconsistent.

@@ -62,16 +62,9 @@ class Segmentor(nn.Module):
 
 
 def build_segmentor(experiment: Experiment, num_classes: int, pretrained: bool) -> Segmentor:
-    """Build the network of an experiment.
+    """Build the network of an experiment; with `pretrained`, its ImageNet weights are loaded into the backbone.
 
-    Args:
-        experiment: The experiment.
-        num_classes: Number of classes.
-        pretrained: True to load the experiment's ImageNet weights into the backbone.
-
-    Raises:
-        UserError: If there is no such backbone, or the published weights cannot be loaded.
-        TwinsError: If a file of weights cannot be read or does not fit the backbone.
+    Raises the errors of `dense.networks.build_backbone`.
     """
     weights = experiment.pretrained if pretrained else ""
     options = {"drop_path_rate": experiment.drop_path, "window_padding": experiment.window_padding}
