@@ -10,6 +10,7 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -138,12 +139,12 @@ class TrainSet(SeededSet):
         raise UserError("the training set has no readable image")
 
 
+@dataclass
 class EvalSet(Dataset):
     """An evaluation set. With `bad_image="skip"` unreadable images get the target `IGNORED_TARGET`."""
 
-    def __init__(self, dataset: Dataset, bad_image: str = "raise"):
-        self.dataset = dataset
-        self.bad_image = bad_image
+    dataset: Dataset
+    bad_image: str = "raise"
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -168,16 +168,11 @@ class TrainImages(NamedTuple):
     """A training image, or a batch of them, as bytes and the normalised values of the erased pixels.
 
     Bytes pass between processes faster than floats; the values that random erasing draws do not fit into bytes.
-
-    Attributes:
-        pixels: RGB values, uint8 `(H, W, 3)`, or `(B, H, W, 3)` in a batch.
-        erased: Indices of the erased pixels among all pixels, int64 `(N,)`.
-        values: Normalised values of the erased pixels, float32 `(3, N)`.
     """
 
-    pixels: Tensor
-    erased: Tensor
-    values: Tensor
+    pixels: Tensor  # RGB values, uint8 `(H, W, 3)`, or `(B, H, W, 3)` in a batch
+    erased: Tensor  # indices of the erased pixels among all pixels, int64 `(N,)`
+    values: Tensor  # normalised values of the erased pixels, float32 `(3, N)`
 
     def normalise(self) -> Tensor:
         """Return normalised images `(B, 3, H, W)` in channels-last memory format."""

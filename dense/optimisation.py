@@ -11,10 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 def parameter_groups(model: nn.Module, weight_decay: float, not_decayed: Sequence[str]) -> list[dict[str, Any]]:
     """Return the parameters that are not frozen as groups of an optimizer, with and without weight decay.
 
-    Args:
-        model: The network.
-        weight_decay: Weight decay of the first group.
-        not_decayed: Parts of parameter names; parameters with one of them in their name are not decayed.
+    Parameters with one of `not_decayed` in their name are not decayed.
     """
     groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in model.named_parameters():

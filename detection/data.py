@@ -233,15 +233,13 @@ def _check_annotations(images: list[dict], annotations: list[dict], categories: 
         annotation["id"] = number  # pycocotools ignores matches with the id 0, and confuses equal ids
 
 
-def _check_annotation(
-    name: str, annotation: dict, known_images: dict[int, dict], known_categories: dict[int, dict]
-) -> None:
+def _check_annotation(name: str, annotation: dict, images: dict[int, dict], categories: dict[int, dict]) -> None:
     """Check and complete an annotation."""
-    if not _is_known(annotation.get("image_id"), known_images):
-        raise UserError(f"{name} is of image {annotation.get('image_id')}, which is not listed")
-    if not _is_known(annotation.get("category_id"), known_categories):
-        raise UserError(f"{name} has the category {annotation.get('category_id')}, which is not listed")
-    image = known_images[annotation["image_id"]]
+    for key, relation, known in (("image_id", "is of image", images), ("category_id", "has the category", categories)):
+        number = annotation.get(key)
+        if not isinstance(number, int) or number not in known:
+            raise UserError(f"{name} {relation} {number}, which is not listed")
+    image = images[annotation["image_id"]]
     _check_box(name, annotation.get("bbox"), annotation["image_id"], image["width"], image["height"])
     x, y, w, h = annotation["bbox"]
     mask = _check_mask(name, annotation.get("segmentation"), image["width"], image["height"])
@@ -262,10 +260,6 @@ def _index_entries(kind: str, entries: list[dict]) -> dict[int, dict]:
             raise UserError(f"the {kind} id {entry['id']} occurs twice")
         known[entry["id"]] = entry
     return known
-
-
-def _is_known(number: Any, known: dict[int, dict]) -> bool:
-    return isinstance(number, int) and number in known
 
 
 def _is_number(value: Any) -> bool:

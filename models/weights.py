@@ -29,21 +29,13 @@ OPTIONAL = ("norm.", "head.", "patch_embeds.", "pos_block.", "blocks.")
 
 @dataclass
 class LoadReport:
-    """Report of a load.
+    """Report of a load: names of tensors, and their number."""
 
-    Attributes:
-        source: Name of the weights.
-        loaded: Number of tensors loaded without a change.
-        adapted: Names of tensors loaded with a change.
-        skipped: Names of tensors of the source that were not loaded.
-        new: Names of tensors of the model that are not in the source.
-    """
-
-    source: str
-    loaded: int = 0
-    adapted: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    new: list[str] = field(default_factory=list)
+    source: str  # name of the weights
+    loaded: int = 0  # without a change
+    adapted: list[str] = field(default_factory=list)  # loaded with a change
+    skipped: list[str] = field(default_factory=list)  # in the source, but not loaded
+    new: list[str] = field(default_factory=list)  # in the model, but not in the source
 
     def __str__(self) -> str:
         text = f"{self.source}: loaded {self.loaded} tensors"

@@ -1,6 +1,7 @@
 """Transforms of segmentation: the published augmentation, and the inputs of an evaluation."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -43,21 +44,16 @@ def augment(
     return F.pad(image, padding), F.pad(labels, padding, value=IGNORED_LABEL)
 
 
+@dataclass
 class EvalViews(Dataset):
     """A data set for evaluation; returns `(index, images, labels)`.
 
     The images are the normalised image `(3, h, w)` at each ratio; the labels keep the size of the original image.
-
-    Args:
-        dataset: Data set of `segmentation/data.py`.
-        scale: Limits of an image's longer and shorter side in pixels.
-        ratios: Factors on `scale`.
     """
 
-    def __init__(self, dataset: Dataset, scale: tuple[int, int], ratios: Sequence[float] = (1.0,)):
-        self.dataset = dataset
-        self.scale = scale
-        self.ratios = ratios
+    dataset: Dataset  # of segmentation/data.py
+    scale: tuple[int, int]  # limits of an image's longer and shorter side in pixels
+    ratios: Sequence[float] = (1.0,)  # factors on scale
 
     def __len__(self) -> int:
         return len(self.dataset)
