@@ -270,7 +270,7 @@ MUTATIONS = [
              ("test_detection_views.py::test_saved_results_are_evaluated_without_the_network",)),
     Mutation("--format-only", "detection/test.py", '"test" if args.format_only else "val"', '"val"',
              ("test_detection_views.py::test_a_set_without_annotations_has_results_but_no_figures",)),
-    Mutation("thresholds of an experiment", "detection/network.py", "experiment.score_threshold, experiment.nms_threshold", "0.05, 0.5",
+    Mutation("thresholds of an experiment", "detection/network.py", "nms_thresh=experiment.nms_threshold,\n            detections_per_img=experiment.detections,\n            mask_roi_pool", "nms_thresh=0.5,\n            mask_roi_pool",
              ("test_detection_views.py::test_objects_are_chosen_by_the_thresholds_of_the_experiment",)),
     Mutation("folders of one's own data", "detection/data.py", 'getattr(experiment, f"{part}_{name}")', 'getattr(Experiment, f"{part}_{name}")',
              ("test_detection_data.py::test_data_may_lie_in_other_folders",)),
