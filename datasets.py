@@ -162,8 +162,7 @@ class Shapes(Dataset):
 
     def __init__(self, is_train: bool, size: int, transform: Callable):
         self.classes = list(shapes.CLASSES)
-        self.split = 0 if is_train else 1
-        self.length = SHAPES_TRAIN if is_train else SHAPES_VAL
+        self.split, self.length = (0, SHAPES_TRAIN) if is_train else (1, SHAPES_VAL)
         self.size = size
         self.transform = transform
 

@@ -4,6 +4,7 @@ The order of training samples does not depend on the number of processes, and ca
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,19 +21,13 @@ class SampleKey(NamedTuple):
     copy: int  # number of the repeated augmentation, from 0
 
 
+@dataclass
 class SeededSet(Dataset):
-    """A data set indexed by `SampleKey`; the key and the seed of the run seed the random generators of a sample.
+    """A data set indexed by `SampleKey`; the key and the seed of the run seed the random generators of a sample."""
 
-    Args:
-        dataset: Data set whose samples are tuples.
-        seed: Seed of the run.
-        augment: Function of the parts of a sample that returns the augmented sample; None for no change.
-    """
-
-    def __init__(self, dataset: Dataset, seed: int, augment: Callable | None = None):
-        self.dataset = dataset
-        self.seed = seed
-        self.augment = augment
+    dataset: Dataset  # with samples that are tuples
+    seed: int  # of the run
+    augment: Callable | None = None  # function of the parts of a sample that returns the augmented sample
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -55,26 +50,19 @@ class SeededSet(Dataset):
         return self.augment(*sample) if self.augment else sample
 
 
+@dataclass
 class EpochSampler(Sampler):
-    """Base class of the training samplers: the part of each process, and the step to continue from.
+    """Base class of the training samplers: the part of each process, and the step to continue from."""
 
-    Args:
-        steps: Number of steps in an epoch.
-        global_batch: Number of images in an optimizer step, over all processes and accumulated batches.
-        world_size: Number of processes, a divisor of `global_batch`.
-        rank: Index of this process.
-        seed: Seed of the order.
-    """
+    steps: int  # in an epoch
+    global_batch: int  # images in an optimizer step, over all processes and accumulated batches
+    world_size: int = 1  # number of processes, a divisor of `global_batch`
+    rank: int = 0  # index of this process
+    seed: int = 0  # of the order
 
-    def __init__(self, steps: int, *, global_batch: int, world_size: int = 1, rank: int = 0, seed: int = 0):
-        assert global_batch % world_size == 0
-        self.steps = steps
-        self.global_batch = global_batch
-        self.world_size = world_size
-        self.rank = rank
-        self.seed = seed
-        self.epoch = 0
-        self.step = 0
+    def __post_init__(self):
+        assert self.global_batch % self.world_size == 0
+        self.set_epoch(0)
 
     def __len__(self) -> int:
         """Return the number of images that are left for this process in the epoch."""

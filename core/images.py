@@ -93,7 +93,10 @@ def make_colours(count: int) -> list[tuple[int, ...]]:
 def draw_captions(images: Mapping[str, Image.Image]) -> Image.Image:
     """Return a picture of RGB images side by side, with their captions of one or more lines below."""
     font = ImageFont.load_default(FONT_SIZE)
-    panels = {caption: enlarge(image) for caption, image in images.items()}
+    panels = {}
+    for caption, image in images.items():
+        factor = -(-MIN_SIDE // max(image.size))  # a whole number
+        panels[caption] = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
     text_height = LINE * max(len(caption.splitlines()) for caption in panels) + GAP
     widths = []
     for caption, panel in panels.items():
@@ -108,12 +111,6 @@ def draw_captions(images: Mapping[str, Image.Image]) -> Image.Image:
             draw.text((left + 2, height + row * LINE + 2), line, fill="black", font=font)
         left += width
     return picture
-
-
-def enlarge(image: Image.Image) -> Image.Image:
-    """Enlarge an image by a whole factor, so that its longer side has at least `MIN_SIDE` pixels."""
-    factor = -(-MIN_SIDE // max(image.size))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def draw_heat(image: Image.Image, heat: Tensor) -> Image.Image:

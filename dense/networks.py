@@ -66,7 +66,7 @@ def load_network(
     Args:
         model: The network.
         path: File of the weights.
-        kind: What the network is, used in messages.
+        kind: Kind of the network, used in messages.
         finetune: True to keep the initial weights of heads for other classes.
         convert: Function that returns the weights of a file with our names.
 

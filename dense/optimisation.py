@@ -1,6 +1,7 @@
 """Parameter groups of AdamW, and learning-rate schedules by iteration."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,14 +31,10 @@ def build_scaler(device: torch.device, loss_scale: float, enabled: bool) -> torc
 
 
 class LimitedScaler(torch.amp.GradScaler):
-    """Gradient scaler with a constant loss scale, which is lowered for a while if gradients overflow.
+    """Gradient scaler with a constant loss scale, the limit, which is lowered for a while if gradients overflow.
 
     Differs from the original: a step with an overflow is skipped, and halves the scale for the next 2000 steps. The
     original's scale was static.
-
-    Args:
-        device: Type of the device.
-        limit: The loss scale.
     """
 
     def __init__(self, device: str, limit: float):
@@ -58,17 +55,14 @@ def linear_warmup(iteration: int, length: int, ratio: float) -> float:
     return 1 - (1 - iteration / length) * (1 - ratio) if iteration < length else 1.0
 
 
+@dataclass
 class IterationSchedule:
-    """Sets the learning rates of an iteration, which depend on its number alone: a run can resume at any step.
+    """Sets the learning rates of an iteration, which depend on its number alone: a run can resume at any step."""
 
-    Args:
-        optimizer: Optimizer with the peak learning rates.
-        factor: Function from an iteration, counted from 0, to the factor of the peak learning rates.
-    """
+    optimizer: torch.optim.Optimizer  # with the peak learning rates
+    factor: Callable[[int], float]  # from an iteration, counted from 0, to the factor of the peak learning rates
 
-    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]):
-        self.optimizer = optimizer
-        self.factor = factor
+    def __post_init__(self):
         self.step_update(0)
 
     def step_update(self, iteration: int) -> None:

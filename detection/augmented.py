@@ -46,9 +46,7 @@ class View:
 class AugmentedDetector(nn.Module):
     """A detector in evaluation that merges what it finds at several scales, each as it is and flipped.
 
-    Args:
-        detector: Detector of `build_detector`.
-        scales: Limits of the longer and the shorter side in pixels.
+    The scales are limits of the longer and the shorter side in pixels.
     """
 
     def __init__(self, detector: nn.Module, scales: Sequence[tuple[int, int]]):

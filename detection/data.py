@@ -177,11 +177,7 @@ def encode_mask(mask: np.ndarray) -> dict:
 
 
 def read_annotations(path: Path, labelled: bool = True) -> COCO:
-    """Read and check a file in COCO's format.
-
-    Args:
-        path: JSON file.
-        labelled: False if the list of annotations may be missing, as in COCO's files of test sets.
+    """Read and check a JSON file in COCO's format; without `labelled`, the annotations may be missing, as in test sets.
 
     Raises:
         UserError: If the file is missing, is not JSON, or holds an invalid or inconsistent entry, which is named.
@@ -268,8 +264,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _check_box(name: str, box: Any, image_id: int, width: int, height: int) -> None:
-    numbers = isinstance(box, list) and all(map(_is_number, box))
-    if not numbers or len(box) != 4:
+    if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
         raise UserError(f"{name} has the box {box}; it should be four numbers: x, y, width and height")
     x, y, w, h = box
     if w < 0 or h < 0:

@@ -110,8 +110,7 @@ class Transform(GeneralizedRCNNTransform):
     """
 
     def __init__(self, scale: tuple[int, int]):
-        longer, shorter = max(scale), min(scale)
-        super().__init__(shorter, longer, *STATISTICS, PADDING)
+        super().__init__(min(scale), max(scale), *STATISTICS, PADDING)
 
     def normalize(self, image: Tensor) -> Tensor:
         images = normalise(image)

@@ -28,12 +28,7 @@ class ConvBNReLU(nn.Module):
 
 
 class DecodeHead(nn.Module):
-    """Base class of the heads: dropout, then a 1x1 convolution to the classes.
-
-    Args:
-        channels: Width of the classified features.
-        num_classes: Number of classes.
-    """
+    """Base class of the heads: dropout, then a 1x1 convolution of features of width `channels` to the classes."""
 
     def __init__(self, channels: int, num_classes: int):
         super().__init__()

@@ -92,11 +92,7 @@ def build_predictor(
 ) -> Callable[[int, Sequence[Tensor], tuple[int, int]], Tensor]:
     """Return a function for `segmentation.metrics.evaluate` that predicts the classes of an image with a network.
 
-    Args:
-        model: The network; it is set to evaluation mode.
-        experiment: Experiment with the sliding window.
-        amp_dtype: Type of autocast; None for full precision.
-        flip: True to average over each size and its mirror image.
+    The network is set to evaluation mode. Windows slide as the experiment says; `predict` describes `flip`.
     """
     model.eval()
     device = next(model.parameters()).device

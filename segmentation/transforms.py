@@ -131,14 +131,9 @@ def scale_levels(image: np.ndarray, factor: float = 1.0, shift: float = 0.0) -> 
 
 
 def change_hsv(image: np.ndarray, factor: float = 1.0, shift: int = 0) -> np.ndarray:
-    """Convert an RGB image, uint8 `(3, H, W)`, to HSV and back, and change it there.
+    """Multiply the saturation of an RGB image, uint8 `(3, H, W)`, by a factor, and shift its hue modulo 180.
 
     The levels are those of OpenCV's conversions of 8-bit images, where hues have units of 2 degrees.
-
-    Args:
-        image: The image.
-        factor: Factor of the saturation.
-        shift: Number that is added to the hue, modulo 180.
     """
     hue, saturation, value = _to_hsv(image.astype(np.float32))
     saturation = np.floor((saturation * factor).clip(max=255))
