@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,14 +23,13 @@ from core import shapes
 from core.distributed import Processes
 from core.images import BadImageError, decode_image, log_unused
 from core.options import POSITIVE_INT, loader_options
-from samplers import EvalSampler, SampleKey, SeededSet, TrainSampler
+from samplers import SampleKey, SeededSet, TrainSampler
 from transforms import TrainImages, build_eval_transform, build_train_transform, collate_train_images
 from utils import UserError
 
 logger = logging.getLogger("twins")
 
 INAT_CATEGORIES = ("kingdom", "phylum", "class", "order", "supercategory", "family", "genus", "name")
-BAD_IMAGE_POLICIES = ("raise", "skip")
 IGNORED_TARGET = -1  # target of images that the evaluation does not count
 SHAPES_TRAIN, SHAPES_VAL = 10000, 1000  # number of images
 
@@ -59,7 +59,7 @@ def add_data_options(group) -> None:
     group.add_argument(
         "--bad-image",
         default="raise",
-        choices=BAD_IMAGE_POLICIES,
+        choices=("raise", "skip"),
         help="raise: stop at an unreadable image; skip: replace it by another image in training, omit it in evaluation",
     )
 
@@ -82,9 +82,10 @@ def build_train_loader(args: argparse.Namespace, processes: Processes, global_ba
 def build_val_loader(args: argparse.Namespace, processes: Processes) -> DataLoader:
     """Build the loader of the validation set; with --dist-eval, of this process's part of it."""
     dataset = EvalSet(build_dataset(False, args), args.bad_image)
-    share = {"world_size": processes.world_size, "rank": processes.rank} if args.dist_eval else {}
-    options = {"batch_size": int(1.5 * args.batch_size), **loader_options(args, processes.device)}
-    return DataLoader(dataset, sampler=EvalSampler(len(dataset), **share), **options)
+    share = range(processes.rank, len(dataset), processes.world_size) if args.dist_eval else range(len(dataset))
+    return DataLoader(
+        dataset, batch_size=int(1.5 * args.batch_size), sampler=share, **loader_options(args, processes.device)
+    )
 
 
 def build_dataset(is_train: bool, args) -> Dataset:
@@ -97,7 +98,12 @@ def build_dataset(is_train: bool, args) -> Dataset:
         UserError: If the data are missing or their layout is not that described in README.md.
     """
     transform = build_train_transform(args) if is_train else build_eval_transform(args)
-    return DATA_SETS[args.data_set](args, is_train, transform)
+    try:
+        return DATA_SETS[args.data_set](args, is_train, transform)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or args.data_path}: cannot be read ({error.strerror}); check the permissions"
+        ) from error
 
 
 def data_root(args) -> Path:
@@ -132,12 +138,12 @@ class TrainSet(SeededSet):
         raise UserError("the training set has no readable image")
 
 
+@dataclass
 class EvalSet(Dataset):
     """An evaluation set. With `bad_image="skip"` unreadable images get the target `IGNORED_TARGET`."""
 
-    def __init__(self, dataset: Dataset, bad_image: str = "raise"):
-        self.dataset = dataset
-        self.bad_image = bad_image
+    dataset: Dataset
+    bad_image: str = "raise"
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -155,8 +161,7 @@ class Shapes(Dataset):
 
     def __init__(self, is_train: bool, size: int, transform: Callable):
         self.classes = list(shapes.CLASSES)
-        self.split = 0 if is_train else 1
-        self.length = SHAPES_TRAIN if is_train else SHAPES_VAL
+        self.split, self.length = (0, SHAPES_TRAIN) if is_train else (1, SHAPES_VAL)
         self.size = size
         self.transform = transform
 
@@ -175,12 +180,12 @@ class INaturalist(Dataset):
     Args:
         root: Folder of the JSON files, to which their image paths are relative.
         is_train: True for the training part, False for the validation part.
+        transform: Transform of the PIL images.
         year: Year of the data set, 2018 or 2019.
         category: Level of the taxonomy that defines the classes, one of `INAT_CATEGORIES`.
-        transform: Transform of the PIL images.
     """
 
-    def __init__(self, root: Path, is_train: bool, year: int, category: str, transform: Callable):
+    def __init__(self, root: Path, is_train: bool, transform: Callable, year: int, category: str):
         taxonomy = _read_json(root / "categories.json")
         train = _read_json(root / f"train{year}.json")
         part = train if is_train else _read_json(root / f"val{year}.json")
@@ -214,7 +219,11 @@ class INaturalist(Dataset):
 def _open_image_folder(root: Path, is_train: bool, transform: Callable) -> Dataset:
     """Open `root/train` or `root/val`, with one folder per class; both must have the same classes."""
     folder = root / ("train" if is_train else "val")
-    classes = {side: _subfolders(root / side) for side in ("train", "val") if (root / side).is_dir()}
+    classes = {
+        side: {entry.name for entry in os.scandir(root / side) if entry.is_dir()}
+        for side in ("train", "val")
+        if (root / side).is_dir()
+    }
     if folder.name not in classes:
         raise UserError(f"{folder} is missing; {root} should contain train/ and val/ with one folder per class")
     differing = sorted(set.symmetric_difference(*classes.values())) if len(classes) == 2 else []
@@ -225,22 +234,17 @@ def _open_image_folder(root: Path, is_train: bool, transform: Callable) -> Datas
         )
     if not classes[folder.name]:
         raise UserError(f"{folder} contains no class folders; it should contain one folder of images per class")
-    try:
-        loader = partial(decode_image, mode="RGB")  # as torchvision's own, which ignores an EXIF orientation
-        others = []
+    others = []
 
-        def is_image(path: str) -> bool:
-            if path.lower().endswith(IMG_EXTENSIONS):
-                return True
-            others.append(Path(path))
-            return False
+    def is_image(path: str) -> bool:
+        if path.lower().endswith(IMG_EXTENSIONS):
+            return True
+        others.append(Path(path))
+        return False
 
-        options = {"loader": loader, "is_valid_file": is_image, "allow_empty": True}
-        dataset = torchvision.datasets.ImageFolder(folder, transform, **options)
-    except OSError as error:
-        raise UserError(
-            f"{error.filename or folder}: cannot be read ({error.strerror}); check the permissions"
-        ) from error
+    loader = partial(decode_image, mode="RGB")  # as torchvision's own, which ignores an EXIF orientation
+    options = {"loader": loader, "is_valid_file": is_image, "allow_empty": True}
+    dataset = torchvision.datasets.ImageFolder(folder, transform, **options)
     log_unused(folder, others)
     filled = set(dataset.targets)
     empty = [name for name, label in dataset.class_to_idx.items() if label not in filled]
@@ -250,7 +254,7 @@ def _open_image_folder(root: Path, is_train: bool, transform: Callable) -> Datas
 
 
 def _open_inaturalist(args, is_train: bool, transform: Callable, year: int) -> Dataset:
-    return INaturalist(data_root(args), is_train, year, args.inat_category, transform)
+    return INaturalist(data_root(args), is_train, transform, year, args.inat_category)
 
 
 def _open_cifar(root: Path, is_train: bool, transform: Callable) -> Dataset:
@@ -272,13 +276,6 @@ def _read_json(path: Path):
         raise UserError(f"{path}: is not valid JSON ({error}); download it again") from error
 
 
-def _subfolders(folder: Path) -> set[str]:
-    try:
-        return {entry.name for entry in os.scandir(folder) if entry.is_dir()}
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be read ({error.strerror}); check the permissions") from error
-
-
 def _shorten(names: Sequence[str], limit: int = 5) -> str:
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + rest
@@ -295,7 +292,7 @@ def _handle_bad_image(error: BadImageError, policy: str) -> None:
 DATA_SETS = {
     "IMNET": lambda args, is_train, transform: _open_image_folder(data_root(args), is_train, transform),
     "CIFAR": lambda args, is_train, transform: _open_cifar(data_root(args), is_train, transform),
-    "INAT": lambda args, is_train, transform: _open_inaturalist(args, is_train, transform, 2018),
-    "INAT19": lambda args, is_train, transform: _open_inaturalist(args, is_train, transform, 2019),
+    "INAT": partial(_open_inaturalist, year=2018),
+    "INAT19": partial(_open_inaturalist, year=2019),
     "SHAPES": lambda args, is_train, transform: Shapes(is_train, args.input_size, transform),
 }

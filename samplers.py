@@ -3,7 +3,8 @@
 The order of training samples does not depend on the number of processes, and can continue from any step.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,12 +21,13 @@ class SampleKey(NamedTuple):
     copy: int  # number of the repeated augmentation, from 0
 
 
+@dataclass
 class SeededSet(Dataset):
     """A data set indexed by `SampleKey`; the key and the seed of the run seed the random generators of a sample."""
 
-    def __init__(self, dataset: Dataset, seed: int):
-        self.dataset = dataset
-        self.seed = seed
+    dataset: Dataset  # with samples that are tuples
+    seed: int  # of the run
+    augment: Callable | None = None  # function of the parts of a sample that returns the augmented sample
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -44,29 +46,23 @@ class SeededSet(Dataset):
 
     def get(self, key: SampleKey) -> Any:
         """Return one sample."""
-        return self.dataset[key.index]
+        sample = self.dataset[key.index]
+        return self.augment(*sample) if self.augment else sample
 
 
+@dataclass
 class EpochSampler(Sampler):
-    """Base class of the training samplers: the part of each process, and the step to continue from.
+    """Base class of the training samplers: the part of each process, and the step to continue from."""
 
-    Args:
-        steps: Number of steps in an epoch.
-        global_batch: Number of images in an optimizer step, over all processes and accumulated batches.
-        world_size: Number of processes, a divisor of `global_batch`.
-        rank: Index of this process.
-        seed: Seed of the order.
-    """
+    steps: int  # in an epoch
+    global_batch: int  # images in an optimizer step, over all processes and accumulated batches
+    world_size: int = 1  # number of processes, a divisor of `global_batch`
+    rank: int = 0  # index of this process
+    seed: int = 0  # of the order
 
-    def __init__(self, steps: int, global_batch: int, world_size: int, rank: int, seed: int):
-        assert global_batch % world_size == 0
-        self.steps = steps
-        self.global_batch = global_batch
-        self.world_size = world_size
-        self.rank = rank
-        self.seed = seed
-        self.epoch = 0
-        self.step = 0
+    def __post_init__(self):
+        assert self.global_batch % self.world_size == 0
+        self.set_epoch(0)
 
     def __len__(self) -> int:
         """Return the number of images that are left for this process in the epoch."""
@@ -97,32 +93,21 @@ class TrainSampler(EpochSampler):
 
     Args:
         num_samples: Number of images in the data set.
-        global_batch: Number of images in an optimizer step, over all processes and accumulated batches.
-        world_size: Number of processes, a divisor of `global_batch`.
-        rank: Index of this process.
-        seed: Seed of the order.
+        global_batch: Number of images in an optimizer step.
         repeats: Number of augmentations of each image.
+        **kwargs: Other arguments of `EpochSampler`.
 
     Raises:
         UserError: If the data set has fewer images than a global batch.
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        *,
-        global_batch: int,
-        world_size: int = 1,
-        rank: int = 0,
-        seed: int = 0,
-        repeats: int = 1,
-    ):
+    def __init__(self, num_samples: int, *, global_batch: int, repeats: int = 1, **kwargs):
         if num_samples < global_batch:
             raise UserError(
                 f"the training set has {num_samples} images, fewer than one global batch of {global_batch}; "
                 "lower --batch-size, --global-batch or the number of processes"
             )
-        super().__init__(num_samples // global_batch, global_batch, world_size, rank, seed)
+        super().__init__(num_samples // global_batch, global_batch=global_batch, **kwargs)
         self.num_samples = num_samples
         self.repeats = repeats
 
@@ -143,17 +128,11 @@ class EndlessSampler(EpochSampler):
 
     Args:
         num_samples: Number of images in the data set.
-        steps: Number of steps in an epoch.
-        global_batch: Number of images in an optimizer step, over all processes and accumulated batches.
-        world_size: Number of processes, a divisor of `global_batch`.
-        rank: Index of this process.
-        seed: Seed of the order.
+        **kwargs: Arguments of `EpochSampler`.
     """
 
-    def __init__(
-        self, num_samples: int, *, steps: int, global_batch: int, world_size: int = 1, rank: int = 0, seed: int = 0
-    ):
-        super().__init__(steps, global_batch, world_size, rank, seed)
+    def __init__(self, num_samples: int, **kwargs):
+        super().__init__(**kwargs)
         self.num_samples = num_samples
 
     def nearest_step(self, step: int, global_batch: int) -> int:
@@ -170,19 +149,3 @@ class EndlessSampler(EpochSampler):
             if round_ != shuffled:
                 shuffled, order = round_, np.random.default_rng((self.seed, round_)).permutation(self.num_samples)
             yield SampleKey(round_, int(order[index]), 0)
-
-
-class EvalSampler(Sampler[int]):
-    """Sampler for evaluation: each index from 0 to `num_samples - 1` goes to exactly one process.
-
-    The shares differ by at most one image and are not padded, so sums over all processes are exact.
-    """
-
-    def __init__(self, num_samples: int, *, world_size: int = 1, rank: int = 0):
-        self.indices = range(rank, num_samples, world_size)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)

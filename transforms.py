@@ -6,7 +6,7 @@ Training uses timm's augmentation, with faster crops, shears and translations. T
 
 import random
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -26,7 +26,6 @@ from utils import UserError
 
 STATISTICS = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 POLICIES = auto_augment.RandAugment, auto_augment.AugMixAugment, auto_augment.AutoAugment
-Resample = Image.Resampling | Sequence[Image.Resampling]  # one interpolation, or several to choose from at random
 Colour = tuple[int, int, int]
 
 
@@ -166,16 +165,11 @@ class TrainImages(NamedTuple):
     """A training image, or a batch of them, as bytes and the normalised values of the erased pixels.
 
     Bytes pass between processes faster than floats; the values that random erasing draws do not fit into bytes.
-
-    Attributes:
-        pixels: RGB values, uint8 `(H, W, 3)`, or `(B, H, W, 3)` in a batch.
-        erased: Indices of the erased pixels among all pixels, int64 `(N,)`.
-        values: Normalised values of the erased pixels, float32 `(3, N)`.
     """
 
-    pixels: Tensor
-    erased: Tensor
-    values: Tensor
+    pixels: Tensor  # RGB values, uint8 `(H, W, 3)`, or `(B, H, W, 3)` in a batch
+    erased: Tensor  # indices of the erased pixels among all pixels, int64 `(N,)`
+    values: Tensor  # normalised values of the erased pixels, float32 `(3, N)`
 
     def normalise(self) -> Tensor:
         """Return normalised images `(B, 3, H, W)` in channels-last memory format."""
@@ -207,9 +201,6 @@ class ToTrainImages:
         if len(erased):
             self.canvas.fill_(torch.nan)
         return TrainImages(*map(torch.from_numpy, (np.array(image), erased, values)))
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.erasing})"
 
 
 def collate_train_images(samples: Sequence[tuple[TrainImages, int]]) -> tuple[TrainImages, Tensor]:
@@ -258,44 +249,31 @@ def check_policy(name: str) -> None:
 
 
 def adapt_policy(policy: Callable) -> None:
-    """Replace the operations of a policy that are listed in `OPERATIONS`; other policies keep timm's.
-
-    Args:
-        policy: A RandAugment, AugMixAugment or AutoAugment of timm.
-    """
+    """Replace the operations of a timm RandAugment, AugMixAugment or AutoAugment that are listed in `OPERATIONS`."""
     operations = policy.ops if hasattr(policy, "ops") else [operation for pair in policy.policy for operation in pair]
     for operation in operations:
         operation.aug_fn = OPERATIONS.get(operation.name, operation.aug_fn)
 
 
-def shear_x(image: Image.Image, factor: float, fillcolor: Colour, resample: Resample) -> Image.Image:
+def shear(image: Image.Image, factor: float, **options) -> Image.Image:
     """Shift each row to the left by `factor` times its distance from the top."""
-    return _shift_rows(image, factor, 0, fillcolor, resample)
+    return _shift_rows(image, factor, 0, **options)
 
 
-def shear_y(image: Image.Image, factor: float, fillcolor: Colour, resample: Resample) -> Image.Image:
-    """Shift each column up by `factor` times its distance from the left."""
-    return _shift_columns(image, factor, 0, fillcolor, resample)
-
-
-def translate_x(image: Image.Image, pixels: float, fillcolor: Colour, resample: Resample) -> Image.Image:
+def translate(image: Image.Image, pixels: float, **options) -> Image.Image:
     """Shift an image to the left."""
-    return _shift_rows(image, 0, pixels, fillcolor, resample)
+    return _shift_rows(image, 0, pixels, **options)
 
 
-def translate_y(image: Image.Image, pixels: float, fillcolor: Colour, resample: Resample) -> Image.Image:
-    """Shift an image up."""
-    return _shift_columns(image, 0, pixels, fillcolor, resample)
-
-
-def translate_x_rel(image: Image.Image, share: float, fillcolor: Colour, resample: Resample) -> Image.Image:
+def translate_rel(image: Image.Image, share: float, **options) -> Image.Image:
     """Shift an image to the left by a share of its width."""
-    return _shift_rows(image, 0, share * image.width, fillcolor, resample)
+    return _shift_rows(image, 0, share * image.width, **options)
 
 
-def translate_y_rel(image: Image.Image, share: float, fillcolor: Colour, resample: Resample) -> Image.Image:
-    """Shift an image up by a share of its height."""
-    return _shift_columns(image, 0, share * image.height, fillcolor, resample)
+def on_columns(operation: Callable, image: Image.Image, amount: float, **options) -> Image.Image:
+    """Shift columns up as an operation above shifts rows to the left."""
+    transposed = image.transpose(Image.Transpose.TRANSPOSE)
+    return operation(transposed, amount, **options).transpose(Image.Transpose.TRANSPOSE)
 
 
 def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
@@ -304,58 +282,38 @@ def posterize(image: Image.Image, bits_to_keep: int, **_) -> Image.Image:
 
 
 OPERATIONS = {
-    "ShearX": shear_x,
-    "ShearY": shear_y,
-    "TranslateX": translate_x,
-    "TranslateY": translate_y,
-    "TranslateXRel": translate_x_rel,
-    "TranslateYRel": translate_y_rel,
+    "ShearX": shear,
+    "ShearY": partial(on_columns, shear),
+    "TranslateX": translate,
+    "TranslateY": partial(on_columns, translate),
+    "TranslateXRel": translate_rel,
+    "TranslateYRel": partial(on_columns, translate_rel),
     "Posterize": posterize,
     "PosterizeIncreasing": posterize,
     "PosterizeOriginal": posterize,
 }
 
 
-def _shift_rows(image: Image.Image, slope: float, offset: float, fillcolor: Colour, resample: Resample) -> Image.Image:
-    """Shift row i to the left by `slope * (i + 0.5) + offset` pixels."""
-    resample = _choose_resample(resample)
-    if not _can_move_rows(image, fillcolor, resample):
-        matrix = (1, slope, offset, 0, 1, 0)
-        return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=fillcolor)
-    return move_rows(image, slope * (np.arange(image.height) + 0.5) + offset, fillcolor)
-
-
-def _shift_columns(
-    image: Image.Image, slope: float, offset: float, fillcolor: Colour, resample: Resample
+def _shift_rows(
+    image: Image.Image,
+    slope: float,
+    offset: float,
+    fillcolor: Colour | None,
+    resample: Image.Resampling | Sequence[Image.Resampling],
 ) -> Image.Image:
-    """Shift column i up by `slope * (i + 0.5) + offset` pixels."""
-    resample = _choose_resample(resample)
-    if not _can_move_rows(image, fillcolor, resample):
-        matrix = (1, 0, 0, slope, 1, offset)
-        return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=fillcolor)
-    transposed = image.transpose(Image.Transpose.TRANSPOSE)
-    moved = move_rows(transposed, slope * (np.arange(image.width) + 0.5) + offset, fillcolor)
-    return moved.transpose(Image.Transpose.TRANSPOSE)
-
-
-def _choose_resample(resample: Resample) -> Image.Resampling:
-    """Return the interpolation, chosen at random as timm does if there are several."""
-    return random.choice(resample) if isinstance(resample, (list, tuple)) else resample
-
-
-def _can_move_rows(image: Image.Image, fillcolor: Colour | None, resample: Image.Resampling) -> bool:
-    return resample == Image.Resampling.BICUBIC and image.mode == "RGB" and fillcolor is not None
+    """Shift row i to the left by `slope * (i + 0.5) + offset` pixels."""
+    if isinstance(resample, (list, tuple)):
+        resample = random.choice(resample)  # as timm does
+    if resample == Image.Resampling.BICUBIC and image.mode == "RGB" and fillcolor is not None:
+        return move_rows(image, slope * (np.arange(image.height) + 0.5) + offset, fillcolor)
+    matrix = (1, slope, offset, 0, 1, 0)
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=fillcolor)
 
 
 def move_rows(image: Image.Image, shifts: np.ndarray, fill: Colour) -> Image.Image:
-    """Shift each row of an RGB image with bicubic interpolation, in a quarter of Pillow's time.
+    """Shift each row of an RGB image to the left by a number of pixels, `(H,)`, and fill in a colour.
 
-    Pixel values differ from Pillow's by at most 1 of 255.
-
-    Args:
-        image: RGB image.
-        shifts: Shift of each row to the left in pixels, `(H,)`.
-        fill: Colour of the pixels from outside the image.
+    The interpolation is bicubic, in a quarter of Pillow's time. Values differ from Pillow's by at most 1 of 255.
     """
     width, height = image.size
     whole = np.floor(shifts).astype(np.int64)

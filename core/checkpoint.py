@@ -16,22 +16,12 @@ from utils import UserError
 # Version of the format that this code writes. Checkpoints of format 1 have no version entry; 2 has no description.
 FORMAT = 3
 
+# fmt: off
 REQUIRED_KEYS = {
-    "model",
-    "model_ema",
-    "optimizer",
-    "scheduler",
-    "scaler",
-    "epoch",
-    "position",
-    "global_batch",
-    "meters",
-    "best",
-    "history",
-    "random_states",
-    "args",
-    "versions",
+    "model", "model_ema", "optimizer", "scheduler", "scaler", "epoch", "position", "global_batch", "meters", "best",
+    "history", "random_states", "args", "versions",
 }
+# fmt: on
 
 
 def check_format(path: Any, content: dict[str, Any]) -> None:
@@ -47,30 +37,20 @@ def check_format(path: Any, content: dict[str, Any]) -> None:
 class TrainState:
     """Everything that changes during a run. A checkpoint holds it together with arguments and versions.
 
-    Attributes:
-        model: Model without DistributedDataParallel or any other wrapper.
-        optimizer: Optimizer of the model.
-        lr_scheduler: Learning-rate schedule with `step_update(step)`, `step(epoch)` and `state_dict()`, as timm's have.
-            It must depend on the step and the epoch alone, since a resumed run only tells it these.
-        scaler: Gradient scaler, disabled unless the run uses fp16.
-        sampler: `EpochSampler` of the training set, see samplers.py.
-        model_ema: Moving average of the model, timm's `ModelEmaV3`; None if there is none.
-        epoch: Number of completed epochs.
-        meter: Meter of the current epoch.
-        best: Best value of each metric that selects checkpoints.
-        history: Lines of log.txt.
+    The learning-rate schedule has `step_update(step)`, `step(epoch)` and `state_dict()`, as timm's have. It must depend
+    on the step and the epoch alone, since a resumed run only tells it these.
     """
 
-    model: nn.Module
+    model: nn.Module  # without DistributedDataParallel or any other wrapper
     optimizer: torch.optim.Optimizer
     lr_scheduler: Any
-    scaler: torch.amp.GradScaler
-    sampler: Any
-    model_ema: nn.Module | None = None
-    epoch: int = 0
-    meter: EpochMeter = field(default_factory=EpochMeter)
-    best: dict[str, float] = field(default_factory=dict)
-    history: list[dict[str, Any]] = field(default_factory=list)
+    scaler: torch.amp.GradScaler  # disabled unless the run uses fp16
+    sampler: Any  # `EpochSampler` of the training set, see samplers.py
+    model_ema: nn.Module | None = None  # moving average of the model, timm's `ModelEmaV3`; None if there is none
+    epoch: int = 0  # number of completed epochs
+    meter: EpochMeter = field(default_factory=EpochMeter)  # of the current epoch
+    best: dict[str, float] = field(default_factory=dict)  # best value of each metric that selects checkpoints
+    history: list[dict[str, Any]] = field(default_factory=list)  # lines of log.txt
 
     @property
     def n_parameters(self) -> int:
@@ -87,11 +67,9 @@ class TrainState:
         return self.meter.step * self.sampler.global_batch
 
     def to_checkpoint(self, args: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
-        """Return a dict that loads with `weights_only=True`. All processes must call it.
+        """Return the state, options and description of a run as a dict that loads with `weights_only=True`.
 
-        Args:
-            args: Options of the run.
-            description: Description of the network, see core/description.py.
+        All processes must call it.
         """
         return {
             "model": self.model.state_dict(),

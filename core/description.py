@@ -16,23 +16,14 @@ TASKS = {"model": "classification", "head": "segmentation", "detector": "detecti
 
 @dataclass(frozen=True)
 class Description:
-    """Description of a trained network.
+    """Description of a trained network."""
 
-    Attributes:
-        task: `"classification"`, `"segmentation"` or `"detection"`; empty if unknown.
-        classes: Names of the classes, in the order of the outputs; empty in checkpoints of formats 1 and 2.
-        colours: RGB colours of the classes, from 0 to 255; empty for the default ones.
-        mean: Mean of each channel of the images, of values from 0 to 1; the network sees normalised images.
-        std: Standard deviation of each channel.
-        options: Options of the run: those of main.py, or the fields of the experiment.
-    """
-
-    task: str
-    classes: Sequence[str] = ()
-    colours: Sequence[tuple[int, int, int]] = ()
-    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN
+    task: str  # "classification", "segmentation" or "detection"; empty if unknown
+    classes: Sequence[str] = ()  # names in the order of the outputs; empty in checkpoints of formats 1 and 2
+    colours: Sequence[tuple[int, int, int]] = ()  # RGB colours of the classes, 0 to 255; empty for the default ones
+    mean: tuple[float, float, float] = IMAGENET_DEFAULT_MEAN  # of each channel, from 0 to 1; images are normalised
     std: tuple[float, float, float] = IMAGENET_DEFAULT_STD
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)  # of the run: of main.py, or the fields of the experiment
 
     def to_checkpoint(self) -> dict[str, Any]:
         """Return the entry of a checkpoint, which has the options in another entry."""

@@ -34,11 +34,11 @@ class Processes:
 def init_processes(device: str = "auto", dist_url: str = "env://", patience: float = 600) -> Processes:
     """Choose the device and, if there are several processes, initialise the process group.
 
-    Works with torchrun, `python -m torch.distributed.launch`, SLURM's srun and a single process.
+    Works with torchrun, `python -m torch.distributed.launch`, SLURM's srun and a single process. With several processes
+    each one uses the GPU of its local rank. The backend is NCCL on GPUs and gloo on the CPU.
 
     Args:
-        device: `"auto"` (CUDA if there is a GPU), `"cuda"`, `"cuda:N"` or `"cpu"`. With several processes each one
-            uses the GPU of its local rank. The backend is NCCL on GPUs and gloo on the CPU.
+        device: `"auto"` (CUDA if there is a GPU), `"cuda"`, `"cuda:N"` or `"cpu"`.
         dist_url: URL of the rendezvous.
         patience: Timeout of collectives in seconds.
 

@@ -125,6 +125,12 @@ def plain_text(text: str) -> str:
     return letters.encode("ascii", "replace").decode()
 
 
+def enlarge(image: Image.Image) -> Image.Image:
+    """Enlarge an image by a whole factor, so that its longer side has at least `MIN_SIDE` pixels."""
+    factor = -(-MIN_SIDE // max(image.size))
+    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
+
+
 def draw_captions(images: Mapping[str, Image.Image]) -> Image.Image:
     """Return a picture of RGB images side by side, with their captions of one or more lines below."""
     panels = {plain_text(caption): enlarge(image) for caption, image in images.items()}
@@ -144,12 +150,6 @@ def draw_captions(images: Mapping[str, Image.Image]) -> Image.Image:
             draw.text((left + 2, height + row * line + 2), text, fill="black", font=font)
         left += width
     return picture
-
-
-def enlarge(image: Image.Image) -> Image.Image:
-    """Enlarge an image by a whole factor, so that its longer side has at least `MIN_SIDE` pixels."""
-    factor = -(-MIN_SIDE // max(image.size))
-    return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
 def draw_heat(image: Image.Image, heat: Tensor) -> Image.Image:

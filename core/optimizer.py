@@ -50,15 +50,10 @@ def check_optimizer(name: str, options: dict[str, Any]) -> None:
 
 
 def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int):
-    """Build the learning-rate schedule.
+    """Build the learning-rate schedule of a run with `steps` steps per epoch.
 
     It is stepped with the epoch number after each epoch, as in the original, or with `--sched-on-updates` before each
     step.
-
-    Args:
-        args: Options of the run.
-        optimizer: Optimizer whose learning rates are set.
-        steps: Number of steps per epoch.
     """
     return create_scheduler(args, optimizer, updates_per_epoch=steps)[0]
 

@@ -31,10 +31,14 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **kwargs)
 
     def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
+        """Parse arguments, with the parser's spelling of the options."""
         spellings = {option.replace("_", "-"): option for option in self._option_string_actions}
-        args = [self._spell(arg, spellings) for arg in args]
-        return super().parse_known_args(args, namespace)
+        spelled = []
+        for arg in sys.argv[1:] if args is None else args:
+            name, equals, value = arg.partition("=")
+            known = spellings.get(name.replace("_", "-"), name) if arg.startswith("--") else name
+            spelled.append(known + equals + value)
+        return super().parse_known_args(spelled, namespace)
 
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -54,14 +58,6 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
-
-    @staticmethod
-    def _spell(arg: str, spellings: dict[str, str]) -> str:
-        """Return an argument with the parser's spelling of the option."""
-        if not arg.startswith("--"):
-            return arg
-        name, equals, value = arg.partition("=")
-        return spellings.get(name.replace("_", "-"), name) + equals + value
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -167,12 +163,9 @@ def add_loader_options(group, num_workers: int = 10) -> None:
 
 
 def add_compute_options(group, amp: str = "auto") -> None:
-    """Add the options of computation: compilation and mixed precision.
+    """Add the options of computation: compilation and mixed precision, with `amp` as its default.
 
-    Args:
-        group: Group or parser to add them to.
-        amp: Default of `--amp`: `"auto"`, `"off"`, or `"published"` where experiments have a precision, see
-            `dense.training.build_experiment`.
+    `"published"` is for experiments with a precision of their own, see `dense.training.build_experiment`.
     """
     published = "published: that of the experiment on a GPU, off on a CPU; " if amp == "published" else ""
     group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
@@ -198,14 +191,9 @@ def add_freeze_option(group) -> None:
 
 
 def add_training_options(parser: ArgumentParser, kept: str = "without it nothing is saved"):
-    """Add the options of a training run and its folder. `train_settings` and `Run` read them.
+    """Add the options of a training run and its folder, which `train_settings` and `Run` read; return their group.
 
-    Args:
-        parser: Parser to add them to.
-        kept: Description of the default of `--output_dir`.
-
-    Returns:
-        The group of the options.
+    `kept` describes the default of `--output_dir`.
     """
     group = parser.add_argument_group("run")
     group.add_argument(
@@ -276,24 +264,16 @@ def loader_options(args: argparse.Namespace, device: torch.device) -> dict[str, 
 class TrainSettings:
     """Settings of `engine.train_one_epoch`, constant during a run.
 
-    Attributes:
-        device: Device of the model.
-        amp_dtype: Data type of autocast; None to disable mixed precision.
-        accumulation: Number of batches per step (gradient accumulation).
-        max_norm: Maximum gradient norm; infinity to disable clipping.
-        print_freq: Steps between log lines. Each line synchronises with the GPU. So do steps in fp16 and steps that
-            may be skipped, but no others.
-        max_skipped: Consecutive non-finite steps that are skipped before training stops; 0 to stop at the first.
-        save_every: Steps between checkpoints within an epoch; None to save at its end only.
+    Each log line synchronises with the GPU. So do steps in fp16 and steps that may be skipped, but no others.
     """
 
-    device: torch.device
-    amp_dtype: torch.dtype | None = None
-    accumulation: int = 1
-    max_norm: float = math.inf
-    print_freq: int = 10
-    max_skipped: int = 0
-    save_every: int | None = None
+    device: torch.device  # of the model
+    amp_dtype: torch.dtype | None = None  # of autocast; None to disable mixed precision
+    accumulation: int = 1  # batches per step (gradient accumulation)
+    max_norm: float = math.inf  # maximum gradient norm; infinity to disable clipping
+    print_freq: int = 10  # steps between log lines
+    max_skipped: int = 0  # consecutive non-finite steps that are skipped before training stops; 0 to stop at the first
+    save_every: int | None = None  # steps between checkpoints within an epoch; None to save at its end only
 
     def autocast(self) -> torch.autocast:
         """Return the autocast context of the forward pass."""

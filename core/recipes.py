@@ -54,14 +54,7 @@ NOT_IN_RECIPES = {
 
 
 def get_recipe(name: str, model: str) -> dict[str, Any]:
-    """Return the options of a recipe.
-
-    Args:
-        name: One of `RECIPES`.
-        model: Name of the model, used by the recipe `published`.
-
-    Returns:
-        Values by the name of the attribute in the parsed arguments.
+    """Return the options of a recipe of `RECIPES` by their attributes in the parsed arguments.
 
     Raises:
         UserError: If the recipe is `published` and there are no released weights of the model.
@@ -88,25 +81,6 @@ def differences(args: argparse.Namespace, recipe: dict[str, Any], source: str = 
     ]
 
 
-def differences_from_published(
-    args: argparse.Namespace, global_batch: int, precision: torch.dtype, defaults: dict[str, Any]
-) -> list[str]:
-    """Return the options that differ from the recipe of the published model; an empty list for other models.
-
-    Args:
-        args: Options of the run.
-        global_batch: Number of images per step.
-        precision: Data type of autocast, float32 without autocast.
-        defaults: Defaults of all options.
-    """
-    name = published_name(args.model)
-    if name not in PUBLISHED:
-        return []
-    recipe = {option: value for option, value in (defaults | PUBLISHED[name]).items() if option not in NOT_IN_RECIPES}
-    run = vars(args) | {"global_batch": global_batch, "precision": precision}
-    return differences(argparse.Namespace(**run), recipe | {"precision": PUBLISHED_PRECISION})
-
-
 def note_recipe(args: argparse.Namespace) -> list[str]:
     """Return a note on the recipe in use and the options that override it."""
     if not args.recipe:
@@ -118,8 +92,20 @@ def note_recipe(args: argparse.Namespace) -> list[str]:
 def note_published(
     args: argparse.Namespace, global_batch: int, precision: torch.dtype, defaults: dict[str, Any]
 ) -> list[str]:
-    """Return a note if the options differ from those of the published model; see `differences_from_published`."""
-    changed = differences_from_published(args, global_batch, precision, defaults)
+    """Return a note if the options differ from the recipe of the published model; none for other models.
+
+    Args:
+        args: Options of the run.
+        global_batch: Number of images per step.
+        precision: Data type of autocast, float32 without autocast.
+        defaults: Defaults of all options.
+    """
+    name = published_name(args.model)
+    if name not in PUBLISHED:
+        return []
+    recipe = {option: value for option, value in (defaults | PUBLISHED[name]).items() if option not in NOT_IN_RECIPES}
+    run = argparse.Namespace(**vars(args) | {"global_batch": global_batch, "precision": precision})
+    changed = differences(run, recipe | {"precision": PUBLISHED_PRECISION})
     return [f"note: differs from the recipe of the published {args.model}: {', '.join(changed)}"] if changed else []
 
 

@@ -25,17 +25,11 @@ MIN_CONTRAST = 175  # minimum distance between object and background colours in 
 
 @dataclass(frozen=True)
 class Scene:
-    """A drawn image and its objects; later objects cover earlier ones.
+    """A drawn image and its objects; later objects cover earlier ones."""
 
-    Attributes:
-        image: RGB image, `size` x `size` pixels.
-        labels: Classes of the objects, as indices into `CLASSES`.
-        masks: Visible pixels of the objects, bool `(objects, size, size)`.
-    """
-
-    image: Image.Image
-    labels: tuple[int, ...]
-    masks: np.ndarray
+    image: Image.Image  # RGB, `size` x `size` pixels
+    labels: tuple[int, ...]  # classes of the objects, as indices into `CLASSES`
+    masks: np.ndarray  # visible pixels of the objects, bool `(objects, size, size)`
 
     @property
     def boxes(self) -> np.ndarray:

@@ -26,15 +26,10 @@ N = TypeVar("N", int, float)
 
 
 class Limit(NamedTuple):
-    """A limit of a number, in the type of a field.
+    """A limit of a number, in the type of a field."""
 
-    Attributes:
-        wanted: The limit in words, as in "epochs=0 is not above 0".
-        holds: Function that returns True for a number within the limit.
-    """
-
-    wanted: str
-    holds: Callable[[float], bool]
+    wanted: str  # the limit in words, as in "epochs=0 is not above 0"
+    holds: Callable[[float], bool]  # True for a number within the limit
 
 
 Positive = Annotated[N, Limit("above 0", lambda value: value > 0)]

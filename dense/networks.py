@@ -1,10 +1,11 @@
-"""Twins backbones of the dense networks, with their ImageNet weights."""
+"""Twins backbones of the dense networks, with their ImageNet weights, and the weights of whole networks."""
 
 import logging
+from collections.abc import Callable
+from pathlib import Path
 
 import timm
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 import models
 from core.launch import one_line
@@ -14,6 +15,7 @@ from utils import UserError
 logger = logging.getLogger("twins")
 
 HUB = "hub"  # instead of a file: the published ImageNet weights on timm's hub
+UNUSED = ("backbone.norm.", "backbone.head.")  # the classifier, which the released files still hold
 
 
 def build_backbone(name: str, pretrained: str, **kwargs) -> nn.Module:
@@ -40,7 +42,7 @@ def build_backbone(name: str, pretrained: str, **kwargs) -> nn.Module:
     return backbone
 
 
-def _fetch_weights(name: str) -> dict[str, torch.Tensor]:
+def _fetch_weights(name: str) -> dict[str, Tensor]:
     try:
         return timm.create_model(name, pretrained=True).state_dict()
     except Exception as error:  # timm and the hub raise many kinds of errors
@@ -49,3 +51,33 @@ def _fetch_weights(name: str) -> dict[str, torch.Tensor]:
             "without a network, download the file elsewhere and pass --pretrained FILE, or start from random weights "
             'with --pretrained ""'
         ) from error
+
+
+def load_network(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    kind: str,
+    finetune: bool = False,
+    convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+) -> models.LoadReport:
+    """Load the weights of a whole network, our own or released ones, strictly.
+
+    Args:
+        model: The network.
+        path: File of the weights.
+        kind: Kind of the network, used in messages.
+        finetune: True to keep the initial weights of heads for other classes.
+        convert: Function that returns the weights of a file with our names.
+
+    Raises:
+        TwinsError: If the file cannot be read or does not fit the network, which is then unchanged.
+        UserError: If the file does not hold a whole network.
+    """
+    weights = models.read_weights(path)
+    if not any(name.startswith("backbone.") for name in weights):
+        raise UserError(f"{path}: does not hold a {kind}; pass weights of a backbone with --pretrained")
+    used = {name: tensor for name, tensor in weights.items() if not name.startswith(UNUSED)}
+    report = models.load_state_dict(model, convert(used), source=str(path), finetune=finetune)
+    report.skipped += [name for name in weights if name not in used]
+    return report

@@ -1,6 +1,7 @@
 """Parameter groups of AdamW, and learning-rate schedules by iteration."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,10 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 def parameter_groups(model: nn.Module, weight_decay: float, not_decayed: Sequence[str]) -> list[dict[str, Any]]:
     """Return the parameters that are not frozen as groups of an optimizer, with and without weight decay.
 
-    Args:
-        model: The network.
-        weight_decay: Weight decay of the first group.
-        not_decayed: Parts of parameter names; parameters with one of them in their name are not decayed.
+    Parameters with one of `not_decayed` in their name are not decayed.
     """
     groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in model.named_parameters():
@@ -26,27 +24,17 @@ def parameter_groups(model: nn.Module, weight_decay: float, not_decayed: Sequenc
 
 
 def build_scaler(device: torch.device, loss_scale: float, enabled: bool) -> torch.amp.GradScaler:
-    """Build the gradient scaler of fp16.
-
-    Args:
-        device: Device of the model.
-        loss_scale: The loss scale; 0 for one that adapts without a limit, as usual in PyTorch.
-        enabled: False if the run does not use fp16.
-    """
+    """Build the gradient scaler of fp16; a loss scale of 0 adapts without a limit, as usual in PyTorch."""
     if loss_scale and enabled:
         return LimitedScaler(device.type, loss_scale)
     return torch.amp.GradScaler(device.type, enabled=enabled)
 
 
 class LimitedScaler(torch.amp.GradScaler):
-    """Gradient scaler with a constant loss scale, which is lowered for a while if gradients overflow.
+    """Gradient scaler with a constant loss scale, the limit, which is lowered for a while if gradients overflow.
 
     Differs from the original: a step with an overflow is skipped, and halves the scale for the next 2000 steps. The
     original's scale was static.
-
-    Args:
-        device: Type of the device.
-        limit: The loss scale.
     """
 
     def __init__(self, device: str, limit: float):
@@ -62,35 +50,19 @@ class LimitedScaler(torch.amp.GradScaler):
         super().load_state_dict(state_dict | {"scale": min(state_dict["scale"], self.limit)})
 
 
-# ------------------------------------------------------------- factors of the peak learning rate, by iteration from 0
-
-
 def linear_warmup(iteration: int, length: int, ratio: float) -> float:
     """Return the factor of a linear warm-up from `ratio` at iteration 0 to 1 at iteration `length`."""
     return 1 - (1 - iteration / length) * (1 - ratio) if iteration < length else 1.0
 
 
-def poly_decay(iteration: int, iterations: int, power: float, min_ratio: float) -> float:
-    """Return the factor of a decay from 1 to `min_ratio`, as a power of the share of iterations that is left."""
-    return min_ratio + (1 - min_ratio) * (1 - iteration / iterations) ** power
-
-
-def step_decay(iteration: int, milestones: Sequence[int]) -> float:
-    """Return the factor of a decay to a tenth at each milestone, in iterations."""
-    return 0.1 ** sum(iteration >= milestone for milestone in milestones)
-
-
+@dataclass
 class IterationSchedule:
-    """Sets the learning rates of an iteration, which depend on its number alone: a run can resume at any step.
+    """Sets the learning rates of an iteration, which depend on its number alone: a run can resume at any step."""
 
-    Args:
-        optimizer: Optimizer with the peak learning rates.
-        factor: Function from an iteration, counted from 0, to the factor of the peak learning rates.
-    """
+    optimizer: torch.optim.Optimizer  # with the peak learning rates
+    factor: Callable[[int], float]  # from an iteration, counted from 0, to the factor of the peak learning rates
 
-    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float]):
-        self.optimizer = optimizer
-        self.factor = factor
+    def __post_init__(self):
         self.step_update(0)
 
     def step_update(self, iteration: int) -> None:

@@ -72,7 +72,6 @@ def get_train_parser(description: str) -> ArgumentParser:
     parser = ExperimentParser(
         prog="train.py", usage="bash dist_train.sh CONFIG GPUS [options]", description=description
     )
-    parser.add_argument("config", metavar="CONFIG", help="experiment file in configs/")
     _add_experiment_options(parser)
     group = add_training_options(parser, kept="by default in work_dirs/NAME_OF_CONFIG")
     group.add_argument(
@@ -99,15 +98,15 @@ def get_test_parser(description: str) -> ArgumentParser:
     parser = ExperimentParser(
         prog="test.py", usage="bash dist_test.sh CONFIG CHECKPOINT GPUS [options]", description=description
     )
-    parser.add_argument("config", metavar="CONFIG", help="experiment file in configs/")
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="weights of a network, or results that --out wrote")
     _add_experiment_options(parser)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="weights of a network, or results that --out wrote")
     add_compute_options(parser.add_argument_group("run"), amp="published")
     add_process_options(parser)
     return parser
 
 
 def _add_experiment_options(parser: ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="experiment file in configs/")
     group = parser.add_argument_group("experiment")
     group.add_argument("--data-root", metavar="FOLDER", help="folder of the data set")
     group.add_argument(
@@ -127,9 +126,9 @@ def build_experiment(args: argparse.Namespace, kind: type) -> Any:
     `--amp published` is replaced by the precision of the experiment, and fields that depend on others are set.
     """
     experiment = load_experiment(args.config, kind=kind)
-    checkpoint = getattr(args, "checkpoint", "")  # of test.py
-    if is_checkpoint(checkpoint):
-        experiment = as_trained(experiment, checkpoint, args.cfg_options)
+    checkpoint = Path(getattr(args, "checkpoint", ""))  # of test.py, which also takes results: a folder or a JSON file
+    if checkpoint.is_file() and checkpoint.suffix != ".json":
+        experiment = as_trained(experiment, args.checkpoint, args.cfg_options)
     else:
         experiment = change_fields(experiment, args.cfg_options)
     if args.data_root and experiment.dataset == "shapes":
@@ -145,20 +144,11 @@ def build_experiment(args: argparse.Namespace, kind: type) -> Any:
     return dataclasses.replace(experiment, **changes).resolve()
 
 
-def is_checkpoint(path: str) -> bool:
-    """Return True for a file of weights; test.py also takes results, which are a folder or a JSON file."""
-    return Path(path).is_file() and Path(path).suffix != ".json"
-
-
 def as_trained(experiment: Any, path: str, changes: Sequence[str]) -> Any:
     """Return the experiment of a test: its `REMEMBERED_FIELDS` are as in the training, unless the user changes them.
 
     What differs from the training, and what differs from the config without having been set by the user, is logged.
-
-    Args:
-        experiment: Experiment of the config.
-        path: Checkpoint of this code, or other weights, of which no training is known.
-        changes: Fields `key=value` that the user sets.
+    The training is known for checkpoints of this code alone.
     """
     task = next(task for option, task in TASKS.items() if hasattr(experiment, option))
     options = read_description(path, task).options
@@ -173,29 +163,17 @@ def as_trained(experiment: Any, path: str, changes: Sequence[str]) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """The parts of a training run that differ between segmentation and detection.
+    """The parts of a training run that differ between segmentation and detection."""
 
-    Attributes:
-        model: Network with its first weights; called with a batch, it returns its losses.
-        train_loader: Loader of this process's training batches.
-        sampler: Sampler of the loader.
-        epochs: Number of epochs of the run.
-        lr_factor: Function from an iteration, counted from 0, to the factor of the peak learning rate.
-        evaluate: Function that returns the figures of the network on the validation set. All processes call it.
-        best_figure: Name of the figure that selects the best epoch.
-        same: Fields of the experiment that must not change when the run is resumed.
-        description: Task and classes.
-    """
-
-    model: nn.Module
-    train_loader: DataLoader
-    sampler: EpochSampler
+    model: nn.Module  # with its first weights; called with a batch, it returns its losses
+    train_loader: DataLoader  # of this process's batches
+    sampler: EpochSampler  # of the loader
     epochs: int
-    lr_factor: Callable[[int], float]
-    evaluate: Callable[[nn.Module], dict[str, float]]
-    best_figure: str
-    same: tuple[str, ...]
-    description: Description
+    lr_factor: Callable[[int], float]  # from an iteration, counted from 0, to the factor of the peak learning rate
+    evaluate: Callable[[nn.Module], dict[str, float]]  # to the figures on the validation set; called by all processes
+    best_figure: str  # name of the figure that selects the best epoch
+    same: tuple[str, ...]  # fields of the experiment that must not change when the run is resumed
+    description: Description  # task and classes
 
 
 def run_training(
@@ -204,13 +182,9 @@ def run_training(
     build_task: Callable[[argparse.Namespace, Any, Processes, bool], Task],
     kind: type,
 ) -> None:
-    """Train the network of an experiment; evaluate it and save checkpoints after each epoch.
+    """Train the network of an experiment of the class `kind`; evaluate it and save checkpoints after each epoch.
 
-    Args:
-        args: Options of `get_train_parser`.
-        processes: The processes of the run.
-        build_task: Function of `(args, experiment, processes, is_new)`; only a new run loads first weights.
-        kind: Class of the task's experiments.
+    `build_task` is a function of `(args, experiment, processes, is_new)`; only a new run loads first weights.
     """
     if sum(option is not None for option in (args.pretrained, args.finetune, args.resume)) > 1:
         raise UserError("--pretrained, --finetune and --resume each set the first weights; choose one of them")
@@ -227,7 +201,7 @@ def run_training(
         model.backbone.freeze_stages(args.freeze)
         if args.grad_checkpointing:
             model.backbone.set_grad_checkpointing()
-        state = build_state(args, experiment, model, task.lr_factor, task.sampler, device)
+        state = build_state(args, experiment, model, task, device)
         seed_everything(args.seed + processes.rank)  # different drop path and dropout in each process
         run.resume(state, task.description, task.same)
         compile_if_asked(model, args.compile)
@@ -265,12 +239,7 @@ def log_warmup(length: int, iterations: int) -> None:
 
 
 def build_state(
-    args: argparse.Namespace,
-    experiment: Any,
-    model: nn.Module,
-    lr_factor: Callable[[int], float],
-    sampler: EpochSampler,
-    device: torch.device,
+    args: argparse.Namespace, experiment: Any, model: nn.Module, task: Task, device: torch.device
 ) -> TrainState:
     """Build the training state of an experiment, with AdamW, the schedule, and the gradient scaler for fp16."""
     is_fp16 = choose_amp(args.amp, device) == torch.float16
@@ -279,9 +248,9 @@ def build_state(
     return TrainState(
         model=model,
         optimizer=optimizer,
-        lr_scheduler=IterationSchedule(optimizer, lr_factor),
+        lr_scheduler=IterationSchedule(optimizer, task.lr_factor),
         scaler=build_scaler(device, experiment.loss_scale, is_fp16),
-        sampler=sampler,
+        sampler=task.sampler,
     )
 
 

@@ -16,19 +16,12 @@ from detection.transforms import flip_boxes
 
 @dataclass(frozen=True)
 class View:
-    """An image at one scale, flipped or not, as the network sees it.
+    """An image at one scale, flipped or not, as the network sees it."""
 
-    Attributes:
-        images: The view, normalised and padded, as the only image of a batch.
-        features: Maps of its pyramid by level.
-        image_size: Height and width of the original image.
-        flipped: True if the view is flipped horizontally.
-    """
-
-    images: ImageList
-    features: dict[str, Tensor]
-    image_size: tuple[int, int]
-    flipped: bool
+    images: ImageList  # the view, normalised and padded, as the only image of a batch
+    features: dict[str, Tensor]  # maps of its pyramid by level
+    image_size: tuple[int, int]  # height and width of the original image
+    flipped: bool  # horizontally
 
     @property
     def size(self) -> tuple[int, int]:
@@ -53,9 +46,7 @@ class View:
 class AugmentedDetector(nn.Module):
     """A detector in evaluation that merges what it finds at several scales, each as it is and flipped.
 
-    Args:
-        detector: Detector of `build_detector`.
-        scales: Limits of the longer and the shorter side in pixels.
+    The scales are limits of the longer and the shorter side in pixels.
     """
 
     def __init__(self, detector: nn.Module, scales: Sequence[tuple[int, int]]):

@@ -35,11 +35,7 @@ Sample = tuple[Tensor, Target]
 
 
 def build_dataset(experiment: Experiment, part: str) -> Dataset:
-    """Build a part of the data set of an experiment.
-
-    Args:
-        experiment: The experiment.
-        part: `"train"`, `"val"`, or `"test"`, which may be without annotations.
+    """Build a part of the data set of an experiment: `"train"`, `"val"`, or `"test"`, perhaps without annotations.
 
     Raises:
         UserError: If the files are missing or invalid.
@@ -77,7 +73,8 @@ class CocoDetection(Dataset):
         self.label_of = {category: label for label, category in enumerate(self.category_ids)}
         self.ids = sorted(self.coco.imgs)
         if part == "train":
-            self.ids = [i for i in self.ids if self._is_trained(i)]
+            sides = {i: min(image["width"], image["height"]) for i, image in self.coco.imgs.items()}
+            self.ids = [i for i in self.ids if sides[i] >= MIN_SIDE and self.coco.imgToAnns[i]]
         if not self.ids:
             raise UserError(f"{annotations}: has no images{' with annotations to train on' if part == 'train' else ''}")
         missing = next((i for i in self.ids if not os.path.isfile(folder / self.coco.imgs[i]["file_name"])), None)
@@ -124,17 +121,14 @@ class CocoDetection(Dataset):
 
     def _used_annotations(self, image_id: int) -> list[dict]:
         """Return the annotations of an image that targets contain."""
-        image = self.coco.imgs[image_id]
-        return [
-            annotation
-            for annotation in self.coco.imgToAnns[image_id]
-            if not (annotation["iscrowd"] or annotation.get("ignore"))
-            and _is_box(annotation, image["width"], image["height"])
-        ]
-
-    def _is_trained(self, image_id: int) -> bool:
-        image = self.coco.imgs[image_id]
-        return min(image["width"], image["height"]) >= MIN_SIDE and bool(self.coco.imgToAnns[image_id])
+        image, used = self.coco.imgs[image_id], []
+        for annotation in self.coco.imgToAnns[image_id]:
+            x, y, w, h = annotation["bbox"]
+            is_inside = min(x + w, image["width"]) > max(x, 0) and min(y + h, image["height"]) > max(y, 0)
+            has_area = annotation["area"] > 0 and w >= 1 and h >= 1
+            if is_inside and has_area and not (annotation["iscrowd"] or annotation.get("ignore")):
+                used.append(annotation)
+        return used
 
 
 class Shapes(Dataset):
@@ -165,22 +159,12 @@ class Shapes(Dataset):
         """Return the annotations in COCO's format, for the evaluation."""
         annotations = []
         for i in self.ids:
-            _, target = self[i]
-            for box, label, mask in zip(
-                target["boxes"].tolist(), target["labels"].tolist(), target["masks"], strict=True
-            ):
-                x1, y1, x2, y2 = box
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": i,
-                        "category_id": label + 1,
-                        "iscrowd": 0,
-                        "bbox": [x1, y1, x2 - x1, y2 - y1],
-                        "area": int(mask.sum()),
-                        "segmentation": encode_mask(mask.numpy()),
-                    }
-                )
+            scene = shapes.draw_quarters((self.split, i), self.size)
+            for (x1, y1, x2, y2), label, mask in zip(scene.boxes.tolist(), scene.labels, scene.masks, strict=True):
+                number, area = len(annotations) + 1, int(mask.sum())
+                annotation = {"id": number, "image_id": i, "category_id": label + 1, "iscrowd": 0, "area": area}
+                annotation |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": encode_mask(mask)}
+                annotations.append(annotation)
         categories = [{"id": i, "name": name} for i, name in zip(self.category_ids, self.classes, strict=True)]
         images = [{"id": i, "width": self.size, "height": self.size, "file_name": f"{i:05}"} for i in self.ids]
         return index_annotations({"images": images, "annotations": annotations, "categories": categories, "info": {}})
@@ -193,11 +177,7 @@ def encode_mask(mask: np.ndarray) -> dict:
 
 
 def read_annotations(path: Path, labelled: bool = True) -> COCO:
-    """Read and check a file in COCO's format.
-
-    Args:
-        path: JSON file.
-        labelled: False if the list of annotations may be missing, as in COCO's files of test sets.
+    """Read and check a JSON file in COCO's format; without `labelled`, the annotations may be missing, as in test sets.
 
     Raises:
         UserError: If the file is missing, is not JSON, or holds an invalid or inconsistent entry, which is named.
@@ -249,15 +229,13 @@ def _check_annotations(images: list[dict], annotations: list[dict], categories: 
         annotation["id"] = number  # pycocotools ignores matches with the id 0, and confuses equal ids
 
 
-def _check_annotation(
-    name: str, annotation: dict, known_images: dict[int, dict], known_categories: dict[int, dict]
-) -> None:
+def _check_annotation(name: str, annotation: dict, images: dict[int, dict], categories: dict[int, dict]) -> None:
     """Check and complete an annotation."""
-    if not _is_known(annotation.get("image_id"), known_images):
-        raise UserError(f"{name} is of image {annotation.get('image_id')}, which is not listed")
-    if not _is_known(annotation.get("category_id"), known_categories):
-        raise UserError(f"{name} has the category {annotation.get('category_id')}, which is not listed")
-    image = known_images[annotation["image_id"]]
+    for key, relation, known in (("image_id", "is of image", images), ("category_id", "has the category", categories)):
+        number = annotation.get(key)
+        if not isinstance(number, int) or number not in known:
+            raise UserError(f"{name} {relation} {number}, which is not listed")
+    image = images[annotation["image_id"]]
     _check_box(name, annotation.get("bbox"), annotation["image_id"], image["width"], image["height"])
     x, y, w, h = annotation["bbox"]
     mask = _check_mask(name, annotation.get("segmentation"), image["width"], image["height"])
@@ -280,18 +258,13 @@ def _index_entries(kind: str, entries: list[dict]) -> dict[int, dict]:
     return known
 
 
-def _is_known(number: Any, known: dict[int, dict]) -> bool:
-    return isinstance(number, int) and number in known
-
-
 def _is_number(value: Any) -> bool:
     """Return True for an int or float of a magnitude that pixels can have; NaN is not a number."""
     return isinstance(value, (int, float)) and -1e9 < value < 1e9
 
 
 def _check_box(name: str, box: Any, image_id: int, width: int, height: int) -> None:
-    numbers = isinstance(box, list) and all(map(_is_number, box))
-    if not numbers or len(box) != 4:
+    if not (isinstance(box, list) and len(box) == 4 and all(map(_is_number, box))):
         raise UserError(f"{name} has the box {box}; it should be four numbers: x, y, width and height")
     x, y, w, h = box
     if w < 0 or h < 0:
@@ -329,13 +302,6 @@ def index_annotations(content: dict) -> COCO:
     return coco
 
 
-def _is_box(annotation: dict, width: int, height: int) -> bool:
-    """Return True if a box has an area and a size of at least a pixel, and overlaps the image."""
-    x, y, w, h = annotation["bbox"]
-    inside = min(x + w, width) > max(x, 0) and min(y + h, height) > max(y, 0)
-    return inside and annotation["area"] > 0 and w >= 1 and h >= 1
-
-
 # -------------------------------------------------------------------------------------------------------- batches
 
 
@@ -357,26 +323,15 @@ class GroupedBatches(EpochSampler):
         sizes: Height and width of each image of the data set.
         batch_size: Images per process per batch.
         global_batch: Images per step, over all processes and accumulated batches.
-        world_size: Number of processes.
-        rank: Number of this process.
-        seed: Seed of the order.
+        **kwargs: Other arguments of `EpochSampler`.
     """
 
-    def __init__(
-        self,
-        sizes: Sequence[tuple[int, int]],
-        *,
-        batch_size: int,
-        global_batch: int,
-        world_size: int = 1,
-        rank: int = 0,
-        seed: int = 0,
-    ):
+    def __init__(self, sizes: Sequence[tuple[int, int]], *, batch_size: int, global_batch: int, **kwargs):
         wide = np.array([width > height for height, width in sizes])
         self.groups = [group for group in (np.flatnonzero(wide), np.flatnonzero(~wide)) if len(group)]
         self.batch_size = batch_size
         steps = sum(-(-len(group) // global_batch) for group in self.groups)
-        super().__init__(steps, global_batch, world_size, rank, seed)
+        super().__init__(steps, global_batch=global_batch, **kwargs)
 
     def __len__(self) -> int:
         """Return the number of this process's batches that are left in the epoch."""

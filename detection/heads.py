@@ -196,8 +196,7 @@ class ProposalNetwork(RegionProposalNetwork):
 class RoIPool(nn.Module):
     """Differs from torchvision: boxes are aligned to pixel centres, sampling adapts to the box, and strides are fixed.
 
-    Args:
-        size: Bins per side.
+    A box has `size` bins per side.
     """
 
     strides = (4, 8, 16, 32)

@@ -88,33 +88,23 @@ def to_results(image_id: int, found: dict[str, Tensor], category_ids: list[int])
 def summarise(
     truth: COCO, image_ids: list[int], results: list[dict] | None, kinds: Iterable[str], tables: bool = True
 ) -> dict[str, float]:
-    """Compute the figures of results.
+    """Return the figures of results in COCO's format: `bbox_AP`, `bbox_AP50` and so on, from 0 to 1.
 
-    All processes must call this together. The main process computes the figures.
-
-    Args:
-        truth: The annotations.
-        image_ids: Ids of the evaluated images.
-        results: Results of all processes in COCO's format; used in the main process only.
-        kinds: `"bbox"`, `"segm"` or both.
-        tables: True to log pycocotools' twelve lines and a table of the classes for each kind.
-
-    Returns:
-        `bbox_AP`, `bbox_AP50` and so on, from 0 to 1.
+    All processes must call this together. The main process, which alone needs the results, computes the figures. With
+    `tables`, it logs pycocotools' twelve lines and a table of the classes for each of `kinds`, `"bbox"` and `"segm"`.
     """
-    return on_main(lambda: _summarise(truth, image_ids, results, kinds, tables))
 
+    def compute() -> dict[str, float]:
+        figures = {}
+        for kind in kinds:
+            evaluation, lines = _evaluate(truth, image_ids, results, kind)
+            values = zip(METRICS, evaluation.stats.tolist(), strict=False)
+            figures.update({f"{kind}_{name}": value for name, value in values})
+            if tables:
+                logger.info("%s:\n%s\n%s", kind, lines, _per_class(truth, evaluation, kind))
+        return figures
 
-def _summarise(
-    truth: COCO, image_ids: list[int], results: list[dict], kinds: Iterable[str], tables: bool
-) -> dict[str, float]:
-    figures = {}
-    for kind in kinds:
-        evaluation, lines = _evaluate(truth, image_ids, results, kind)
-        figures |= {f"{kind}_{name}": value for name, value in zip(METRICS, evaluation.stats.tolist(), strict=False)}
-        if tables:
-            logger.info("%s:\n%s\n%s", kind, lines, _per_class(truth, evaluation, kind))
-    return figures
+    return on_main(compute)
 
 
 def write_results(results: list[dict], path: Path) -> None:
@@ -124,15 +114,10 @@ def write_results(results: list[dict], path: Path) -> None:
 
 
 def read_results(path: Path, truth: COCO, kinds: Iterable[str]) -> list[dict]:
-    """Read and check results in COCO's format, as `write_results` and mmdetection write them.
-
-    Args:
-        path: JSON file.
-        truth: The annotations, whose images and categories may occur.
-        kinds: `"bbox"`, `"segm"` or both: what each result must have.
+    """Read results in COCO's format, as `write_results` and mmdetection write them, and check them by the annotations.
 
     Raises:
-        UserError: If the file cannot be read or holds other things.
+        UserError: If the file cannot be read or holds other things than results of `kinds`, `"bbox"` and `"segm"`.
     """
     try:
         results = json.loads(path.read_text())

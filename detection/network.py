@@ -43,30 +43,15 @@ from transforms import STATISTICS, normalise
 
 
 def build_detector(experiment: Experiment, num_classes: int, pretrained: bool) -> nn.Module:
-    """Build the detector of an experiment.
+    """Build the detector of an experiment; with `pretrained`, its ImageNet weights are loaded into the backbone.
 
-    Args:
-        experiment: The experiment.
-        num_classes: Number of classes.
-        pretrained: True to load the experiment's ImageNet weights into the backbone.
-
-    Raises:
-        UserError: If there is no such backbone, or the published weights cannot be loaded.
-        TwinsError: If a file of weights cannot be read or does not fit the backbone.
+    Raises the errors of `dense.networks.build_backbone`.
     """
     weights = experiment.pretrained if pretrained else ""
     # The published models were trained with zero padding that takes part in the attention of windows.
     body = build_backbone(experiment.backbone, weights, drop_path_rate=experiment.drop_path, window_padding="zero")
-    if experiment.detector == "retinanet":
-        model = TwinsRetinaNet(body, num_classes, experiment.scale, experiment.channels, experiment.head_std)
-        head = model
-    else:
-        sizes = experiment.channels, experiment.proposals, experiment.roi_samples
-        model = TwinsMaskRCNN(body, num_classes, experiment.scale, *sizes)
-        head = model.roi_heads
-    head.score_thresh, head.nms_thresh = experiment.score_threshold, experiment.nms_threshold
-    head.detections_per_img = experiment.detections
-    return model
+    network = TwinsRetinaNet if experiment.detector == "retinanet" else TwinsMaskRCNN
+    return network(body, num_classes, experiment)
 
 
 # -------------------------------------------------------------------------------------------- backbone and pyramid
@@ -125,8 +110,7 @@ class Transform(GeneralizedRCNNTransform):
     """
 
     def __init__(self, scale: tuple[int, int]):
-        longer, shorter = max(scale), min(scale)
-        super().__init__(shorter, longer, *STATISTICS, PADDING)
+        super().__init__(min(scale), max(scale), *STATISTICS, PADDING)
 
     def normalize(self, image: Tensor) -> Tensor:
         images = normalise(image)
@@ -221,28 +205,24 @@ class TwinsRetinaNet(CompiledBackbone, RetinaNet):
 
     pretrained_cfg = {"classifier": "head.classification_head.cls_logits"}  # noqa: RUF012  see models.load_state_dict
 
-    def __init__(
-        self,
-        body: nn.Module,
-        num_classes: int,
-        scale: tuple[int, int],
-        channels: int = 256,
-        head_std: float = 0.01,
-    ):
+    def __init__(self, body: nn.Module, num_classes: int, experiment: Experiment):
+        channels = experiment.channels
         levels = LevelsP6P7(body.embed_dims[-1], channels)
         super().__init__(
             TwinsFPN(body, first=1, extra=levels, channels=channels),
             num_classes,
             anchor_generator=Anchors((8, 16, 32, 64, 128), [4 * 2 ** (i / 3) for i in range(3)]),
             proposal_matcher=MaxIoUMatcher(0.5, 0.4, least=0.0),
-            detections_per_img=100,
+            score_thresh=experiment.score_threshold,
+            nms_thresh=experiment.nms_threshold,
+            detections_per_img=experiment.detections,
         )
-        self.transform = Transform(scale)
+        self.transform = Transform(experiment.scale)
         self.box_coder = SymmetricBoxCoder((1.0, 1.0, 1.0, 1.0))
         for head in (self.head.classification_head, self.head.regression_head):
             for layer in head.conv.modules():
                 if isinstance(layer, nn.Conv2d):
-                    nn.init.normal_(layer.weight, std=head_std)
+                    nn.init.normal_(layer.weight, std=experiment.head_std)
 
     def compute_loss(self, targets: list[Target], head_outputs: dict[str, Tensor], anchors: list[Tensor]) -> dict:
         """Differs from torchvision: losses are divided by all positives of the batch, and ignore the padding."""
@@ -306,15 +286,8 @@ class TwinsMaskRCNN(CompiledBackbone, GeneralizedRCNN):
         )
     }
 
-    def __init__(
-        self,
-        body: nn.Module,
-        num_classes: int,
-        scale: tuple[int, int],
-        channels: int = 256,
-        proposals: int = 1000,
-        roi_samples: int = 512,
-    ):
+    def __init__(self, body: nn.Module, num_classes: int, experiment: Experiment):
+        channels, proposals = experiment.channels, experiment.proposals
         anchors = Anchors((4, 8, 16, 32, 64), [8])
         rpn = ProposalNetwork(
             anchors,
@@ -336,12 +309,12 @@ class TwinsMaskRCNN(CompiledBackbone, GeneralizedRCNN):
             BoxPredictor(1024, classes),
             fg_iou_thresh=0.5,
             bg_iou_thresh=0.5,
-            batch_size_per_image=roi_samples,
+            batch_size_per_image=experiment.roi_samples,
             positive_fraction=0.25,
             bbox_reg_weights=None,
-            score_thresh=0.05,
-            nms_thresh=0.5,
-            detections_per_img=100,
+            score_thresh=experiment.score_threshold,
+            nms_thresh=experiment.nms_threshold,
+            detections_per_img=experiment.detections,
             mask_roi_pool=RoIPool(14),
             mask_head=MaskRCNNHeads(channels, (channels,) * 4, dilation=1),
             mask_predictor=MaskRCNNPredictor(channels, channels, classes),
@@ -349,7 +322,7 @@ class TwinsMaskRCNN(CompiledBackbone, GeneralizedRCNN):
         roi_heads.proposal_matcher = MaxIoUMatcher(0.5, 0.5, least=0.5)
         roi_heads.box_coder = SymmetricBoxCoder((10.0, 10.0, 5.0, 5.0))
         backbone = TwinsFPN(body, first=0, extra=LastLevelMaxPool(), channels=channels)
-        super().__init__(backbone, rpn, roi_heads, Transform(scale))
+        super().__init__(backbone, rpn, roi_heads, Transform(experiment.scale))
         self._initialise()
 
     def _initialise(self) -> None:

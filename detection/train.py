@@ -23,15 +23,15 @@ from core.description import Description
 from core.distributed import Processes
 from core.launch import RESUMABLE, run_script
 from core.options import choose_amp, loader_options
-from dense.optimisation import linear_warmup, step_decay
+from dense.optimisation import linear_warmup
 from dense.training import Task, describe, get_train_parser, process_batch, run_training
 from detection.configs.recipes import Experiment
 from detection.data import GroupedBatches, build_dataset, collate
 from detection.metrics import find_objects, summarise
 from detection.network import build_detector
-from detection.transforms import TrainViews, many_scales, one_scale
+from detection.transforms import many_scales, one_scale
 from detection.weights import load_detector
-from samplers import EvalSampler, SeededSet
+from samplers import SeededSet
 
 logger = logging.getLogger("twins")
 
@@ -50,7 +50,7 @@ def build_train_loader(args: argparse.Namespace, experiment: Experiment, process
         rank=processes.rank,
         seed=args.seed,
     )
-    views = SeededSet(TrainViews(dataset, augment), args.seed)
+    views = SeededSet(dataset, args.seed, augment)
     return DataLoader(views, batch_sampler=batches, collate_fn=collate, **loader_options(args, processes.device))
 
 
@@ -59,7 +59,7 @@ def build_eval_loader(
 ) -> DataLoader:
     """Build the loader of this process's share of a part: one image per batch, so padded by itself."""
     dataset = build_dataset(experiment, part)
-    sampler = EvalSampler(len(dataset), world_size=processes.world_size, rank=processes.rank)
+    sampler = range(processes.rank, len(dataset), processes.world_size)
     return DataLoader(dataset, sampler=sampler, collate_fn=collate, **loader_options(args, processes.device))
 
 
@@ -94,9 +94,8 @@ def build_task(args: argparse.Namespace, experiment: Experiment, processes: Proc
 
 def lr_factor(iteration: int, experiment: Experiment, steps: int) -> float:
     """Return the factor of the peak learning rate at an iteration, counted from 0; an epoch has `steps` iterations."""
-    milestones = [milestone * steps for milestone in experiment.milestones]
-    warmup = linear_warmup(iteration, experiment.warmup_iterations, experiment.warmup_ratio)
-    return warmup * step_decay(iteration, milestones)
+    decay = 0.1 ** sum(iteration >= milestone * steps for milestone in experiment.milestones)
+    return decay * linear_warmup(iteration, experiment.warmup_iterations, experiment.warmup_ratio)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

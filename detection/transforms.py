@@ -1,35 +1,13 @@
 """Transforms of detection: the published augmentations of images, boxes and masks."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.ops import clip_boxes_to_image
 
 from core.images import fitted_size, resize_image
 from detection.data import Sample, Target
-
-
-class TrainViews(Dataset):
-    """A data set with augmentation, in the same form `(image, target)`.
-
-    Args:
-        dataset: Data set of `detection/data.py`.
-        augment: Function of an image and its target that returns both augmented.
-    """
-
-    def __init__(self, dataset: Dataset, augment: Callable[[Tensor, Target], Sample]):
-        self.dataset = dataset
-        self.augment = augment
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.augment(*self.dataset[index])
 
 
 def one_scale(image: Tensor, target: Target, scale: tuple[int, int]) -> Sample:

@@ -1,15 +1,13 @@
 """Loading the weights of detectors: our own, and those in the format of the original's library."""
 
 import re
-from pathlib import Path
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from models import LoadReport, load_state_dict, read_weights
-from utils import UserError
+from dense.networks import load_network
 
-UNUSED = ("backbone.norm.", "backbone.head.")  # the classifier, which the released files still hold
 # Names in the released files -> ours, which are torchvision's.
 RENAMED = {
     r"backbone\.": "backbone.body.",
@@ -38,31 +36,10 @@ RETINANET_RENAMED = {
 }
 
 
-def load_detector(model: nn.Module, path: str | Path, finetune: bool = False) -> LoadReport:
-    """Load the weights of a whole detector, our own or released ones, strictly.
-
-    Args:
-        model: Detector of `build_detector`.
-        path: File of the weights.
-        finetune: True to keep the initial weights of heads for other classes.
-
-    Raises:
-        TwinsError: If the file cannot be read or does not fit the detector, which is then unchanged.
-        UserError: If the file does not hold a detector.
-    """
-    weights = read_weights(path)
-    if not any(name.startswith("backbone.") for name in weights):
-        raise UserError(f"{path}: does not hold a detector; pass weights of a backbone with --pretrained")
-    if not any(name.startswith("neck.") for name in weights):
-        return load_state_dict(model, weights, source=str(path), finetune=finetune)
-    used = {name: tensor for name, tensor in weights.items() if not name.startswith(UNUSED)}
-    report = load_state_dict(model, convert(used), source=str(path), finetune=finetune)
-    report.skipped += [name for name in weights if name not in used]
-    return report
-
-
 def convert(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return released weights in full precision, with our names and the background as the first class."""
+    """Return released weights in full precision, with our names and the background as the first class; ours as is."""
+    if not any(name.startswith("neck.") for name in weights):
+        return weights
     table = RETINANET_RENAMED if "bbox_head.retina_cls.weight" in weights else RENAMED
     converted = {}
     for name, tensor in weights.items():
@@ -78,3 +55,6 @@ def _background_first(name: str, tensor: Tensor) -> Tensor:
     rows = {".bbox_pred.": 4, ".mask_fcn_logits.": 1}
     added = next((count for part, count in rows.items() if part in name and name.startswith("roi_heads.")), 0)
     return torch.cat([tensor.new_zeros(added, *tensor.shape[1:]), tensor]) if added else tensor
+
+
+load_detector = partial(load_network, kind="detector", convert=convert)

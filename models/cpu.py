@@ -170,10 +170,6 @@ def _(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), torch.empty_like(weight), weight.new_empty(weight.shape[0])
 
 
-def _save_for_linear(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[0], inputs[1])
-
-
 def _differentiate_linear(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x, weight = ctx.saved_tensors
     if torch.is_grad_enabled():  # for gradients of gradients, in differentiable operations
@@ -181,7 +177,9 @@ def _differentiate_linear(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return linear_backward(grad, x, weight)
 
 
-linear.register_autograd(_differentiate_linear, setup_context=_save_for_linear)
+linear.register_autograd(
+    _differentiate_linear, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2])
+)
 
 
 # ------------------------------------------------------------------------------------------------------------- MLP

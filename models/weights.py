@@ -29,21 +29,13 @@ OPTIONAL = ("norm.", "head.", "patch_embeds.", "pos_block.", "blocks.")
 
 @dataclass
 class LoadReport:
-    """Report of a load.
+    """Report of a load: names of tensors, and their number."""
 
-    Attributes:
-        source: Name of the weights.
-        loaded: Number of tensors loaded without a change.
-        adapted: Names of tensors loaded with a change.
-        skipped: Names of tensors of the source that were not loaded.
-        new: Names of tensors of the model that are not in the source.
-    """
-
-    source: str
-    loaded: int = 0
-    adapted: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    new: list[str] = field(default_factory=list)
+    source: str  # name of the weights
+    loaded: int = 0  # without a change
+    adapted: list[str] = field(default_factory=list)  # loaded with a change
+    skipped: list[str] = field(default_factory=list)  # in the source, but not loaded
+    new: list[str] = field(default_factory=list)  # in the model, but not in the source
 
     def __str__(self) -> str:
         text = f"{self.source}: loaded {self.loaded} tensors"
@@ -85,7 +77,8 @@ def read_weights(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]:
             f"{path}: contains no weights; a state dict is expected, bare or under one of {', '.join(keys)}, "
             f"but the file has {_shorten(content)}"
         )
-    return {_plain_name(name): tensor for name, tensor in content.items()}
+    # Without the prefixes of DistributedDataParallel and torch.compile.
+    return {re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): tensor for name, tensor in content.items()}
 
 
 def read_file(path: str | Path) -> dict:
@@ -100,12 +93,14 @@ def read_file(path: str | Path) -> dict:
         raise TwinsError(f"{path}: {what}")
     try:
         if path.suffix == ".safetensors":
-            return _read_safetensors(path)
+            from safetensors.torch import load_file  # safetensors is optional
+
+            return load_file(path)
         # Checkpoints of the original contain their arguments as a Namespace.
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except TwinsError:
-        raise
+    except ImportError as error:
+        raise TwinsError(f"{path}: install safetensors to read it (pip install safetensors)") from error
     except OSError as error:
         raise TwinsError(f"{path}: cannot be read ({error})") from error
     except Exception as error:  # torch and safetensors raise many kinds of errors for a bad file
@@ -113,14 +108,6 @@ def read_file(path: str | Path) -> dict:
     if not isinstance(content, dict):
         raise TwinsError(f"{path}: contains a {type(content).__name__}, not a checkpoint; a dict is expected")
     return content
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file  # safetensors is optional
-    except ImportError as error:
-        raise TwinsError(f"{path}: install safetensors to read it (pip install safetensors)") from error
-    return load_file(path)
 
 
 def load_state_dict(model: nn.Module, state: dict[str, Tensor], *, source: str, finetune: bool = False) -> LoadReport:
@@ -213,11 +200,6 @@ def _layer_names(model: nn.Module, role: str) -> tuple[str, ...]:
 def _module(name: str) -> str:
     """Return the first two parts of a parameter name, such as `blocks.3`."""
     return ".".join(name.split(".")[:2])
-
-
-def _plain_name(name: str) -> str:
-    """Remove the prefixes of DistributedDataParallel and torch.compile from a parameter name."""
-    return re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", ""))
 
 
 def _remedy(model: nn.Module, lists: dict[str, list[str]]) -> str:

@@ -7,6 +7,7 @@ add it to `build_dataset`, and add its name to `dataset` in `configs/recipes.py`
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +33,7 @@ Sample = tuple[Tensor, Tensor]
 
 
 def build_dataset(experiment: Experiment, part: str) -> Dataset:
-    """Build a part of the data set of an experiment.
-
-    Args:
-        experiment: The experiment.
-        part: `"train"`, `"val"`, or `"test"` for images without labels.
+    """Build a part of the data set of an experiment: `"train"`, `"val"`, or `"test"` for images without labels.
 
     Raises:
         UserError: If the files are missing or inconsistent.
@@ -82,31 +79,19 @@ def find_files(experiment: Experiment, part: str) -> tuple[dict[str, Path], dict
     return images, labels
 
 
+@dataclass
 class MaskFolder(Dataset):
-    """Images, and PNG files with the class of each pixel.
+    """Images, and PNG files with the class of each pixel. Without such files all pixels are ignored."""
 
-    Args:
-        images: Files of the images, by name.
-        labels: Files of the labels, by the same names; None if there are none: then all pixels are ignored.
-        classes: Names of the classes.
-        colours: RGB colours of the classes.
-        first_label: Label of the first class in the files. Lower labels are ignored.
-        ignored_label: Label in the files that is ignored, as 255 is.
-    """
+    images: dict[str, Path]  # files of the images, by name
+    labels: dict[str, Path] | None  # files of the labels, by the same names
+    classes: list[str]  # names of the classes
+    colours: list[tuple[int, ...]]  # RGB colours of the classes
+    first_label: int = 0  # label of the first class in the files; lower labels are ignored
+    ignored_label: int = 255  # label in the files that is ignored, as 255 is
 
-    def __init__(
-        self,
-        images: dict[str, Path],
-        labels: dict[str, Path] | None,
-        classes: Sequence[str],
-        colours: Sequence[tuple],
-        first_label: int = 0,
-        ignored_label: int = 255,
-    ):
-        self.images, self.labels = images, labels
-        self.names = list(images)
-        self.classes, self.colours = list(classes), list(colours)
-        self.first_label, self.ignored_label = first_label, ignored_label
+    def __post_init__(self):
+        self.names = list(self.images)
 
     def __len__(self) -> int:
         return len(self.names)

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+DROPOUT = 0.1  # probability that a head drops a whole channel in training
+POOL_SCALES = (1, 2, 3, 6)  # parts per side of the grids of UPerNet's pyramid pooling
+
 
 class ConvBNReLU(nn.Module):
     """Convolution without a bias, BatchNorm and ReLU; `(B, in_channels, H, W)` -> `(B, out_channels, H, W)`."""
@@ -25,17 +28,11 @@ class ConvBNReLU(nn.Module):
 
 
 class DecodeHead(nn.Module):
-    """Base class of the heads: dropout, then a 1x1 convolution to the classes.
+    """Base class of the heads: dropout, then a 1x1 convolution of features of width `channels` to the classes."""
 
-    Args:
-        channels: Width of the classified features.
-        num_classes: Number of classes.
-        dropout: Probability that a whole channel is dropped in training.
-    """
-
-    def __init__(self, channels: int, num_classes: int, dropout: float):
+    def __init__(self, channels: int, num_classes: int):
         super().__init__()
-        self.dropout = nn.Dropout2d(dropout)
+        self.dropout = nn.Dropout2d(DROPOUT)
         self.conv_seg = nn.Conv2d(channels, num_classes, kernel_size=1)
         nn.init.normal_(self.conv_seg.weight, std=0.01)
         nn.init.zeros_(self.conv_seg.bias)
@@ -82,19 +79,12 @@ class UPerHead(DecodeHead):
     Returns logits at the stride of the finest map.
     """
 
-    def __init__(
-        self,
-        in_channels: Sequence[int],
-        num_classes: int,
-        channels: int = 512,
-        pool_scales: Sequence[int] = (1, 2, 3, 6),
-        dropout: float = 0.1,
-    ):
-        super().__init__(channels, num_classes, dropout)
+    def __init__(self, in_channels: Sequence[int], num_classes: int, channels: int = 512):
+        super().__init__(channels, num_classes)
         self.psp_modules = nn.ModuleList(
-            nn.Sequential(AveragePool(scale), ConvBNReLU(in_channels[-1], channels, 1)) for scale in pool_scales
+            nn.Sequential(AveragePool(scale), ConvBNReLU(in_channels[-1], channels, 1)) for scale in POOL_SCALES
         )
-        self.bottleneck = ConvBNReLU(in_channels[-1] + len(pool_scales) * channels, channels, 3)
+        self.bottleneck = ConvBNReLU(in_channels[-1] + len(POOL_SCALES) * channels, channels, 3)
         self.lateral_convs = nn.ModuleList(ConvBNReLU(width, channels, 1) for width in in_channels[:-1])
         self.fpn_convs = nn.ModuleList(ConvBNReLU(channels, channels, 3) for _ in in_channels[:-1])
         self.fpn_bottleneck = ConvBNReLU(len(in_channels) * channels, channels, 3)
@@ -114,15 +104,14 @@ class UPerHead(DecodeHead):
 
 
 class FCNHead(DecodeHead):
-    """A 3x3 convolution of one map: the auxiliary head in training (https://arxiv.org/abs/1411.4038)."""
+    """A 3x3 convolution of the map at stride 16: the auxiliary head in training (https://arxiv.org/abs/1411.4038)."""
 
-    def __init__(self, in_channels: int, num_classes: int, channels: int = 256, index: int = 2, dropout: float = 0.1):
-        super().__init__(channels, num_classes, dropout)
-        self.index = index
+    def __init__(self, in_channels: int, num_classes: int, channels: int = 256):
+        super().__init__(channels, num_classes)
         self.convs = nn.Sequential(ConvBNReLU(in_channels, channels, 3))
 
     def features(self, maps: Sequence[Tensor]) -> Tensor:
-        return self.convs(maps[self.index])
+        return self.convs(maps[2])
 
 
 class FPN(nn.Module):
@@ -162,24 +151,17 @@ class FPNHead(DecodeHead):
     Paper: https://arxiv.org/abs/1901.02446. Returns logits at the stride of the finest map.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        num_classes: int,
-        channels: int = 128,
-        strides: Sequence[int] = (4, 8, 16, 32),
-        dropout: float = 0.1,
-    ):
-        super().__init__(channels, num_classes, dropout)
-        self.scale_heads = nn.ModuleList(self._scale_head(in_channels, channels, s // strides[0]) for s in strides)
+    def __init__(self, in_channels: int, num_classes: int, channels: int = 128):
+        super().__init__(channels, num_classes)
+        self.scale_heads = nn.ModuleList(self._scale_head(in_channels, channels, doublings) for doublings in range(4))
 
     @staticmethod
-    def _scale_head(in_channels: int, channels: int, scale: int) -> nn.Sequential:
-        """Return convolutions that are each followed by upsampling by two, or one convolution for scale 1."""
+    def _scale_head(in_channels: int, channels: int, doublings: int) -> nn.Sequential:
+        """Return convolutions that are each followed by upsampling by two, or one convolution without it."""
         layers: list[nn.Module] = []
-        for _ in range(max(1, scale.bit_length() - 1)):
+        for _ in range(max(1, doublings)):
             layers.append(ConvBNReLU(in_channels if not layers else channels, channels, 3))
-            if scale > 1:
+            if doublings:
                 layers.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
         return nn.Sequential(*layers)
 

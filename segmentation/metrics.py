@@ -32,10 +32,6 @@ class ConfusionMatrix:
         pairs = labels[counted].long() * self.num_classes + predictions[counted].long()
         self.counts += torch.bincount(pairs, minlength=self.num_classes**2).view_as(self.counts)
 
-    def reduce(self) -> None:
-        """Add up the counts of all processes. All must call it together, once."""
-        all_reduce(self.counts)
-
     def per_class(self) -> dict[str, Tensor]:
         """Return the `IoU` and `Acc` of each class, from 0 to 1, on the CPU; NaN for a class without pixels."""
         counts = self.counts.cpu().double()
@@ -100,7 +96,7 @@ def evaluate(
         if on_prediction is not None:
             on_prediction(index, prediction.cpu())
     stop_if_requested(device)
-    matrix.reduce()
+    all_reduce(matrix.counts)
     return matrix
 
 

@@ -11,6 +11,8 @@ from segmentation.configs.recipes import Experiment
 from segmentation.data import IGNORED_LABEL
 from segmentation.heads import FPN, FCNHead, FPNHead, UPerHead, resize
 
+AUXILIARY_WEIGHT = 0.4  # of the auxiliary head's loss
+
 
 class Segmentor(nn.Module):
     """A backbone of `models/`, a decode head and, in training, an auxiliary head.
@@ -20,7 +22,6 @@ class Segmentor(nn.Module):
         decode_head: Head that computes the logits.
         neck: Module between the backbone and the decode head; the auxiliary head takes the backbone's maps.
         auxiliary_head: Head of a second loss in training.
-        auxiliary_weight: Weight of the second loss.
     """
 
     # The layers that `models.load_state_dict` skips in fine-tuning if the classes differ.
@@ -32,14 +33,12 @@ class Segmentor(nn.Module):
         decode_head: nn.Module,
         neck: nn.Module | None = None,
         auxiliary_head: nn.Module | None = None,
-        auxiliary_weight: float = 0.4,
     ):
         super().__init__()
         self.backbone = backbone
         self.neck = neck or nn.Identity()
         self.decode_head = decode_head
         self.auxiliary_head = auxiliary_head
-        self.auxiliary_weight = auxiliary_weight
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | dict[str, Tensor]:
         """Return the logits of images, or the losses if labels are given: DistributedDataParallel needs `forward`.
@@ -49,33 +48,23 @@ class Segmentor(nn.Module):
             labels: Class of each pixel, or `IGNORED_LABEL`, `(B, H, W)`.
 
         Returns:
-            Logits `(B, classes, H, W)`, or the dict of `losses`.
+            Logits `(B, classes, H, W)`, or the losses of the heads: `decode` and, with an auxiliary head, the weighted
+            `aux`.
         """
-        if labels is not None:
-            return self.losses(images, labels)
         maps = self.backbone.forward_intermediates(images, intermediates_only=True)
-        return resize(self.decode_head(self.neck(maps)), images)
-
-    def losses(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Return the losses of the heads: `decode` and, with an auxiliary head, the weighted `aux`."""
-        maps = self.backbone.forward_intermediates(images, intermediates_only=True)
-        losses = {"decode": pixel_cross_entropy(self.decode_head(self.neck(maps)), labels)}
+        logits = self.decode_head(self.neck(maps))
+        if labels is None:
+            return resize(logits, images)
+        losses = {"decode": pixel_cross_entropy(logits, labels)}
         if self.auxiliary_head is not None:
-            losses["aux"] = self.auxiliary_weight * pixel_cross_entropy(self.auxiliary_head(maps), labels)
+            losses["aux"] = AUXILIARY_WEIGHT * pixel_cross_entropy(self.auxiliary_head(maps), labels)
         return losses
 
 
 def build_segmentor(experiment: Experiment, num_classes: int, pretrained: bool) -> Segmentor:
-    """Build the network of an experiment.
+    """Build the network of an experiment; with `pretrained`, its ImageNet weights are loaded into the backbone.
 
-    Args:
-        experiment: The experiment.
-        num_classes: Number of classes.
-        pretrained: True to load the experiment's ImageNet weights into the backbone.
-
-    Raises:
-        UserError: If there is no such backbone, or the published weights cannot be loaded.
-        TwinsError: If a file of weights cannot be read or does not fit the backbone.
+    Raises the errors of `dense.networks.build_backbone`.
     """
     weights = experiment.pretrained if pretrained else ""
     options = {"drop_path_rate": experiment.drop_path, "window_padding": experiment.window_padding}
@@ -103,11 +92,7 @@ def build_predictor(
 ) -> Callable[[int, Sequence[Tensor], tuple[int, int]], Tensor]:
     """Return a function for `segmentation.metrics.evaluate` that predicts the classes of an image with a network.
 
-    Args:
-        model: The network; it is set to evaluation mode.
-        experiment: Experiment with the sliding window.
-        amp_dtype: Type of autocast; None for full precision.
-        flip: True to average over each size and its mirror image.
+    The network is set to evaluation mode. Windows slide as the experiment says; `predict` describes `flip`.
     """
     model.eval()
     device = next(model.parameters()).device

@@ -22,15 +22,15 @@ from core.description import Description
 from core.distributed import Processes
 from core.launch import RESUMABLE, run_script
 from core.options import choose_amp, loader_options
-from dense.optimisation import linear_warmup, poly_decay
+from dense.optimisation import linear_warmup
 from dense.training import Task, describe, get_train_parser, process_batch, run_training
 from models.twins import MIN_INPUT_SIZE
-from samplers import EndlessSampler, EvalSampler, SeededSet
+from samplers import EndlessSampler, SeededSet
 from segmentation.configs.recipes import Experiment
 from segmentation.data import build_dataset
 from segmentation.metrics import evaluate
 from segmentation.network import Segmentor, build_predictor, build_segmentor
-from segmentation.transforms import EvalViews, TrainViews
+from segmentation.transforms import EvalViews, augment
 from segmentation.weights import load_segmentor
 from utils import UserError
 
@@ -40,7 +40,8 @@ logger = logging.getLogger("twins")
 def build_train_loader(args: argparse.Namespace, experiment: Experiment, processes: Processes) -> DataLoader:
     """Build the loader of the training set; its epoch is the interval between evaluations."""
     dataset = build_dataset(experiment, "train")
-    views = TrainViews(dataset, experiment.scale, experiment.scale_range, experiment.crop_size)
+    crop = partial(augment, scale=experiment.scale, scale_range=experiment.scale_range, crop_size=experiment.crop_size)
+    views = SeededSet(dataset, args.seed, crop)
     sampler = EndlessSampler(
         len(views),
         steps=experiment.interval,
@@ -51,7 +52,7 @@ def build_train_loader(args: argparse.Namespace, experiment: Experiment, process
     )
     loading = loader_options(args, processes.device)
     batch_size = process_batch(experiment, processes)
-    return DataLoader(SeededSet(views, args.seed), batch_size=batch_size, sampler=sampler, **loading)
+    return DataLoader(views, batch_size=batch_size, sampler=sampler, **loading)
 
 
 def build_eval_loader(
@@ -63,7 +64,7 @@ def build_eval_loader(
 ) -> DataLoader:
     """Build the loader of this process's share of the `"val"` or `"test"` part of a data set, one image at a time."""
     views = EvalViews(build_dataset(experiment, part), experiment.scale, ratios)
-    sampler = EvalSampler(len(views), world_size=processes.world_size, rank=processes.rank)
+    sampler = range(processes.rank, len(views), processes.world_size)
     return DataLoader(views, batch_size=None, sampler=sampler, **loader_options(args, processes.device))
 
 
@@ -110,8 +111,8 @@ def check_batch(experiment: Experiment, processes: Processes) -> None:
 def lr_factor(iteration: int, experiment: Experiment) -> float:
     """Return the factor of the peak learning rate at an iteration, counted from 0."""
     min_ratio = experiment.min_lr / experiment.lr
-    warmup = linear_warmup(iteration, experiment.warmup_iterations, experiment.warmup_ratio)
-    return warmup * poly_decay(iteration, experiment.iterations, experiment.power, min_ratio)
+    decay = min_ratio + (1 - min_ratio) * (1 - iteration / experiment.iterations) ** experiment.power
+    return decay * linear_warmup(iteration, experiment.warmup_iterations, experiment.warmup_ratio)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,6 +1,7 @@
 """Transforms of segmentation: the published augmentation, and the inputs of an evaluation."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -20,53 +21,39 @@ CROP_TRIES = 10
 CACHED_ROWS = 64  # of an image, whose colours are changed at a time; all at once would take three times as long
 
 
-class TrainViews(Dataset):
-    """A data set with the published augmentation; returns a normalised image `(3, crop, crop)` and its labels.
+def augment(
+    image: Tensor, labels: Tensor, scale: tuple[int, int], scale_range: tuple[float, float], crop_size: int
+) -> Sample:
+    """Return a normalised image `(3, crop, crop)` and its labels after the published augmentation.
 
     Args:
-        dataset: Data set of `segmentation/data.py`.
-        scale: Limits of an image's longer and shorter side in pixels.
+        image: RGB image, uint8 `(3, H, W)`.
+        labels: Labels, uint8 `(H, W)`.
+        scale: Limits of the image's longer and shorter side in pixels.
         scale_range: Range of the random factor on `scale`.
-        crop_size: Side length of the crops in pixels.
+        crop_size: Side length of the crop in pixels.
     """
-
-    def __init__(self, dataset: Dataset, scale: tuple[int, int], scale_range: tuple[float, float], crop_size: int):
-        self.dataset = dataset
-        self.scale = scale
-        self.scale_range = scale_range
-        self.crop_size = crop_size
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Sample:
-        image, labels = self.dataset[index]
-        size = fitted_size(labels.shape, self.scale, np.random.uniform(*self.scale_range))
-        image, labels = resize_image(image, size), resize_labels(labels, size)
-        image, labels = random_crop(image, labels, self.crop_size)
-        if np.random.rand() < 0.5:
-            image, labels = image.flip(2), labels.flip(1)
-        image = normalise(distort_colours(image))
-        bottom, right = (self.crop_size - side for side in labels.shape)
-        padding = (0, right, 0, bottom)
-        return F.pad(image, padding), F.pad(labels, padding, value=IGNORED_LABEL)
+    size = fitted_size(labels.shape, scale, np.random.uniform(*scale_range))
+    image, labels = resize_image(image, size), resize_labels(labels, size)
+    image, labels = random_crop(image, labels, crop_size)
+    if np.random.rand() < 0.5:
+        image, labels = image.flip(2), labels.flip(1)
+    image = normalise(distort_colours(image))
+    bottom, right = (crop_size - side for side in labels.shape)
+    padding = (0, right, 0, bottom)
+    return F.pad(image, padding), F.pad(labels, padding, value=IGNORED_LABEL)
 
 
+@dataclass
 class EvalViews(Dataset):
     """A data set for evaluation; returns `(index, images, labels)`.
 
     The images are the normalised image `(3, h, w)` at each ratio; the labels keep the size of the original image.
-
-    Args:
-        dataset: Data set of `segmentation/data.py`.
-        scale: Limits of an image's longer and shorter side in pixels.
-        ratios: Factors on `scale`.
     """
 
-    def __init__(self, dataset: Dataset, scale: tuple[int, int], ratios: Sequence[float] = (1.0,)):
-        self.dataset = dataset
-        self.scale = scale
-        self.ratios = ratios
+    dataset: Dataset  # of segmentation/data.py
+    scale: tuple[int, int]  # limits of an image's longer and shorter side in pixels
+    ratios: Sequence[float] = (1.0,)  # factors on scale
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -144,14 +131,9 @@ def scale_levels(image: np.ndarray, factor: float = 1.0, shift: float = 0.0) -> 
 
 
 def change_hsv(image: np.ndarray, factor: float = 1.0, shift: int = 0) -> np.ndarray:
-    """Convert an RGB image, uint8 `(3, H, W)`, to HSV and back, and change it there.
+    """Multiply the saturation of an RGB image, uint8 `(3, H, W)`, by a factor, and shift its hue modulo 180.
 
     The levels are those of OpenCV's conversions of 8-bit images, where hues have units of 2 degrees.
-
-    Args:
-        image: The image.
-        factor: Factor of the saturation.
-        shift: Number that is added to the hue, modulo 180.
     """
     hue, saturation, value = _to_hsv(image.astype(np.float32))
     saturation = np.floor((saturation * factor).clip(max=255))

@@ -76,7 +76,7 @@ def test_attention_equals_a_plain_softmax(name, size):
                 expected = naive_windows(module, tokens)
             torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
             largest = max(largest, (expected.max() / expected.mean()).item())
-    assert largest > 1.5
+    assert largest > 1.2
     assert torch.equal(model(images), logits)  # the model is as before
     assert all(module.fused_attn for module in model.modules() if hasattr(module, "fused_attn"))
 

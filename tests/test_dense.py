@@ -3,6 +3,7 @@
 import math
 import warnings
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from core.options import choose_amp
 from dense.experiments import NonNegative, Positive, Rate, Side, change_fields, check_fields, load_experiment
 from dense.networks import build_backbone
-from dense.optimisation import IterationSchedule, build_scaler, linear_warmup, parameter_groups, poly_decay
+from dense.optimisation import IterationSchedule, build_scaler, linear_warmup, parameter_groups
 from dense.training import build_experiment, build_state, get_test_parser, get_train_parser
 from segmentation.configs.recipes import Experiment
 from tests.conftest import ROOT
@@ -231,7 +232,8 @@ def test_a_published_loss_scale_reaches_the_training(monkeypatch):
     ):
         experiment = load_experiment(ROOT / f"detection/configs/{config}.py")
         args = get_train_parser("").parse_args(["x"])
-        state = build_state(args, experiment, torch.nn.Linear(1, 1), lambda step: 1.0, None, torch.device("cpu"))
+        task = SimpleNamespace(lr_factor=lambda step: 1.0, sampler=None)
+        state = build_state(args, experiment, torch.nn.Linear(1, 1), task, torch.device("cpu"))
         assert (state.scaler.is_enabled(), state.scaler.get_scale()) == (True, scale)
 
 
@@ -305,7 +307,7 @@ def test_learning_rates_depend_on_the_iteration_alone():
     """In any order of iterations they are the same, so a resumed run needs the iteration alone."""
 
     def factor(iteration: int) -> float:
-        return linear_warmup(iteration, 10, 0.1) * poly_decay(iteration, 100, 0.9, 1e-3)
+        return linear_warmup(iteration, 10, 0.1) * (1 - iteration / 100) ** 0.9
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # torch expects steps of the optimizer between those of its schedulers

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from dense.networks import build_backbone
+from detection.configs.recipes import Experiment
 from detection.network import TwinsMaskRCNN, TwinsRetinaNet, paste_masks, paste_masks_at_once
 from segmentation.heads import FPN, AveragePool, FPNHead, UPerHead
 from segmentation.network import Segmentor
@@ -116,10 +117,10 @@ def build_tiny_detector(kind: str, backbone: str) -> SingleImage:
     torch.manual_seed(0)
     body = build_backbone(backbone, "", window_padding="zero", depths=DEPTHS)
     if kind == "retinanet":
-        detector = TwinsRetinaNet(body, 5, (512, 256), channels=16, head_std=0.08)
+        detector = TwinsRetinaNet(body, 5, Experiment(backbone, kind, scale=(512, 256), channels=16, head_std=0.08))
         spread = {detector.head.classification_head.cls_logits: 0.2, detector.head.regression_head.bbox_reg: 0.1}
     else:
-        detector = TwinsMaskRCNN(body, 5, (512, 256), channels=16, proposals=100)
+        detector = TwinsMaskRCNN(body, 5, Experiment(backbone, kind, scale=(512, 256), channels=16, proposals=100))
         heads = detector.roi_heads
         spread = {detector.rpn.head.cls_logits: 0.5, detector.rpn.head.bbox_pred: 0.1}
         spread |= {heads.box_predictor.cls_score: 0.1, heads.mask_predictor.mask_fcn_logits: 0.5}

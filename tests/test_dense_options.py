@@ -309,6 +309,17 @@ def test_options_of_a_dense_training(task, run_dense, compiled, recomputed, tmp_
     assert (keys[0][1], keys[1][1]) == (0, 1)
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_evaluation_shares_are_exact(task, tmp_path):
+    script, config, setting = TASKS[task]
+    args = get_train_parser("").parse_args(["x", "--num_workers", "0"])
+    experiment = load_experiment(ROOT / config, setting.split())
+    loaders = [script.build_eval_loader(args, experiment, Processes(CPU, rank, 7)) for rank in range(7)]
+    shares = [list(loader.sampler) for loader in loaders]
+    assert sorted(index for share in shares for index in share) == list(range(len(loaders[0].dataset)))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
 # Fields that a test does not take from the training: those that training alone reads, and the choices of a test.
 # fmt: off
 NOT_REMEMBERED = {

@@ -6,18 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from dense.networks import build_backbone
-from detection.network import TwinsMaskRCNN, TwinsRetinaNet
+from detection.configs.recipes import Experiment
+from detection.network import build_detector
 from detection.weights import load_detector
 from tests import golden_rule
 from tests.test_models import DATA, PARAMETERS
 
-KINDS = {"retinanet": TwinsRetinaNet, "mask_rcnn": TwinsMaskRCNN}
-SCALE = (1333, 800)
+KINDS = ("retinanet", "mask_rcnn")
 
 
 def build(kind: str, name: str = "pcpvt_small", classes: int = 80):
-    return KINDS[kind](build_backbone(name, "", window_padding="zero"), classes, SCALE)
+    return build_detector(Experiment(name, kind, drop_path=0.0), classes, pretrained=False)
 
 
 class Golden:

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -79,7 +80,8 @@ def test_learning_rates_are_the_published_ones(task, name):
     else:
         end = recipe["epochs"] * STEPS
         factor = partial(detection_train.lr_factor, experiment=experiment, steps=STEPS)
-    state = build_state(args, experiment, torch.nn.Linear(1, 1), factor, None, torch.device("cpu"))
+    parts = SimpleNamespace(lr_factor=factor, sampler=None)
+    state = build_state(args, experiment, torch.nn.Linear(1, 1), parts, torch.device("cpu"))
     for iteration in (0, 1, 250, 499, 500, 1499, 1500, *range(0, end, STEPS // 2), end - 1):
         warmup = recipe["warmup_iterations"]
         start = recipe.get("warmup_ratio", 1.0) if iteration < warmup else 1.0

@@ -4,11 +4,12 @@ import pytest
 import timm
 import torch
 
-from core.recipes import NOT_IN_RECIPES, PUBLISHED, SHAPES, differences_from_published
+from core.recipes import NOT_IN_RECIPES, PUBLISHED, SHAPES, note_published
 from core.run import choose_accumulation
 from main import get_args_parser, parse_args
 
 FP16 = torch.float16
+NOTE = "note: differs from the recipe of the published alt_gvt_small: "
 
 
 def parse(*argv):
@@ -17,20 +18,20 @@ def parse(*argv):
 
 def test_differences_from_the_published_recipe():
     args = parse("--model", "alt_gvt_small", "--drop-path", 0.2, "--data-path", "x", "--batch-size", 256)
-    assert differences_from_published(args, 2048, FP16, vars(parse())) == []
-    assert differences_from_published(args, 1024, FP16, vars(parse())) == ["global-batch 1024 (recipe: 2048)"]
+    assert note_published(args, 2048, FP16, vars(parse())) == []
+    assert note_published(args, 1024, FP16, vars(parse())) == [NOTE + "global-batch 1024 (recipe: 2048)"]
     args = parse("--model", "pcpvt_large_v0", "--mixup", 0.5, "--data-set", "SHAPES")
-    differing = " ".join(differences_from_published(args, 1024, FP16, vars(parse())))
+    differing = " ".join(note_published(args, 1024, FP16, vars(parse())))
     for part in ("drop-path 0.1 (recipe: 0.5)", "mixup 0.5 (recipe: 0.8)", "data-set SHAPES (recipe: IMNET)"):
         assert part in differing
-    assert differences_from_published(parse("--model", "alt_gvt_tiny", "--lr", 1), 64, FP16, vars(parse())) == []
+    assert note_published(parse("--model", "alt_gvt_tiny", "--lr", 1), 64, FP16, vars(parse())) == []
 
 
 def test_another_precision_than_the_published_is_noted(image_folder, run_in_process, tmp_path):
     args = parse("--model", "alt_gvt_small", "--drop-path", 0.2, "--data-path", "x", "--batch-size", 256)
     for precision in (torch.bfloat16, torch.float32):
-        expected = [f"precision {precision} (recipe: torch.float16)"]
-        assert differences_from_published(args, 2048, precision, vars(parse())) == expected
+        expected = [f"{NOTE}precision {precision} (recipe: torch.float16)"]
+        assert note_published(args, 2048, precision, vars(parse())) == expected
     model = timm.create_model("pcpvt_small", num_classes=3)
     torch.save(model.state_dict(), tmp_path / "weights.pth")
     options = ["--data-path", image_folder, "--input-size", "32", "--device", "cpu", "--num_workers", "0"]
@@ -40,7 +41,7 @@ def test_another_precision_than_the_published_is_noted(image_folder, run_in_proc
 
 def test_the_published_command_equals_the_published_recipe():
     command = "--model alt_gvt_base --batch-size 128 --data-path path_to_imagenet --dist-eval --drop-path 0.3"
-    assert differences_from_published(parse(*command.split()), 8 * 128, FP16, vars(parse())) == []
+    assert note_published(parse(*command.split()), 8 * 128, FP16, vars(parse())) == []
 
 
 def test_recipes_are_defaults_that_options_override(monkeypatch, tmp_path, run_in_process):
@@ -64,7 +65,7 @@ def test_the_published_recipe_needs_no_batch_size(name, processes):
     args = parse_args(["--recipe", "published", "--model", name])
     accumulation = choose_accumulation(args.batch_size, args.global_batch, processes)
     assert args.batch_size * processes * accumulation == PUBLISHED[name]["global_batch"]
-    assert differences_from_published(args, args.global_batch, FP16, vars(parse())) == []
+    assert note_published(args, args.global_batch, FP16, vars(parse())) == []
 
 
 def test_every_option_is_in_recipes_or_excluded():

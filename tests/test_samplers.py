@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from samplers import EndlessSampler, EvalSampler, SampleKey, SeededSet, TrainSampler
+from samplers import EndlessSampler, SampleKey, SeededSet, TrainSampler
 
 
 def epoch_of(world_size: int, *, num_samples=103, global_batch=12, epoch=0, **kwargs) -> list[list]:
@@ -90,13 +90,6 @@ def test_repeated_augmentation(world_size):
 def test_too_few_images():
     with pytest.raises(ValueError, match="the training set has 7 images, fewer than one global batch of 8"):
         TrainSampler(7, global_batch=8)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3, 30])
-def test_evaluation_shares_are_exact(world_size):
-    shares = [list(EvalSampler(21, world_size=world_size, rank=rank)) for rank in range(world_size)]
-    assert sorted(index for share in shares for index in share) == list(range(21))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

@@ -15,7 +15,7 @@ from segmentation.configs.recipes import Experiment
 from segmentation.data import IGNORED_LABEL, build_dataset, read_classes
 from segmentation.transforms import (
     EvalViews,
-    TrainViews,
+    augment,
     change_hsv,
     distort_colours,
     draw_distortion,
@@ -350,12 +350,12 @@ def test_distortions_have_the_published_probabilities():
 
 
 def test_training_views_are_cropped_flipped_and_padded(ade20k_folder):
-    views = TrainViews(open_part(ade20k_folder), (160, 40), (0.5, 2.0), 64)
+    dataset = open_part(ade20k_folder)
     random.seed(0)
     np.random.seed(0)
     padded = 0
     for index in [0, 1, 2, 3, 4] * 8:
-        image, labels = views[index]
+        image, labels = augment(*dataset[index], (160, 40), (0.5, 2.0), 64)
         assert (image.shape, image.dtype) == ((3, 64, 64), torch.float32)
         assert (labels.shape, labels.dtype) == ((64, 64), torch.uint8)
         outside = (image == 0).all(0)
@@ -382,7 +382,7 @@ def test_images_and_labels_are_flipped_together_half_of_the_time(monkeypatch):
     np.random.seed(0)
     flips = []
     for _ in range(200):
-        image, labels = TrainViews(Places(), (60, 40), (1.0, 1.0), 32)[0]
+        image, labels = augment(*Places()[0], (60, 40), (1.0, 1.0), 32)
         assert torch.equal(image[0], labels)
         flips.append(bool(labels[0, 0] > labels[0, 1]) if labels[0, 0] not in (0, 89) else None)
     decided = [flip for flip in flips if flip is not None]
@@ -390,20 +390,20 @@ def test_images_and_labels_are_flipped_together_half_of_the_time(monkeypatch):
 
 
 def test_training_images_are_distorted_in_their_colours(monkeypatch):
-    views = TrainViews(Places(), (60, 40), (1.0, 1.0), 32)
+    settings = (60, 40), (1.0, 1.0), 32
     np.random.seed(0)
-    distorted = [views[0][0] for _ in range(10)]
+    distorted = [augment(*Places()[0], *settings)[0] for _ in range(10)]
     monkeypatch.setattr(transforms, "distort_colours", lambda image: image)
     np.random.seed(0)
-    plain = [views[0][0] for _ in range(10)]
+    plain = [augment(*Places()[0], *settings)[0] for _ in range(10)]
     assert sum(not torch.equal(a, b) for a, b in zip(distorted, plain, strict=True)) > 7
 
 
 def test_training_images_are_resized_by_a_random_factor():
     """Without a crop that cuts anything, the view shows the whole image at its size."""
-    views = TrainViews(Places(), (60, 40), (0.5, 2.0), 200)
     np.random.seed(0)
-    heights = [int((views[0][1] != IGNORED_LABEL).any(1).sum()) for _ in range(60)]
+    views = [augment(*Places()[0], (60, 40), (0.5, 2.0), 200) for _ in range(60)]
+    heights = [int((labels != IGNORED_LABEL).any(1).sum()) for _, labels in views]
     assert min(heights) < 25
     assert max(heights) > 72
     assert len(set(heights)) > 30

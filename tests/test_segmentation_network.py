@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from core.distributed import all_reduce
 from models.layers import Attention
 from segmentation.configs.recipes import fpn_pvt_setting, upernet_swin_setting
 from segmentation.data import IGNORED_LABEL
@@ -299,7 +300,7 @@ def figures_of_a_share(rank: int) -> dict[str, float]:
     matrix = ConfusionMatrix(6)
     for seed in range(rank, 5, 2):
         matrix.update(*labelled(seed))
-    matrix.reduce()
+    all_reduce(matrix.counts)
     return matrix.summary()
 
 
