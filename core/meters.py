@@ -215,7 +215,8 @@ class StepLog:
         done = self.meter.step
         if (done - 1) % self.settings.print_freq and done != self.steps:
             return
-        loss = self.meter.means().get("loss", math.nan)  # waits for the GPU, so that the times are right
+        means = self.meter.means()  # waits for the GPU, so that the times are right
+        loss = means.get("loss", math.nan)
         now = time.perf_counter()
         elapsed = max(now - self.window_start, 1e-9)
         eta = timedelta(seconds=int((now - self.start) / (done - self.first_step) * (self.steps - done)))
@@ -225,6 +226,8 @@ class StepLog:
             f"eta {eta}, run {self.run.remaining_time(self.steps)}  "
             f"peak memory {peak_memory(self.settings.device) / 2**20:.0f} MiB"
         )
+        place = {"epoch": self.epoch, "step": done, "steps": self.steps, "global_step": self.epoch * self.steps + done}
+        self.run.log_step(place | means | {"lr": lr})
         self.window_start, self.window_waiting, self.window_images = now, 0.0, 0
         if done == self.steps:
             logger.info("epoch %d: %d images in %.2f s", self.epoch, self.images, now - self.start)
