@@ -309,7 +309,7 @@ MUTATIONS = [
              ("test_launch.py::test_messages_of_several_lines_become_one_line",)),
     Mutation("infinite numbers", "core/options.py", "if too_low or value > high or value >= LARGEST:", "if too_low or value > high:",
              ("test_launch.py::test_numbers_are_finite",)),
-    Mutation("NaN in log.txt", "core/run_folder.py", 'to_json(line) + "\\n"', 'json.dumps(line) + "\\n"',
+    Mutation("NaN in log.txt", "core/run_folder.py", 'to_json(line) + "\\n" for', 'json.dumps(line) + "\\n" for',
              ("test_run_folder.py::test_the_log_is_valid_json_whatever_the_figures",)),
     Mutation("named tuples", "engine.py", 'type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)', "type(batch)(values)",
              ("test_engine.py::test_named_tuples_are_moved",)),
