@@ -41,10 +41,6 @@ def add_options(parser: ArgumentParser) -> None:
 def run(args: argparse.Namespace, processes: Processes) -> None:
     """Print the table of the runs and draw their curves."""
     runs = [read_run(path) for path in args.runs]
-    names = [log.name for log in runs]
-    for log, path in zip(runs, args.runs, strict=True):
-        if names.count(log.name) > 1:
-            log.name = path
     if not args.text:
         require_package("matplotlib", "the picture (--text prints the table only)")
     published = [find_published(log) for log in runs]

@@ -17,7 +17,7 @@ class RunLog:
     """The logs of a run.
 
     Attributes:
-        name: Name in tables and pictures.
+        name: Name in tables and pictures: the path as it was given.
         options: Content of args.json; empty if there is none.
         history: Lines of log.txt, one per epoch. Epochs are counted from 0.
         steps: Lines of metrics.jsonl.
@@ -47,9 +47,9 @@ class RunLog:
 
     def series(self, name: str) -> dict[int, float]:
         """Return the values of a figure by epoch, accuracies in percent; undefined values are left out."""
-        factor = 100 if name in FIGURES[1:] else 1  # the figures of the dense tasks are from 0 to 1
+        factor = 100 if name in FIGURES[1:] else 1  # the figures of the dense tasks are from 0 to 1, or -1: undefined
         values = {line["epoch"]: line.get(name) for line in self.history}
-        return {epoch: factor * value for epoch, value in values.items() if is_number(value)}
+        return {epoch: factor * value for epoch, value in values.items() if is_number(value) and value >= 0}
 
     def step_series(self, name: str) -> tuple[list[float], list[float]]:
         """Return the values of the log lines by their place, in epochs.
@@ -95,8 +95,7 @@ def read_run(path: str) -> RunLog:
     history, steps = read_lines(log, ("epoch",)), read_lines(folder / METRICS, ("epoch", "step", "steps"))
     if not history and not steps:
         raise UserError(f"{path}: there is no line of log.txt or {METRICS}; name the output folder of a training run")
-    name = folder.resolve().name if log.name == "log.txt" else log.stem
-    return RunLog(name, read_options(folder / "args.json"), history, steps)
+    return RunLog(path, read_options(folder / "args.json"), history, steps)
 
 
 def read_options(path: Path) -> dict[str, Any]:

@@ -207,7 +207,8 @@ class StepLog:
     def end_step(self, batch: Any, lr: float) -> None:
         """Count the images of a step; log a line after the first, every `print_freq`-th from it, and the last.
 
-        The last line is followed by one of the whole epoch, or of the part after a resume.
+        The losses are means of this process since the start of the epoch. The last line is followed by one of the
+        whole epoch, or of the part after a resume.
         """
         images = _count_images(batch) * self.settings.accumulation * get_world_size()
         self.window_images += images

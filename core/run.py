@@ -194,12 +194,7 @@ class Run:
             on_main(lambda: self.folder.write_log(state.history))
 
     def log_step(self, line: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl, and its values to the files of TensorBoard.
-
-        Args:
-            line: Place in the run, see `core.meters.StepLog`; means of the losses since the start of the epoch on the
-                main process; and the learning rate of the step.
-        """
+        """Append a line of `core.meters.StepLog` to metrics.jsonl, and its values to the files of TensorBoard."""
         if self.folder and get_rank() == 0:
             self.folder.add_metrics(line)
         if self.board:

@@ -135,14 +135,14 @@ def test_losses_of_steps_are_means_since_the_line_before():
 def test_the_table_of_two_runs(tmp_path, capsys):
     history = [{"epoch": i, "train_loss": 2.0 - i, "test_acc1": acc} for i, acc in enumerate((10.0, 80.5, 45.0))]
     first = write_run(tmp_path / "a" / "run", history, model="alt_gvt_tiny", epochs=5)
-    history = [{"epoch": 0, "train_loss": None, "test_mIoU": 0.425}]
+    history = [{"epoch": 0, "train_loss": None, "test_mIoU": 0.425}, {"epoch": 1, "test_mIoU": -1}]
     second = write_run(tmp_path / "b" / "run", history, head="fpn", iterations=40, eval_interval=20)
     analyze.main(["curves", str(first), str(second / "log.txt"), "--text"])
     lines = [re.split(r"  +", line) for line in capsys.readouterr().out.splitlines()]
     assert lines == [
         ["run", "epochs", "loss", "best accuracy", "by epoch"],
         [str(first), "3 of 5", "0.0000", "test_acc1 80.50 in epoch 1", "▁█▄"],
-        [str(second / "log.txt"), "1 of 2", "-", "test_mIoU 42.50 in epoch 0", "▁"],
+        [str(second / "log.txt"), "2 of 2", "-", "test_mIoU 42.50 in epoch 0", "▁"],
     ]
     assert not list(tmp_path.rglob("curves.*"))
 
@@ -156,7 +156,7 @@ def test_long_series_are_averaged():
 def test_a_run_in_its_first_epoch(tmp_path, capsys):
     steps = [{"epoch": 0, "step": 1, "steps": 9, "loss": 2.5, "lr": 0.1}]
     analyze.main(["curves", str(write_run(tmp_path / "a", [], steps)), "--text"])
-    assert capsys.readouterr().out.splitlines()[1].split() == ["a", "0", "2.5000", "-"]
+    assert capsys.readouterr().out.splitlines()[1].split() == [str(tmp_path / "a"), "0", "2.5000", "-"]
 
 
 def test_only_a_damaged_last_line_is_skipped(tmp_path):
@@ -212,8 +212,8 @@ def test_the_picture_of_two_runs(tmp_path):
     loss, lr, accuracy = curves.draw([read_run(first), read_run(second)], [published, published]).axes
     assert [line.get_label() for line in accuracy.lines] == [
         "published alt_gvt_small (test_acc1)",
-        "a (test_acc1)",
-        "b (test_acc1)",
+        f"{first} (test_acc1)",
+        f"{second} (test_acc1)",
     ]
     assert [len(line.get_xdata()) for line in loss.lines] == [300, 8, 6]
     rates = [list(line.get_ydata()) for line in lr.lines]
