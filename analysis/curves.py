@@ -102,7 +102,7 @@ def draw(runs: Sequence[RunLog], published: Sequence[Published | None]) -> Any:
 
     in_iterations = all(log.interval for log in runs)
     figure = Figure(figsize=(15, 4.5), layout="constrained")
-    axes = figure.subplots(1, 3)
+    axes = figure.subplots(1, 3, sharex=True)
     for axis, title in zip(axes, ("training loss", "learning rate", "accuracy in %"), strict=True):
         axis.set_title(title)
         axis.set_xlabel("iterations in thousands" if in_iterations else "epochs")
