@@ -1,5 +1,6 @@
 """Tests of what runs log step by step, of `analyze.py curves`, and of the comparison with the published runs."""
 
+import dataclasses
 import json
 import random
 import re
@@ -11,12 +12,12 @@ import pytest
 import analyze
 import main
 from analysis import curves
-from analysis.published import COMMON, Published, estimate_noise, find_published, judge
+from analysis.published import Published, estimate_noise, find_published, judge
 from analysis.runs import RunLog, read_run
 from core.options import ArgumentParser
 from core.recipes import PUBLISHED
-from main import get_args_parser
-from tests.conftest import ROOT, fails, read_log
+from dense.experiments import load_experiment
+from tests.conftest import BACKBONES, ROOT, fails, read_log
 from tests.test_dense_options import TASKS
 from tests.test_options import BASE, options_of
 from utils import UserError
@@ -347,6 +348,13 @@ def test_the_published_run_is_found():
     assert find_published(RunLog("run", {}, [], [])) is None
 
 
-def test_the_published_recipe_is_that_of_main():
-    defaults = vars(get_args_parser().parse_args([]))
-    assert {name: defaults[name] for name in COMMON} == COMMON
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_runs_have_their_recipe(name):
+    """The options of the published commands, as args.json has them."""
+    backbone = next(short for short, full in BACKBONES.items() if full == name)
+    config = ROOT / f"segmentation/configs/upernet_{backbone}_512x512_160k_ade20k_swin_setting.py"
+    experiment = dataclasses.asdict(load_experiment(config).resolve())
+    for options in (vars(main.parse_args(["--recipe", "published", "--model", name])), experiment):
+        run, published = make_run(json.loads(json.dumps(options)), {"train_loss": [1.0]})
+        assert published.recipe.items() <= run.options.items()
+        assert "too early to compare" in judge(run, published)
