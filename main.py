@@ -327,9 +327,9 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
         )
     if args.distillation_type != "none" and not args.teacher_path:
         parser.error(f"--distillation-type {args.distillation_type} needs --teacher-path, the weights of the teacher")
-    for option in ("auto_resume", "save_every"):
+    for option in ("auto_resume", "save_every", "tensorboard"):
         if getattr(args, option) and not args.output_dir:
-            parser.error(f"--{option.replace('_', '-')} needs --output_dir, the folder of the checkpoints")
+            parser.error(f"--{option.replace('_', '-')} needs --output_dir, the folder of its files")
     if args.auto_resume and args.eval:
         parser.error("--auto-resume continues a training run; name the weights to evaluate with --resume")
     if len([source for source in (args.pretrained, args.finetune, args.resume) if source]) > 1:

@@ -1,6 +1,7 @@
 """Small functions without a better place: logging, random generators, versions and atomic file writes."""
 
 import functools
+import importlib.util
 import json
 import logging
 import math
@@ -35,6 +36,12 @@ class LogHandler(logging.StreamHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  a name of logging
         if not isinstance(sys.exc_info()[1], BrokenPipeError):
             super().handleError(record)
+
+
+def require_package(name: str, what: str) -> None:
+    """Raise a UserError if an optional package, which an option or command needs, is not installed."""
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"{what} needs the package {name}, which is not installed; install it: pip install {name}")
 
 
 def set_up_logging(rank: int) -> None:

@@ -207,7 +207,8 @@ class StepLog:
     def end_step(self, batch: Any, lr: float) -> None:
         """Count the images of a step; log a line after the first, every `print_freq`-th from it, and the last.
 
-        The last line is followed by one of the whole epoch, or of the part after a resume.
+        The losses are means of this process since the start of the epoch. The last line is followed by one of the
+        whole epoch, or of the part after a resume.
         """
         images = _count_images(batch) * self.settings.accumulation * get_world_size()
         self.window_images += images
@@ -215,7 +216,8 @@ class StepLog:
         done = self.meter.step
         if (done - 1) % self.settings.print_freq and done != self.steps:
             return
-        loss = self.meter.means().get("loss", math.nan)  # waits for the GPU, so that the times are right
+        means = self.meter.means()  # waits for the GPU, so that the times are right
+        loss = means.get("loss", math.nan)
         now = time.perf_counter()
         elapsed = max(now - self.window_start, 1e-9)
         eta = timedelta(seconds=int((now - self.start) / (done - self.first_step) * (self.steps - done)))
@@ -225,6 +227,8 @@ class StepLog:
             f"eta {eta}, run {self.run.remaining_time(self.steps)}  "
             f"peak memory {peak_memory(self.settings.device) / 2**20:.0f} MiB"
         )
+        place = {"epoch": self.epoch, "step": done, "steps": self.steps, "global_step": self.epoch * self.steps + done}
+        self.run.log_step(place | means | {"lr": lr})
         self.window_start, self.window_waiting, self.window_images = now, 0.0, 0
         if done == self.steps:
             logger.info("epoch %d: %d images in %.2f s", self.epoch, self.images, now - self.start)

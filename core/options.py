@@ -200,7 +200,7 @@ def add_training_options(parser: ArgumentParser, kept: str = "without it nothing
         "--output_dir",
         "--work-dir",
         metavar="FOLDER",
-        help=f"folder of args.json, log.txt and checkpoints; {kept}",
+        help=f"folder of args.json, log.txt, metrics.jsonl and checkpoints; {kept}",
     )
     group.add_argument("--resume", metavar="FILE", help="checkpoint to resume from")
     group.add_argument(
@@ -244,6 +244,12 @@ def add_training_options(parser: ArgumentParser, kept: str = "without it nothing
         help="seed of initialisation, sample order and augmentation, 0 to 2^32 - 1",
     )
     group.add_argument("--print-freq", default=10, type=POSITIVE_INT, metavar="STEPS", help="steps between log lines")
+    group.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="also write the losses, learning rates and metrics for TensorBoard, into the folder tensorboard of the "
+        "output folder",
+    )
     return group
 
 

@@ -48,7 +48,7 @@ NOT_IN_RECIPES = {
     "recipe", "model", "batch_size", "grad_checkpointing", "compile", "amp", "data_path", "inat_category",
     "nb_classes", "bad_image", "eval_crop_ratio", "num_workers", "loader_timeout", "pin_mem", "output_dir", "resume",
     "auto_resume", "save_every", "keep", "on_nonfinite", "max_skipped", "seed", "print_freq", "eval", "dist_eval",
-    "device", "dist_url", "local_rank", "deterministic", "traceback",
+    "device", "dist_url", "local_rank", "deterministic", "traceback", "tensorboard",
 }
 # fmt: on
 

@@ -11,10 +11,11 @@ from typing import Any
 import models
 from core.checkpoint import REQUIRED_KEYS, TrainState, check_format
 from core.description import Description, check_same_classes, saved_options
-from core.distributed import get_world_size, on_main
+from core.distributed import get_rank, get_world_size, on_main
 from core.run_folder import RunFolder
 from core.signals import signals_noted
-from utils import UserError
+from core.tensorboard import TensorBoard
+from utils import UserError, require_package
 
 logger = logging.getLogger("twins")
 
@@ -23,7 +24,7 @@ logger = logging.getLogger("twins")
 FREE_OPTIONS = {
     "resume", "auto_resume", "finetune", "pretrained", "output_dir", "save_every", "keep",
     "num_workers", "loader_timeout", "pin_mem", "print_freq", "dist_url", "local_rank", "traceback",
-    "config", "cfg_options", "data_root", "recipe",
+    "config", "cfg_options", "data_root", "recipe", "tensorboard",
 }
 # fmt: on
 
@@ -43,10 +44,10 @@ class Run:
 
     Args:
         options: All options of this start, which are saved in checkpoints. The run itself reads `output_dir` (None to
-            save nothing), `keep`, `resume`, `auto_resume`, `seed` and `on_nonfinite`.
+            save nothing), `keep`, `resume`, `auto_resume`, `seed`, `on_nonfinite` and `tensorboard`.
 
     Raises:
-        UserError: On entering the block, if the folder cannot be used or holds another run.
+        UserError: On entering the block, if the folder cannot be used or holds another run, or TensorBoard is missing.
     """
 
     def __init__(self, options: dict[str, Any]):
@@ -55,6 +56,7 @@ class Run:
         self.checkpoint: Path | None = None  # to resume from
         self.state: TrainState | None = None
         self.description: Description | None = None
+        self.board: TensorBoard | None = None  # of the main process
         self.best_files: Mapping[str, str] = {}
         self.total_epochs = 0
         self.first_epoch = 0
@@ -62,6 +64,8 @@ class Run:
         self.start = 0.0  # start of this session, time.perf_counter() in seconds
 
     def __enter__(self) -> "Run":
+        if self.options["tensorboard"]:
+            on_main(lambda: require_package("tensorboard", "--tensorboard"))
         with ExitStack() as stack:
             stack.enter_context(signals_noted())
             if self.folder:
@@ -178,6 +182,8 @@ class Run:
         if self.options["on_nonfinite"] == "skip":
             line["train_skipped"] = state.meter.skipped
         state.history.append({**line, "epoch": state.epoch, "n_parameters": state.n_parameters})
+        if self.board:
+            self.board.add_epoch(line, state.epoch)
         state.lr_scheduler.step(state.epoch)
         state.epoch += 1
         state.meter.start_epoch()
@@ -186,6 +192,13 @@ class Run:
         self.save([self.best_files[name] for name in better])
         if self.folder:
             on_main(lambda: self.folder.write_log(state.history))
+
+    def log_step(self, line: dict[str, Any]) -> None:
+        """Append a line of `core.meters.StepLog` to metrics.jsonl, and its values to the files of TensorBoard."""
+        if self.folder and get_rank() == 0:
+            self.folder.add_metrics(line)
+        if self.board:
+            self.board.add_step(line)
 
     def save(self, best: Sequence[str] = ()) -> None:
         """Save the checkpoint. All processes must call it.
@@ -200,6 +213,8 @@ class Run:
         def write() -> None:
             for name in best:  # the best first: after a kill between the two, the resumed run repeats the evaluation
                 self.folder.save_best(content, name)
+            if self.board:
+                self.board.flush()
             self.folder.save(content)
 
         on_main(write)
@@ -216,9 +231,15 @@ class Run:
         return timedelta(seconds=int((time.perf_counter() - self.start) / max(done, 1) * left))
 
     def _write_start(self) -> None:
-        """Write args.json, and log.txt from the checkpoint: the last session may have been killed before it."""
+        """Write args.json, and bring the logs to the checkpoint's place, as the last session may have been killed."""
+        state = self.state
         self.folder.write_args(self.options)
-        self.folder.write_log(self.state.history)
+        self.folder.write_log(state.history)
+        self.folder.cut_metrics(state.epoch, state.meter.step)
+        if self.options["tensorboard"]:
+            step = state.epoch * state.sampler.steps + state.meter.step
+            self.board = TensorBoard(self.folder.path / "tensorboard", state.epoch, step)
+            self.stack.callback(self.board.close)
 
     def _log_summary(self) -> None:
         """Log the final summary."""

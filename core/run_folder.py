@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import re
 import socket
@@ -19,6 +20,7 @@ from utils import UserError, save_checkpoint, to_json, write_text
 logger = logging.getLogger("twins")
 
 CHECKPOINT, BEST_CHECKPOINT, BEST_EMA_CHECKPOINT = "checkpoint.pth", "checkpoint_best.pth", "checkpoint_best_ema.pth"
+METRICS = "metrics.jsonl"
 
 
 class RunFolder:
@@ -27,6 +29,7 @@ class RunFolder:
     Its files are `checkpoint.pth`, the newest checkpoint; `checkpoint.1.pth`, `checkpoint.2.pth` and so on, the earlier
     ones; the best checkpoints; log.txt, which is derived from the newest checkpoint; args.json; and `.lock`, which
     names the process that holds the lock. If the process is killed at any time, each of these files is intact.
+    metrics.jsonl grows line by line; what a killed process wrote after the newest checkpoint is cut off by the next.
 
     Args:
         path: Folder; created if it does not exist, and removed at the end if it is still empty.
@@ -131,12 +134,18 @@ class RunFolder:
             )
 
     def results(self) -> list[Path]:
-        """Return the results that a new run would overwrite: checkpoints, and log.txt unless it is empty."""
+        """Return the results that a new run would overwrite: checkpoints, and log.txt unless it is empty.
+
+        metrics.jsonl alone is no result: its run ended before the first checkpoint and cannot be continued.
+        """
         best = [self.path / name for name in (BEST_CHECKPOINT, BEST_EMA_CHECKPOINT, "log.txt")]
         return [*self.generations().values(), *(file for file in best if file.exists() and file.stat().st_size)]
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Write the newest checkpoint and keep the older ones."""
+        if (self.path / METRICS).exists():
+            with open(self.path / METRICS, "a") as file:
+                os.fsync(file.fileno())  # the lines up to the checkpoint are not written again
         save_checkpoint(checkpoint, self.generation(0), self._age_generations)
 
     def _age_generations(self) -> None:
@@ -160,9 +169,42 @@ class RunFolder:
         """Write log.txt, one line of JSON per epoch."""
         write_text(self.path / "log.txt", "".join(to_json(line) + "\n" for line in history))
 
+    def add_metrics(self, line: dict[str, Any]) -> None:
+        """Append a line of JSON to metrics.jsonl."""
+        path = self.path / METRICS
+        try:
+            with open(path, "a") as file:
+                file.write(to_json(line) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}); correct the cause, then run the same command again, "
+                "with --auto-resume"
+            ) from error
+
+    def cut_metrics(self, epoch: int, step: int) -> None:
+        """Remove the lines after a place in the run from metrics.jsonl; the run writes them again.
+
+        Args:
+            epoch: Number of completed epochs.
+            step: Number of completed steps of the next epoch.
+        """
+        path = self.path / METRICS
+        if path.exists():
+            *lines, _ = path.read_text(errors="replace").split("\n")  # after the last line end: a part of a line
+            write_text(path, "".join(line + "\n" for line in lines if _place(line) <= (epoch, step)))
+
     def write_args(self, args: dict[str, Any]) -> None:
         """Write args.json, the options of the run and the versions of the libraries."""
         write_text(self.path / "args.json", json.dumps({"args": args, "versions": utils.versions()}, indent=2) + "\n")
+
+
+def _place(line: str) -> tuple[float, float]:
+    """Return the epoch and the step of a line of metrics.jsonl; infinity for a damaged line."""
+    try:
+        values = json.loads(line)
+        return float(values["epoch"]), float(values["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf, math.inf
 
 
 def _is_intact(path: Path) -> bool:

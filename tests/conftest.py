@@ -262,11 +262,12 @@ CHECKPOINTS = ("checkpoint.pth", "checkpoint_best.pth", "checkpoint_best_ema.pth
 
 
 def assert_same_run(folder: Path, other: Path, checkpoints=CHECKPOINTS) -> None:
-    """Compare the checkpoints and logs of two runs bit for bit."""
+    """Compare the checkpoints, log.txt and metrics.jsonl of two runs bit for bit."""
     for name in checkpoints:
         states = [torch.load(path / name, weights_only=True) for path in (folder, other)]
         assert_equal(*({key: state[key] for key in set(state) - {"args", "versions"}} for state in states), name)
-    assert (folder / "log.txt").read_text() == (other / "log.txt").read_text()
+    for name in ("log.txt", "metrics.jsonl"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
 
 
 def assert_equal(a, b, where=""):

@@ -41,6 +41,7 @@ DENSE_TRAIN = {
     "max_skipped": "test_options_of_a_dense_training",
     "seed": "test_options_of_a_dense_training",
     "print_freq": "test_options_of_a_dense_training",
+    "tensorboard": "test_tensorboard_shows_the_lines_of_the_logs",
     "pretrained": "test_a_tiny_network_learns_from_a_classifiers_weights",
     "finetune": "test_fine_tuning_makes_new_heads_for_other_classes",
     "freeze": "test_frozen_stages_of_a_backbone_keep_their_weights",

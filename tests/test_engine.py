@@ -61,6 +61,9 @@ class Saves:
     def remaining_time(self, steps):
         return timedelta(0)
 
+    def log_step(self, line):
+        pass
+
 
 def train(model, batches, compute_losses=cross_entropy, lr=0.1, save=None, state=None, **settings):
     """Train an epoch by SGD; `state` replaces fields of the TrainState."""

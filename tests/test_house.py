@@ -112,6 +112,11 @@ def test_only_tests_import_main_and_benchmarks():
     assert not find_imports(lambda importer, imported: imported in {"main", "benchmarks"} and importer != "tests")
 
 
+def test_only_tests_import_analyze_and_only_it_imports_analysis():
+    assert not find_imports(lambda importer, imported: imported == "analyze" and importer != "tests")
+    assert not find_imports(lambda importer, imported: imported == "analysis" and importer not in {"analyze", "tests"})
+
+
 def test_few_import_predict():
     users = {"analyze", "export", "hubconf", "tests"}
     assert not find_imports(lambda importer, imported: imported == "predict" and importer not in users)

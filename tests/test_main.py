@@ -76,6 +76,7 @@ def test_training_writes_its_files(trained):
         "checkpoint_best.pth",
         "checkpoint_best_ema.pth",
         "log.txt",
+        "metrics.jsonl",
     }
     assert {file.name for file in folder.iterdir()} == files
     keys = {"train_lr", "train_loss", "test_loss", "test_acc1", "test_acc5", "epoch", "n_parameters"}

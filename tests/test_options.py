@@ -105,6 +105,7 @@ ELSEWHERE = {
     "on_nonfinite": "test_non_finite_steps_are_skipped_and_counted",
     "max_skipped": "test_non_finite_steps_are_skipped_and_counted",
     "print_freq": "test_log_lines_follow_their_option",
+    "tensorboard": "test_tensorboard_shows_the_lines_of_the_logs",
     "eval": "test_evaluation_of_a_checkpoint_repeats_the_metrics",
     "dist_eval": "test_a_distributed_evaluation_takes_a_part_of_the_images",
     "device": "test_unknown_device",

@@ -11,7 +11,8 @@ from core.meters import EpochMeter, show_progress
 from core.run import Run
 from utils import UserError
 
-OPTIONS = {"output_dir": None, "keep": 2, "resume": None, "auto_resume": False, "seed": 0, "on_nonfinite": "stop"}
+OPTIONS = {"output_dir": None, "keep": 2, "resume": None, "auto_resume": False, "seed": 0}
+OPTIONS |= {"on_nonfinite": "stop", "tensorboard": False}
 
 
 @pytest.mark.parametrize(

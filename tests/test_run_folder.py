@@ -251,3 +251,48 @@ def test_a_folder_that_cannot_be_created(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file/run: cannot be written to"), RunFolder(tmp_path / "file/run"):
         pass
+
+
+def write_metrics(folder: RunFolder, *lines: str) -> None:
+    (folder.path / "metrics.jsonl").write_text("".join(lines))
+
+
+def test_metrics_after_the_checkpoint_are_cut(folder):
+    """A complete line at the checkpoint's place stays byte for byte; later, damaged and incomplete lines go."""
+    kept = ['{"epoch": 0, "step": 9, "loss": 1.50}\n', '{"epoch": 1, "step": 2, "loss": null}\n']
+    damaged = ['{"epoch": 0, "st\n', "[0, 1]\n", '{"step": 1}\n', "\n", '{"epoch": null, "step": 1}\n']
+    later = ['{"epoch": 1, "step": 3}\n', '{"epoch": 2, "step": 1}\n', '{"epoch": 0, "step": 1}']
+    write_metrics(folder, kept[0], *damaged, kept[1], *later)
+    folder.cut_metrics(1, 2)
+    assert (folder.path / "metrics.jsonl").read_text() == "".join(kept)
+    folder.add_metrics({"epoch": 1, "step": 3, "loss": math.nan})
+    assert (folder.path / "metrics.jsonl").read_text().endswith('null}\n{"epoch": 1, "step": 3, "loss": null}\n')
+
+
+def test_metrics_of_an_older_run_may_be_missing_or_damaged(folder):
+    folder.cut_metrics(1, 2)
+    assert not (folder.path / "metrics.jsonl").exists()
+    (folder.path / "metrics.jsonl").write_bytes(b"\xff\x00 no text")
+    folder.cut_metrics(1, 2)
+    assert (folder.path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_metrics_alone_are_no_result(folder):
+    """They are those of a run that was killed before its first checkpoint; it starts again."""
+    write_metrics(folder, '{"epoch": 0, "step": 1}\n')
+    folder.refuse_results()
+    assert folder.find_checkpoint() is None
+
+
+def test_metrics_reach_the_disk_before_the_checkpoint(folder, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(os, "fsync", lambda fd: flushed.append(os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))))
+    folder.add_metrics({"epoch": 0, "step": 1})
+    folder.save({"number": 1})
+    assert flushed[:2] == ["metrics.jsonl", ".checkpoint.pth.tmp"]
+
+
+def test_metrics_that_cannot_be_written_end_with_one_line(folder):
+    (folder.path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics.jsonl: cannot be written \(Is a directory\); correct the cause"):
+        folder.add_metrics({"epoch": 0, "step": 1})

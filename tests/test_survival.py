@@ -52,6 +52,7 @@ INSTANTS = {
     "while a checkpoint is written": lambda run: (
         lines(run, r"\[2/3\]") and (run.folder / ".checkpoint.pth.tmp").exists()
     ),
+    "after a log line": lambda run: lines(run, r"\[2/3\]"),
     "between epochs": lambda run: lines(run, "Accuracy of the network"),
     "at any time": lambda run: lines(run, "batch: "),
 }

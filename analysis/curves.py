@@ -1,0 +1,158 @@
+"""Show the loss, the learning rate and the accuracy of training runs, in a table and in a picture.
+
+    python analyze.py curves output/shapes
+    python analyze.py curves output/first output/second --out pictures
+
+A run of a published model is shown beside the published curves, and a line says whether it is on track;
+analysis/published.py defines this. Epochs are counted from 0, as in log.txt.
+"""
+
+import argparse
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from analysis.published import Published, find_published, judge
+from analysis.runs import RunLog, read_run
+from core.distributed import Processes
+from core.options import ArgumentParser
+from utils import UserError, make_folder, require_package
+
+logger = logging.getLogger("twins")
+
+MAX_POINTS = 300  # points of a line in the picture; longer series are averaged
+BLOCKS = "▁▂▃▄▅▆▇█"
+MAX_BLOCKS = 40
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add the options of `analyze.py curves`, and set those that `run_script` reads."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="output folder of a training run, or its log.txt")
+    parser.add_argument(
+        "--out", metavar="FOLDER", help="folder of curves.png and curves.svg (default: the folder of the first run)"
+    )
+    parser.add_argument("--text", action="store_true", help="print the table only, which needs no matplotlib")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of input errors, too")
+    parser.set_defaults(device="cpu", dist_url="env://", deterministic=False, loader_timeout=0)
+
+
+def run(args: argparse.Namespace, processes: Processes) -> None:
+    """Print the table of the runs and draw their curves."""
+    runs = [read_run(path) for path in args.runs]
+    if not args.text:
+        require_package("matplotlib", "the picture (--text prints the table only)")
+    published = [find_published(log) for log in runs]
+    logger.info("%s", make_table(runs))
+    verdicts = [judge(log, other) for log, other in zip(runs, published, strict=True) if other]
+    for verdict in verdicts:
+        logger.info("%s", verdict)
+    if not args.text:
+        first = Path(args.runs[0])
+        folder = Path(args.out) if args.out else first if first.is_dir() else first.parent
+        save_picture(draw(runs, published), folder)
+
+
+# -------------------------------------------------------------------------------------------------------------- text
+
+
+def make_table(runs: Sequence[RunLog]) -> str:
+    """Return a table of the runs: completed epochs, latest loss, best accuracy, and the accuracy by epoch in blocks."""
+    rows = [("run", "epochs", "loss", "best accuracy", "by epoch")]
+    for log in runs:
+        done = f"{len(log.history)} of {log.total_epochs}" if log.total_epochs else str(len(log.history))
+        losses = list(log.series("train_loss").values()) or log.step_series("loss")[1]
+        accuracies = log.series(log.figure) if log.figure else {}
+        best = "-"
+        if accuracies:
+            epoch = max(accuracies, key=accuracies.get)
+            best = f"{log.figure} {accuracies[epoch]:.2f} in epoch {epoch}"
+        rows.append((log.name, done, f"{losses[-1]:.4f}" if losses else "-", best, draw_blocks(accuracies.values())))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def draw_blocks(values: Sequence[float]) -> str:
+    """Return a line chart of block characters, from the lowest value to the highest."""
+    values = average_parts(list(values), MAX_BLOCKS)
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    levels = [(value - low) / max(high - low, 1e-12) for value in values]
+    return "".join(BLOCKS[round(level * (len(BLOCKS) - 1))] for level in levels)
+
+
+def average_parts(values: list[float], parts: int) -> list[float]:
+    """Return the means of equal parts of a series, at most so many; the series itself if it is short."""
+    size = max(1, -(-len(values) // parts))  # rounded up
+    return [mean(values[start : start + size]) for start in range(0, len(values), size)]
+
+
+# ----------------------------------------------------------------------------------------------------------- picture
+
+
+def draw(runs: Sequence[RunLog], published: Sequence[Published | None]) -> Any:
+    """Return a matplotlib figure of the runs, with published runs, each once, as broad gray lines.
+
+    The unit of time is 1000 iterations if all runs are counted in iterations, and the epoch otherwise.
+    """
+    from matplotlib.figure import Figure  # an optional package
+
+    in_iterations = all(log.interval for log in runs)
+    figure = Figure(figsize=(15, 4.5), layout="constrained")
+    axes = figure.subplots(1, 3, sharex=True)
+    for axis, title in zip(axes, ("training loss", "learning rate", "accuracy in %"), strict=True):
+        axis.set_title(title)
+        axis.set_xlabel("iterations in thousands" if in_iterations else "epochs")
+        axis.grid(alpha=0.3)
+    drawn = set()
+    for number, (log, other) in enumerate(zip(runs, published, strict=True)):
+        unit = log.interval / 1000 if in_iterations else 1
+        if other and other.log.name not in drawn:
+            drawn.add(other.log.name)
+            draw_run(axes, other.log, unit, color=str(0.8 - 0.1 * (len(drawn) % 4)), linewidth=4)
+        draw_run(axes, log, unit, color=f"C{number % 10}")
+    axes[2].legend(fontsize="small")
+    return figure
+
+
+def draw_run(axes: Sequence[Any], log: RunLog, unit: float, **style) -> None:
+    """Draw a run: losses and learning rates of its log lines, or means of its epochs if not all have log lines.
+
+    Args:
+        axes: Axes of the loss, the learning rate and the accuracy.
+        log: Run to draw.
+        unit: Length of an epoch on the horizontal axis.
+        **style: Options of the lines.
+    """
+    has_all_steps = log.steps and log.steps[0]["epoch"] == 0
+    for axis, name in ((axes[0], "loss"), (axes[1], "lr")):
+        if has_all_steps:
+            places, values = log.step_series(name)
+        else:
+            means = log.series(f"train_{name}")
+            places, values = [epoch + 0.5 for epoch in means], list(means.values())
+        draw_line(axis, [unit * place for place in places], values, **style)
+    values = log.series(log.figure) if log.figure else {}
+    label = f"{log.name} ({log.figure})" if log.figure else log.name
+    draw_line(axes[2], [unit * (epoch + 1) for epoch in values], list(values.values()), label=label, **style)
+
+
+def draw_line(axis: Any, places: list[float], values: list[float], **style) -> None:
+    """Draw a line, averaged to `MAX_POINTS`; few points have markers."""
+    marker = "." if len(values) < 20 else None
+    axis.plot(average_parts(places, MAX_POINTS), average_parts(values, MAX_POINTS), marker=marker, **style)
+
+
+def save_picture(figure: Any, folder: Path) -> None:
+    """Write a figure as curves.png and curves.svg."""
+    make_folder(folder)
+    for suffix in ("png", "svg"):
+        path = folder / f"curves.{suffix}"
+        try:
+            figure.savefig(path, dpi=120)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
+    logger.info("wrote %s and %s", folder / "curves.png", folder / "curves.svg")
