@@ -82,22 +82,19 @@ def add_eval_crop_option(group) -> None:
 
 def build_train_transform(args) -> Callable[[Image.Image], "TrainImages"]:
     """Build the training transform: timm's augmentation of a PIL image, returned as `TrainImages`."""
-    try:
-        if not args.aa:
-            raise ValueError("timm takes an empty name as no policy")
-        steps = create_transform(
-            input_size=args.input_size,
-            is_training=True,
-            scale=args.scale,
-            color_jitter=args.color_jitter,
-            auto_augment=None if args.aa == "none" else args.aa,
-            interpolation=args.train_interpolation,
-            re_prob=args.reprob,
-            re_mode=args.remode,
-            re_count=args.recount,
-        ).transforms
-    except (AssertionError, ValueError, LookupError) as error:  # of the policy; the other options are checked before
-        raise UserError(f"--aa {args.aa!r} is not a policy of timm; use one such as rand-m9-mstd0.5-inc1") from error
+    if args.aa != "none":
+        check_policy(args.aa)
+    steps = create_transform(
+        input_size=args.input_size,
+        is_training=True,
+        scale=args.scale,
+        color_jitter=args.color_jitter,
+        auto_augment=None if args.aa == "none" else args.aa,
+        interpolation=args.train_interpolation,
+        re_prob=args.reprob,
+        re_mode=args.remode,
+        re_count=args.recount,
+    ).transforms
     for step in steps:
         if isinstance(step, POLICIES):
             adapt_policy(step)
@@ -236,6 +233,19 @@ class RandomCrop(RandomResizedCropAndInterpolation):
 
 
 # -------------------------------------------------------------------------------- operations of timm's policies
+
+
+def check_policy(name: str) -> None:
+    """Raise a UserError if timm has no augmentation policy of this name."""
+    build = auto_augment.auto_augment_transform
+    if name.startswith("rand"):
+        build = auto_augment.rand_augment_transform
+    elif name.startswith("augmix"):
+        build = auto_augment.augment_and_mix_transform
+    try:
+        build(name, {})
+    except (AssertionError, ValueError, LookupError) as error:
+        raise UserError(f"--aa {name!r} is not a policy of timm; use one such as rand-m9-mstd0.5-inc1") from error
 
 
 def adapt_policy(policy: Callable) -> None:

@@ -60,10 +60,11 @@ def find_files(experiment: Experiment, part: str) -> tuple[dict[str, Path], dict
     folder, split = root / getattr(experiment, f"{part}_images"), getattr(experiment, f"{part}_split")
     suffixes = [experiment.image_suffix] if experiment.image_suffix else IMAGE_SUFFIXES
     images, others = _list_files(folder, f"{part}_images", suffixes)
-    counts = Counter(file.suffix for file in others if file.is_file() and not file.name.startswith("."))
-    if counts and not experiment.image_suffix:
+    if not experiment.image_suffix:
+        counts = Counter(file.suffix for file in others if file.is_file() and not file.name.startswith("."))
         left_out = ", ".join(f"{count} with the suffix {suffix!r}" for suffix, count in sorted(counts.items()))
-        logger.info("note: %s: files left out: %s; image_suffix chooses another suffix", folder, left_out)
+        if left_out:
+            logger.info("note: %s: files left out: %s; image_suffix chooses another suffix", folder, left_out)
     if split:
         names = _read_lines(root / split, "write the names of the images in it, one per line, without suffix")
         missing = next((name for name in names if name not in images), None)
