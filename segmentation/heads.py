@@ -4,6 +4,7 @@ All take the maps of a backbone, `(B, C_i, H / s_i, W / s_i)` at strides s_i of 
 `(B, classes, H / s, W / s)`, which the segmentor resizes.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -120,8 +121,8 @@ class FPN(nn.Module):
     def __init__(self, in_channels: Sequence[int], channels: int = 256):
         super().__init__()
         self.channels = channels
-        self.lateral_convs = nn.ModuleList(_NamedConv(width, channels, 1) for width in in_channels)
-        self.fpn_convs = nn.ModuleList(_NamedConv(channels, channels, 3) for _ in in_channels)
+        self.lateral_convs = nn.ModuleList(_named_conv(width, channels, 1) for width in in_channels)
+        self.fpn_convs = nn.ModuleList(_named_conv(channels, channels, 3) for _ in in_channels)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         laterals = [conv(x) for conv, x in zip(self.lateral_convs, maps, strict=True)]
@@ -131,18 +132,13 @@ class FPN(nn.Module):
         return [conv(x) for conv, x in zip(self.fpn_convs, pyramid, strict=True)]
 
 
-class _NamedConv(nn.Module):
-    """A convolution with the parameter names `conv.weight` and `conv.bias` of the released weights."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int):
-        super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
-        # The original never called the neck's `init_weights`, so the initialisation of its convolutions stayed.
-        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")
-        nn.init.zeros_(self.conv.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+def _named_conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Module:
+    """Return a convolution with the parameter names `conv.weight` and `conv.bias` of the released weights."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+    # The original never called the neck's `init_weights`, so the initialisation of its convolutions stayed.
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    nn.init.zeros_(conv.bias)
+    return nn.Sequential(OrderedDict(conv=conv))
 
 
 class FPNHead(DecodeHead):

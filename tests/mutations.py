@@ -193,7 +193,7 @@ MUTATIONS = [
              ("test_segmentation_data.py::test_colours_change_as_by_opencv",)),
     Mutation("an image is distorted in all its rows", "segmentation/transforms.py", "range(0, pixels.shape[1], CACHED_ROWS)", "range(0, CACHED_ROWS, CACHED_ROWS)",
              ("test_segmentation_data.py::test_distortions_are_made_one_after_the_other",)),
-    Mutation("initial weights of the neck", "segmentation/heads.py", '        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out", nonlinearity="relu")\n        nn.init.zeros_', "        nn.init.xavier_uniform_(self.conv.weight)\n        nn.init.zeros_",
+    Mutation("initial weights of the neck", "segmentation/heads.py", '    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")\n    nn.init.zeros_', "    nn.init.xavier_uniform_(conv.weight)\n    nn.init.zeros_",
              ("test_segmentation_network.py::test_heads_and_neck_start_with_the_published_distributions[FPN]",)),
     Mutation("ignored_label", "segmentation/data.py", " | (stored == ignored_label)", "",
              ("test_segmentation_data.py::test_other_folders_suffixes_lists_and_an_ignored_label",)),
