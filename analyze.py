@@ -1,18 +1,20 @@
 """Look at training runs.
 
+    python analyze.py data --recipe shapes
     python analyze.py curves output/shapes
+    python analyze.py evaluate output/shapes/checkpoint_best.pth
 
 `python analyze.py COMMAND --help` lists the options of a command; the modules of analysis/ are the commands.
 """
 
 from collections.abc import Sequence
 
-from analysis import curves
+from analysis import curves, data, evaluation
 from core.launch import run_script
 from core.options import ArgumentParser
 
 # Modules with the functions add_options(parser) and run(args, processes), and a docstring that starts with the purpose.
-COMMANDS = {"curves": curves}
+COMMANDS = {"data": data, "curves": curves, "evaluate": evaluation}
 
 
 def get_parser() -> ArgumentParser:

@@ -35,7 +35,7 @@ from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 from torchvision.transforms.v2.functional import to_pil_image
 
 import models
-from core.description import TASKS, Description, read_description
+from core.description import Description, find_task, read_description
 from core.distributed import Processes, choose_device
 from core.images import BadImageError, draw_captions, draw_heat, log_unused, save_png
 from core.launch import one_line, run_script
@@ -60,7 +60,7 @@ from detection.pictures import describe_none
 from models.attention import attention_maps, check_blocks, grad_cam
 from segmentation.data import ADE20K_CLASSES, read_classes
 from segmentation.predictor import Segmentation, SegmentationPredictor
-from transforms import STATISTICS, build_eval_transform
+from transforms import build_eval_transform, to_picture
 from utils import UserError, make_folder
 
 logger = logging.getLogger("twins")
@@ -157,8 +157,7 @@ class Classifier(Predictor):
         images = pixels[None].to(self.device)
         heat = {f"Grad-CAM of {self.classes[best]}": grad_cam(self.model, images, best[None].to(self.device))}
         heat |= attention_maps(self.model, images, blocks)
-        mean, std = (torch.tensor(values)[:, None, None] for values in STATISTICS)
-        seen = to_pil_image((pixels * std + mean).clamp(0, 1))
+        seen = to_picture(pixels)
         panels = {title: draw_heat(seen, maps[0].cpu()) for title, maps in heat.items()}
         return draw_captions({"image": seen} | panels)
 
@@ -282,7 +281,7 @@ def describe(weights: str | Path, model: str | None, config: str | Path | None) 
     elif config:
         experiment = load_experiment(config)
         options = {field.name: getattr(experiment, field.name) for field in fields(experiment)}
-        task = next(task for option, task in TASKS.items() if option in options)
+        task = find_task(options)
     else:
         raise UserError(
             f"{weights}: does not name its network; pass --model for a classifier, or --config for an experiment of "

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import to_pil_image
 
 from core.options import NON_NEGATIVE, POSITIVE_INT, SHARE, number
 from utils import UserError
@@ -145,6 +146,12 @@ def normalise(images: Tensor) -> Tensor:
         mean, std = (values.movedim(0, -1).repeat(1, width, 1).movedim(-1, 0) for values in (mean, std))
     images = images.float().div_(255).sub_(mean) if images.dtype == torch.uint8 else images - mean
     return images.div_(std)
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """Return a normalised image `(3, H, W)` as a PIL image."""
+    mean, std = _make_statistics(pixels.device)
+    return to_pil_image((pixels * std + mean).clamp(0, 1))
 
 
 def _make_statistics(device: torch.device) -> tuple[Tensor, Tensor]:

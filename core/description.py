@@ -1,6 +1,6 @@
 """What a checkpoint says about its network besides the weights: task, classes, normalisation and options."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,11 @@ class Description:
         return kind(**{name: value for name, value in self.options.items() if name in known})
 
 
+def find_task(options: Mapping[str, Any]) -> str:
+    """Return the task of a run by its options, or by the fields of its experiment."""
+    return next(task for option, task in TASKS.items() if option in options)
+
+
 def read_description(path: str | Path, task: str | None = None) -> Description:
     """Read the description of a checkpoint of this code. For other files of weights nothing is known.
 
@@ -53,7 +58,7 @@ def read_description(path: str | Path, task: str | None = None) -> Description:
         return Description(task="")
     check_format(path, content)
     options = saved_options(content)
-    known = next(name for option, name in TASKS.items() if option in options)
+    known = find_task(options)
     if task not in (None, known):
         raise UserError(f"{path}: is a checkpoint of {known}, not of {task}; use the scripts of that task")
     return Description(**({"task": known} | content.get("description", {})), options=options)

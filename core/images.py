@@ -125,15 +125,20 @@ def plain_text(text: str) -> str:
     return letters.encode("ascii", "replace").decode()
 
 
-def enlarge(image: Image.Image) -> Image.Image:
-    """Enlarge an image by a whole factor, so that its longer side has at least `MIN_SIDE` pixels."""
-    factor = -(-MIN_SIDE // max(image.size))
+def enlarge(image: Image.Image, min_side: int = MIN_SIDE) -> Image.Image:
+    """Enlarge an image by a whole factor, so that its longer side has at least `min_side` pixels."""
+    factor = -(-min_side // max(image.size))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def draw_captions(images: Mapping[str, Image.Image]) -> Image.Image:
-    """Return a picture of RGB images side by side, with their captions of one or more lines below."""
-    panels = {plain_text(caption): enlarge(image) for caption, image in images.items()}
+def draw_captions(images: Mapping[str, Image.Image], min_side: int = MIN_SIDE) -> Image.Image:
+    """Return a picture of RGB images side by side, with their captions of one or more lines below.
+
+    Args:
+        images: Images by their captions.
+        min_side: Minimum length of the longer side of an image in pixels; smaller images are enlarged.
+    """
+    panels = {plain_text(caption): enlarge(image, min_side) for caption, image in images.items()}
     font_size = max(text_size(panel.size) for panel in panels.values())
     font, line = ImageFont.load_default(font_size), line_height(font_size)
     text_height = line * max(len(caption.splitlines()) for caption in panels) + GAP

@@ -97,7 +97,7 @@ def summarise(
     def compute() -> dict[str, float]:
         figures = {}
         for kind in kinds:
-            evaluation, lines = _evaluate(truth, image_ids, results, kind)
+            evaluation, lines = evaluate_kind(truth, image_ids, results, kind)
             values = zip(METRICS, evaluation.stats.tolist(), strict=False)
             figures.update({f"{kind}_{name}": value for name, value in values})
             if tables:
@@ -134,7 +134,7 @@ def read_results(path: Path, truth: COCO, kinds: Iterable[str]) -> list[dict]:
     return results
 
 
-def _evaluate(truth: COCO, image_ids: list[int], results: list[dict], kind: str) -> tuple[COCOeval, str]:
+def evaluate_kind(truth: COCO, image_ids: list[int], results: list[dict], kind: str) -> tuple[COCOeval, str]:
     """Run pycocotools and return its lines, too. Without any results the figures are 0, or -1 for undefined ones."""
     lines = io.StringIO()
     with contextlib.redirect_stdout(lines):

@@ -118,7 +118,7 @@ def test_only_tests_import_analyze_and_only_it_imports_analysis():
 
 
 def test_few_import_predict():
-    users = {"analyze", "export", "hubconf", "tests"}
+    users = {"analysis", "analyze", "export", "hubconf", "tests"}
     assert not find_imports(lambda importer, imported: imported == "predict" and importer not in users)
 
 

@@ -1,0 +1,87 @@
+"""How well a detector finds objects: AP by class and size, and precision-recall curves, all by pycocotools."""
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools.cocoeval import COCOeval
+
+from analysis.pictures import draw_bars, save_figure, write_table
+from core.distributed import Processes
+from core.options import choose_amp
+from detection.configs.recipes import Experiment
+from detection.metrics import evaluate_kind, find_objects, read_results
+from detection.train import KINDS, build_eval_loader
+
+logger = logging.getLogger("twins")
+
+MAX_CURVES = 12  # classes whose curves are drawn
+
+
+def analyse_detector(subject, args: argparse.Namespace, processes: Processes, folder: Path) -> None:
+    """Evaluate a detector or its results on the validation set; write the files of `write_kind` for boxes and masks."""
+    experiment = subject.to_experiment(Experiment, args)
+    kinds = KINDS[experiment.detector]
+    loader = build_eval_loader(args, experiment, processes)
+    dataset = loader.dataset
+    subject.check_classes(dataset.classes)
+    if subject.predictor:
+        amp_dtype = choose_amp(args.amp, processes.device)
+        model = subject.predictor.model
+        results = find_objects(model, loader, processes.device, dataset.category_ids, amp_dtype=amp_dtype)
+    else:
+        results = read_results(subject.path, dataset.coco, kinds)
+    for kind in kinds:
+        evaluation, lines = evaluate_kind(dataset.coco, dataset.ids, results, kind)
+        logger.info("%s:\n%s", kind, lines)
+        write_kind(evaluation, dataset.classes, folder, kind)
+
+
+def write_kind(evaluation: COCOeval, classes: list[str], folder: Path, kind: str) -> None:
+    """Write KIND_classes.csv, KIND_ap.png, KIND_curves.csv and KIND_curves.png for boxes or masks.
+
+    Args:
+        evaluation: Evaluation by pycocotools; its precisions are of shape `(IoU, recall, class, size, limit)`.
+        classes: Names of the classes.
+        folder: Folder of the files.
+        kind: `"bbox"` or `"segm"`.
+    """
+    precision = np.where(evaluation.eval["precision"] > -1, evaluation.eval["precision"], np.nan)[..., -1]
+    with np.errstate(invalid="ignore"):
+        by_class = {"AP": precision[:, :, :, 0], "AP50": precision[:1, :, :, 0], "AP75": precision[5:6, :, :, 0]}
+        by_class |= {f"AP{size}": precision[:, :, :, i] for i, size in enumerate("sml", start=1)}
+        columns = {name: [_mean(part[:, :, k]) for k in range(len(classes))] for name, part in by_class.items()}
+    write_table(folder / f"{kind}_classes.csv", ("class", *columns), zip(classes, *columns.values(), strict=True))
+    aps = {name: 100 * ap for name, ap in zip(classes, columns["AP"], strict=True)}
+    save_figure(draw_bars(aps, f"{kind} AP in %"), folder / f"{kind}_ap.png")
+    recalls = evaluation.params.recThrs
+    curves = {"IoU 0.50": precision[0, :, :, 0], "IoU 0.75": precision[5, :, :, 0]}
+    curves = {name: [_mean(row) for row in part] for name, part in curves.items()}
+    curves["IoU 0.50 to 0.95"] = [_mean(precision[:, i, :, 0]) for i in range(len(recalls))]
+    rows = zip(recalls.tolist(), *curves.values(), strict=True)
+    write_table(folder / f"{kind}_curves.csv", ("recall", *curves), rows)
+    by_name = {name: precision[0, :, k, 0] for k, name in enumerate(classes)} if len(classes) <= MAX_CURVES else {}
+    save_figure(draw_curves(recalls, curves, by_name), folder / f"{kind}_curves.png")
+
+
+def _mean(values: np.ndarray) -> float:
+    """Return the mean of the defined values; NaN if there are none."""
+    defined = values[~np.isnan(values)]
+    return defined.mean().item() if defined.size else float("nan")
+
+
+def draw_curves(recalls: np.ndarray, curves: dict[str, Any], by_class: dict[str, Any]) -> Any:
+    """Return a figure of precision by recall: the means over the classes, and each class at IoU 0.5."""
+    from matplotlib.figure import Figure  # an optional package
+
+    parts = [("mean over the classes", curves)] + ([("classes at IoU 0.5", by_class)] if by_class else [])
+    figure = Figure(figsize=(6 * len(parts), 5), layout="constrained")
+    for axis, (title, lines) in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
+        for name, values in lines.items():
+            axis.plot(recalls, values, label=name)
+        axis.set(title=title, xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize="small")
+    return figure

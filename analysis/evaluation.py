@@ -1,0 +1,113 @@
+"""Evaluate trained weights, and show what the network confuses.
+
+    python analyze.py evaluate output/shapes/checkpoint_best.pth
+    python analyze.py evaluate output/pets/checkpoint_best.pth --data-path pets --worst 50
+    python analyze.py evaluate results.json --config detection/configs/mask_rcnn_alt_gvt_tiny_shapes.py
+
+It writes tables and pictures: for a classifier the confusion matrix, precision, recall and F1 of each class, and
+the images with the highest loss; for segmentation the IoU of each class, the confusion of pixels, and the images
+with the lowest mIoU; for detection the AP of each class and size, and precision-recall curves. Results that the
+test.py of a dense task has written by --out take the place of weights, with --config.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from analysis.classification import analyse_classifier
+from analysis.segmentation import analyse_segmentor
+from core.description import Description, check_same_classes, find_task
+from core.distributed import Processes
+from core.options import (
+    POSITIVE_INT,
+    ArgumentParser,
+    add_compute_options,
+    add_loader_options,
+    add_process_options,
+)
+from core.predictor import Predictor
+from core.signals import signals_noted
+from dense.experiments import load_experiment
+from predict import find_description, load_predictor
+from utils import UserError, require_package
+
+
+@dataclasses.dataclass
+class Subject:
+    """What is evaluated."""
+
+    path: Path  # weights or results
+    description: Description
+    predictor: Predictor | None  # None for results
+
+    def to_experiment(self, kind: type, args: argparse.Namespace) -> Any:
+        """Return the experiment of a dense task, on the data of `--data-path`."""
+        experiment = self.description.to_experiment(kind)
+        if args.data_path:
+            experiment = dataclasses.replace(experiment, data_root=args.data_path)
+        return experiment.resolve()
+
+    def check_classes(self, classes: list[str]) -> None:
+        """Raise a UserError if the data have other classes than the weights."""
+        if self.predictor:
+            check_same_classes(self.path, self.description.classes, classes)
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Add the options of `analyze.py evaluate`."""
+    parser.add_argument("weights", metavar="WEIGHTS", help="weights, or results of a dense task (JSON file or folder)")
+    group = parser.add_argument_group("evaluation")
+    group.add_argument("--data-path", metavar="FOLDER", help="folder of the data (default: that of the training)")
+    group.add_argument(
+        "--out", metavar="FOLDER", help="folder of the tables and pictures (default: analysis, beside WEIGHTS)"
+    )
+    group.add_argument(
+        "--worst", type=POSITIVE_INT, default=24, metavar="N", help="number of images on the contact sheet"
+    )
+    group.add_argument("--model", metavar="NAME", help="classifier, for released weights")
+    group.add_argument("--config", metavar="FILE", help="experiment, for results and released weights")
+    group.add_argument("--model-ema", action="store_true", help="use the moving average of a classifier's weights")
+    group.add_argument(
+        "--batch-size", type=POSITIVE_INT, default=64, metavar="N", help="images of a classifier's batch"
+    )
+    add_compute_options(group, amp="off")
+    add_loader_options(group, num_workers=4)
+    add_process_options(parser)
+
+
+def run(args: argparse.Namespace, processes: Processes) -> None:
+    """Evaluate the weights or the results and write tables and pictures."""
+    require_package("matplotlib", "analyze.py evaluate")
+    if processes.world_size > 1:
+        raise UserError("analyze.py runs in one process; start it without a launcher")
+    subject = load_subject(args, processes)
+    folder = Path(args.out) if args.out else subject.path.parent / "analysis"
+    with signals_noted():
+        if subject.description.task == "classification":
+            analyse_classifier(subject, args, processes, folder)
+        elif subject.description.task == "segmentation":
+            analyse_segmentor(subject, args, processes, folder)
+        else:
+            from analysis.detection import analyse_detector  # needs pycocotools
+
+            analyse_detector(subject, args, processes, folder)
+
+
+def load_subject(args: argparse.Namespace, processes: Processes) -> Subject:
+    """Load the network of weights; results need none.
+
+    Raises:
+        UserError: If results are given without their experiment, or what `load_predictor` raises.
+    """
+    path = Path(args.weights)
+    if path.is_dir() or path.suffix == ".json":
+        if not args.config:
+            raise UserError(f"{path}: name the experiment of the results with --config")
+        experiment = load_experiment(args.config)
+        options = dataclasses.asdict(experiment)
+        return Subject(path, Description(find_task(options), options=options), None)
+    network = {"model": args.model, "config": args.config}
+    device = str(processes.device)
+    predictor = load_predictor(path, **network, ema=args.model_ema, device=device, amp=args.amp)
+    return Subject(path, find_description(path, **network), predictor)

@@ -1,0 +1,110 @@
+"""Pictures of an analysis: contact sheets by Pillow, and matrices, bars and lines by matplotlib, which is optional."""
+
+import csv
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from core.images import draw_captions
+from utils import UserError, make_folder
+
+logger = logging.getLogger("twins")
+
+MAX_NAMES = 40  # classes of a matrix whose names are written
+MAX_NUMBERS = 20  # classes of a matrix whose values are written
+
+
+def make_sheet(panels: Sequence[tuple[str, Image.Image]], tile: tuple[int, int], columns: int) -> Image.Image:
+    """Return images with their captions in rows.
+
+    Args:
+        panels: Captions and images.
+        tile: Width and height to which each image is fitted, in pixels.
+        columns: Images per row.
+    """
+    rows = []
+    for start in range(0, len(panels), columns):
+        row = {}
+        for number, (title, image) in enumerate(panels[start : start + columns], start + 1):
+            row[f"{number}  {title}"] = ImageOps.pad(image, tile, color="white")  # the number keeps equal titles apart
+        rows.append(draw_captions(row, min_side=max(tile)))
+    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    return sheet
+
+
+def draw_matrix(counts: Tensor, classes: Sequence[str]) -> Any:
+    """Return a figure of a confusion matrix `(true, predicted)`, as shares of the true class in percent."""
+    from matplotlib.figure import Figure  # an optional package
+
+    shares = (100 * counts.double() / counts.sum(dim=1, keepdim=True)).nan_to_num().numpy()
+    side = min(16, max(5, 0.4 * len(classes)))
+    figure = Figure(figsize=(side + 2, side), layout="constrained")
+    axis = figure.subplots()
+    colours = axis.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(colours, label="% of the true class")
+    axis.set_xlabel("predicted class")
+    axis.set_ylabel("true class")
+    if len(classes) <= MAX_NAMES:
+        axis.set_xticks(range(len(classes)), classes, rotation=90)
+        axis.set_yticks(range(len(classes)), classes)
+    if len(classes) <= MAX_NUMBERS:
+        for (row, column), share in np.ndenumerate(shares):
+            if share >= 0.5:
+                colour = "white" if share > 60 else "black"
+                axis.text(column, row, f"{share:.0f}", ha="center", va="center", color=colour)
+    return figure
+
+
+def draw_bars(values: dict[str, float], title: str) -> Any:
+    """Return a figure with a bar for each class, the highest value on top; undefined values (NaN) are left out."""
+    from matplotlib.figure import Figure  # an optional package
+
+    defined = sorted((value, name) for name, value in values.items() if value == value)
+    figure = Figure(figsize=(8, max(3, 0.22 * len(defined) + 1)), layout="constrained")
+    axis = figure.subplots()
+    bars = axis.barh([name for _, name in defined], [value for value, _ in defined])
+    axis.bar_label(bars, fmt="%.1f", padding=3)
+    axis.set_xlim(0, 108)
+    axis.set_xlabel(title)
+    axis.margins(y=0.01)
+    return figure
+
+
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure of matplotlib, and log it.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    make_folder(path.parent)
+    try:
+        figure.savefig(path, dpi=110)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
+    logger.info("wrote %s", path)
+
+
+def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Write rows as comma-separated values, floats with 6 significant digits, and log it."""
+    make_folder(path.parent)
+    with open(path, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
+    logger.info("wrote %s", path)
+
+
+def write_confusion(counts: Tensor, classes: Sequence[str], folder: Path) -> None:
+    """Write a confusion matrix as confusion.csv, a row for each true class, and as confusion.png."""
+    rows = ((name, *row) for name, row in zip(classes, counts.tolist(), strict=True))
+    write_table(folder / "confusion.csv", ("true class", *classes), rows)
+    save_figure(draw_matrix(counts, classes), folder / "confusion.png")

@@ -1,0 +1,58 @@
+"""What a segmentation network confuses: IoU of each class, confusion of pixels, and the images with the lowest mIoU."""
+
+import argparse
+import heapq
+import logging
+from pathlib import Path
+
+from torch import Tensor
+
+from analysis.pictures import draw_bars, make_sheet, save_figure, write_confusion, write_table
+from core.distributed import Processes
+from dense.training import describe
+from segmentation.configs.recipes import Experiment
+from segmentation.data import IGNORED_LABEL
+from segmentation.metrics import ConfusionMatrix, build_reader, evaluate
+from segmentation.pictures import draw_overlay
+from segmentation.train import build_eval_loader
+
+logger = logging.getLogger("twins")
+
+TILE, COLUMNS = (960, 320), 2  # of the contact sheet: pixels, images
+
+
+def analyse_segmentor(subject, args: argparse.Namespace, processes: Processes, folder: Path) -> None:
+    """Evaluate a network or label maps on the validation set; write confusion, iou.png, classes.csv and worst.png."""
+    loader = build_eval_loader(args, subject.to_experiment(Experiment, args), processes)
+    dataset = loader.dataset.dataset
+    classes = dataset.classes
+    subject.check_classes(classes)
+    worst = []
+
+    def keep_worst(index: int, prediction: Tensor) -> None:
+        own = ConfusionMatrix(len(classes))
+        own.update(prediction, dataset[index][1])
+        if own.counts.any():
+            worst.append((own.summary()["mIoU"], index, prediction))
+            worst[:] = heapq.nsmallest(args.worst, worst, key=lambda image: image[0])
+
+    if subject.predictor:
+        predict_image = subject.predictor.predict_image
+    else:
+        predict_image = build_reader(subject.path, dataset)
+    matrix = evaluate(predict_image, loader, processes.device, len(classes), on_prediction=keep_worst)
+    logger.info("%s\n%s", matrix.table(classes), describe(matrix.summary()))
+    write_confusion(matrix.counts.cpu(), classes, folder)
+    figures = matrix.per_class()
+    rows = zip(classes, *(figure.tolist() for figure in figures.values()), strict=True)
+    write_table(folder / "classes.csv", ("class", *figures), rows)
+    shares = dict(zip(classes, (100 * figures["IoU"]).tolist(), strict=True))
+    save_figure(draw_bars(shares, "IoU in %"), folder / "iou.png")
+    panels = []
+    for miou, index, prediction in worst:
+        image, labels = dataset[index]
+        maps = {"prediction": prediction, "labels": labels}
+        overlay = draw_overlay(image, maps, classes, dataset.colours, IGNORED_LABEL)
+        panels.append((f"{dataset.name(index)}: mIoU {miou:.1%}", overlay))
+    make_sheet(panels, TILE, COLUMNS).save(folder / "worst.png")
+    logger.info("wrote %s", folder / "worst.png")
