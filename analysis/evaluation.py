@@ -17,7 +17,7 @@ from typing import Any
 
 from analysis.classification import analyse_classifier
 from analysis.segmentation import analyse_segmentor
-from core.description import Description, check_same_classes, find_task
+from core.description import Description, check_same_classes, find_task, read_description
 from core.distributed import Processes
 from core.options import (
     POSITIVE_INT,
@@ -25,6 +25,7 @@ from core.options import (
     add_compute_options,
     add_loader_options,
     add_process_options,
+    compile_if_asked,
 )
 from core.predictor import Predictor
 from core.signals import signals_noted
@@ -49,9 +50,14 @@ class Subject:
         return experiment.resolve()
 
     def check_classes(self, classes: list[str]) -> None:
-        """Raise a UserError if the data have other classes than the weights."""
+        """Raise a UserError if the data have other classes than the weights; released weights have no names."""
         if self.predictor:
-            check_same_classes(self.path, self.description.classes, classes)
+            check_same_classes(self.path, read_description(self.path).classes, classes)
+            count = len(self.description.classes)
+            if count != len(classes):
+                raise UserError(
+                    f"{self.path}: has {count} classes, but the data have {len(classes)}; choose other data"
+                )
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -110,4 +116,5 @@ def load_subject(args: argparse.Namespace, processes: Processes) -> Subject:
     network = {"model": args.model, "config": args.config}
     device = str(processes.device)
     predictor = load_predictor(path, **network, ema=args.model_ema, device=device, amp=args.amp)
+    compile_if_asked(predictor.model, args.compile)
     return Subject(path, find_description(path, **network), predictor)

@@ -26,7 +26,7 @@ SHAPES = {
     "input_size": 64,
     "epochs": 5,
     "batch_size": 32,
-    "lr": 8e-4,
+    "lr": 1.2e-3,
     "unscale_lr": True,
     "warmup_epochs": 0,
     "sched_on_updates": True,
