@@ -31,13 +31,14 @@ from timm.data import ImageNetInfo, create_transform, resolve_data_config
 from timm.models import get_pretrained_cfg_value
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.models.detection import RetinaNet_ResNet50_FPN_Weights
 from torchvision.transforms.v2.functional import to_pil_image
 
 import models
 from core.description import Description, find_task, read_description
 from core.distributed import Processes, choose_device
-from core.images import BadImageError, draw_captions, draw_heat, log_unused, save_png
+from core.images import BadImageError, draw_captions, draw_heat, enlarge, log_unused, save_png
 from core.launch import one_line, run_script
 from core.meters import show_progress
 from core.options import (
@@ -65,6 +66,7 @@ from utils import UserError, make_folder
 
 logger = logging.getLogger("twins")
 
+SUFFIXES = (*IMG_EXTENSIONS, ".gif", ".avif")  # of image files in a folder
 # Options of main.py's evaluation, for weights that do not hold those of their training.
 EVALUATION = {"input_size": 224, "eval_crop_ratio": 0.875, "data_set": "IMNET"}
 # Last layers of the dense networks, ours and those of released weights; entries of a class, and other entries.
@@ -105,7 +107,7 @@ class Classification(Result):
         """Return a picture of the image with its `topk` most probable classes below it."""
         rows = self.to_dict(topk)["classes"]
         lines = [f"{row['probability']:.1%}  {row['name']}" for row in rows]
-        return draw_captions({"\n".join(lines): open_image(self.source, upright=False)})
+        return draw_captions([("\n".join(lines), enlarge(open_image(self.source, upright=False)))])
 
 
 class Classifier(Predictor):
@@ -158,8 +160,8 @@ class Classifier(Predictor):
         heat = {f"Grad-CAM of {self.classes[best]}": grad_cam(self.model, images, best[None].to(self.device))}
         heat |= attention_maps(self.model, images, blocks)
         seen = to_picture(pixels)
-        panels = {title: draw_heat(seen, maps[0].cpu()) for title, maps in heat.items()}
-        return draw_captions({"image": seen} | panels)
+        panels = [("image", seen), *((title, draw_heat(seen, maps[0].cpu())) for title, maps in heat.items())]
+        return draw_captions([(title, enlarge(panel)) for title, panel in panels])
 
     def check_explainable(self, blocks: Sequence[str]) -> None:
         """Raise the errors of `explain`."""
@@ -419,15 +421,14 @@ def find_images(paths: Iterable[str], out: str | None = None) -> list[Path]:
 
 def search_folder(folder: Path, out: str | None) -> list[Path]:
     """Return the image files in a folder, by their suffixes; see `find_images`."""
-    suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     written = Path(out).resolve() if out else None
     if folder.resolve() == written:
         raise UserError(f"--out {out}: is searched for images; choose another folder")
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and written not in file.resolve().parents]
-    images = [file for file in files if file.suffix.lower() in suffixes]
+    images = [file for file in files if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
     if not images:
         raise UserError(f"{folder}: contains no images; name a folder of images, such as .jpg or .png")
-    log_unused(folder, (file for file in files if file.suffix.lower() not in suffixes))
+    log_unused(folder, (file for file in files if file.suffix.lower() not in SUFFIXES))
     return images
 
 

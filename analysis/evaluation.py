@@ -55,9 +55,7 @@ class Subject:
             check_same_classes(self.path, read_description(self.path).classes, classes)
             count = len(self.description.classes)
             if count != len(classes):
-                raise UserError(
-                    f"{self.path}: has {count} classes, but the data have {len(classes)}; choose other data"
-                )
+                raise UserError(f"{self.path}: has {count} classes, the data {len(classes)}; choose other data")
 
 
 def add_options(parser: ArgumentParser) -> None:

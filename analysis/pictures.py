@@ -29,10 +29,8 @@ def make_sheet(panels: Sequence[tuple[str, Image.Image]], tile: tuple[int, int],
     """
     rows = []
     for start in range(0, len(panels), columns):
-        row = {}
-        for number, (title, image) in enumerate(panels[start : start + columns], start + 1):
-            row[f"{number}  {title}"] = ImageOps.pad(image, tile, color="white")  # the number keeps equal titles apart
-        rows.append(draw_captions(row, min_side=max(tile)))
+        row = panels[start : start + columns]
+        rows.append(draw_captions([(title, ImageOps.pad(image, tile, color="white")) for title, image in row]))
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
     top = 0
     for row in rows:

@@ -6,7 +6,7 @@ import io
 import logging
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +50,8 @@ def decode_image(path: str, mode: str | None = None, upright: bool = False) -> I
             image.load()
             if upright:
                 ImageOps.exif_transpose(image, in_place=True)
-            if mode == "RGB" and image.mode.startswith("I;16"):
-                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))  # Pillow would clip it to 255
+            if mode == "RGB":
+                return to_rgb(image)
             return image.convert(mode) if mode not in (None, image.mode) else image
     except Exception as error:  # decoders raise many types of errors for damaged files
         if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
@@ -61,6 +61,13 @@ def decode_image(path: str, mode: str | None = None, upright: bool = False) -> I
         else:
             reason = "its format is unknown" if isinstance(error, Image.UnidentifiedImageError) else error
         raise BadImageError(f"{path}: cannot be read as an image ({reason})") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image to RGB; 16 bits per pixel become 8, which Pillow would clip."""
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def log_unused(folder: str | Path, files: Iterable[Path], remedy: str = "") -> None:
@@ -125,33 +132,32 @@ def plain_text(text: str) -> str:
     return letters.encode("ascii", "replace").decode()
 
 
-def enlarge(image: Image.Image, min_side: int = MIN_SIDE) -> Image.Image:
-    """Enlarge an image by a whole factor, so that its longer side has at least `min_side` pixels."""
-    factor = -(-min_side // max(image.size))
+def enlarge(image: Image.Image) -> Image.Image:
+    """Enlarge an image by a whole factor, so that its longer side has at least `MIN_SIDE` pixels."""
+    factor = -(-MIN_SIDE // max(image.size))
     return image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
 
 
-def draw_captions(images: Mapping[str, Image.Image], min_side: int = MIN_SIDE) -> Image.Image:
+def draw_captions(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     """Return a picture of RGB images side by side, with their captions of one or more lines below.
 
     Args:
-        images: Images by their captions.
-        min_side: Minimum length of the longer side of an image in pixels; smaller images are enlarged.
+        panels: Captions and images.
     """
-    panels = {plain_text(caption): enlarge(image, min_side) for caption, image in images.items()}
-    font_size = max(text_size(panel.size) for panel in panels.values())
+    captions = [plain_text(caption).splitlines() for caption, _ in panels]
+    images = [image for _, image in panels]
+    font_size = max(text_size(image.size) for image in images)
     font, line = ImageFont.load_default(font_size), line_height(font_size)
-    text_height = line * max(len(caption.splitlines()) for caption in panels) + GAP
     widths = []
-    for caption, panel in panels.items():
-        widths.append(max([panel.width, *(int(font.getlength(text)) for text in caption.splitlines())]) + GAP)
-    height = max(panel.height for panel in panels.values())
-    picture = Image.new("RGB", (sum(widths), height + text_height), "white")
+    for image, texts in zip(images, captions, strict=True):
+        widths.append(max([image.width, *(int(font.getlength(text)) for text in texts)]) + GAP)
+    height = max(image.height for image in images)
+    picture = Image.new("RGB", (sum(widths), height + line * max(map(len, captions)) + GAP), "white")
     draw = ImageDraw.Draw(picture)
     left = 0
-    for (caption, panel), width in zip(panels.items(), widths, strict=True):
-        picture.paste(panel, (left, 0))
-        for row, text in enumerate(caption.splitlines()):
+    for image, texts, width in zip(images, captions, widths, strict=True):
+        picture.paste(image, (left, 0))
+        for row, text in enumerate(texts):
             draw.text((left + 2, height + row * line + 2), text, fill="black", font=font)
         left += width
     return picture

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from torch import nn
 
 from core.description import Description
-from core.images import decode_image
+from core.images import decode_image, to_rgb
 from utils import UserError
 
 Source = str | Path | Image.Image | np.ndarray
@@ -33,9 +33,10 @@ def open_image(source: Source, upright: bool) -> Image.Image:
     if isinstance(source, (str, Path)):
         return decode_image(str(source), "RGB", upright)
     if isinstance(source, Image.Image):
-        return (ImageOps.exif_transpose(source) if upright else source).convert("RGB")
+        return to_rgb(ImageOps.exif_transpose(source) if upright else source)
     array = np.asarray(source)
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or array.shape[2:] not in ((), (3,), (4,)):
+    is_image = array.ndim in (2, 3) and array.shape[2:] in ((), (3,), (4,)) and array.size > 0
+    if array.dtype != np.uint8 or not is_image:
         raise UserError(
             f"an array of {array.dtype} and shape {array.shape} is not an image; pass uint8 of shape (height, width, 3)"
         )

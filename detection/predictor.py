@@ -63,7 +63,7 @@ class Detection(Result):
         picture = draw_detections(image, found, self.classes)
         if len(found["scores"]):
             return picture
-        return draw_captions({describe_none(min_score): picture})
+        return draw_captions([(describe_none(min_score), picture)])
 
 
 class DetectionPredictor(Predictor):

@@ -135,10 +135,10 @@ def build_painter(dataset: Dataset, folder: str, min_score: float) -> Callable[[
         image, target = dataset[index_of[image_id]]
         shown = keep_above(found, min_score)
         title = "found" if len(shown["scores"]) else describe_none(min_score)
-        panels = {title: draw_detections(image, shown, dataset.classes)}
+        panels = [(title, draw_detections(image, shown, dataset.classes))]
         if dataset.coco.anns:
             truth = {name: target[name] for name in ("boxes", "labels", "masks") if name in found}
-            panels["annotated"] = draw_detections(image, truth, dataset.classes)
+            panels.append(("annotated", draw_detections(image, truth, dataset.classes)))
         name = Path(dataset.coco.imgs[image_id]["file_name"])
         inside = [part for part in name.parts if part not in (name.anchor, "..")]
         save_png(draw_captions(panels), Path(folder, *inside))

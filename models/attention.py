@@ -15,7 +15,8 @@ def attention_maps(model: Twins, images: Tensor, blocks: Sequence[str]) -> dict[
     """Return how much attention each position of chosen blocks receives, as the mean over heads and queries.
 
     In GSA a position is a token of the subsampled map, and the queries are all tokens; in LSA it is a token of the map,
-    and the queries are those of its window. So the map of a GSA block sums to 1, and in LSA each window does.
+    and the queries are those of its window. So the map of a GSA block sums to 1, and in LSA
+    each window does, unless padding takes part.
 
     Args:
         model: Twins model in evaluation mode.
@@ -63,7 +64,7 @@ def attention_weights(model: Twins, images: Tensor, blocks: Sequence[str]) -> di
         stack.enter_context(attention.register_forward_pre_hook(keep_size))
         stack.enter_context(attention.attn_drop.register_forward_hook(keep_weights))
 
-    with ExitStack() as stack:
+    with torch.compiler.set_stance("force_eager"), ExitStack() as stack:  # compiled code does not call new hooks
         for name in blocks:
             record(name, model.get_submodule(name).attn, stack)
         model(images)
@@ -84,7 +85,7 @@ def grad_cam(model: Twins, images: Tensor, classes: Tensor, stage: int = 2) -> T
     """
     outputs = []
     hook = model.blocks[stage].register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    with hook, torch.enable_grad():
+    with hook, torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         logits = model(images)
         chosen = logits.gather(1, classes[:, None]).sum()
         (tokens,) = outputs

@@ -32,20 +32,20 @@ def draw_overlay(
     present = torch.cat([labels.unique().long() for labels in maps.values()]).unique().tolist()
     shown = [label for label in present if label != ignored]
     panels = {"image": image} | {title: _paint(image, labels, shown, colours) for title, labels in maps.items()}
-    pictures = {title: enlarge(to_pil_image(panel)) for title, panel in panels.items()}
-    names = {plain_text(classes[label]): tuple(colours[label]) for label in shown}
-    return draw_captions(pictures | {"": draw_legend(names, pictures["image"].size)})
+    pictures = [(title, enlarge(to_pil_image(panel))) for title, panel in panels.items()]
+    names = [(plain_text(classes[label]), tuple(colours[label])) for label in shown]
+    return draw_captions([*pictures, ("", draw_legend(names, pictures[0][1].size))])
 
 
-def draw_legend(colours: Mapping[str, tuple[int, ...]], size: tuple[int, int]) -> Image.Image:
+def draw_legend(names: Sequence[tuple[str, tuple[int, ...]]], size: tuple[int, int]) -> Image.Image:
     """Draw the names of classes beside their colours, in columns of the height of a picture of a width and height."""
     font_size = text_size(size)
     font, line = ImageFont.load_default(font_size), line_height(font_size)
     rows = max(1, size[1] // line)
-    column = max((int(font.getlength(name)) for name in colours), default=0) + line + 2 * GAP
-    picture = Image.new("RGB", (max(1, -(-len(colours) // rows) * column), size[1]), "white")
+    column = max((int(font.getlength(name)) for name, _ in names), default=0) + line + 2 * GAP
+    picture = Image.new("RGB", (max(1, -(-len(names) // rows) * column), size[1]), "white")
     draw = ImageDraw.Draw(picture)
-    for i, (name, colour) in enumerate(colours.items()):
+    for i, (name, colour) in enumerate(names):
         x, y = i // rows * column, i % rows * line
         draw.rectangle((x, y, x + font_size, y + font_size), fill=colour, outline="black")
         draw.text((x + line, y - 1), name, fill="black", font=font)

@@ -394,7 +394,7 @@ def test_only_objects_above_the_threshold_are_shown(tmp_path, monkeypatch):
 
     monkeypatch.setattr(test_script, "draw_detections", draw)
     monkeypatch.setattr(
-        test_script, "draw_captions", lambda panels: captions.append(list(panels)) or panels["annotated"]
+        test_script, "draw_captions", lambda panels: captions.append([title for title, _ in panels]) or panels[1][1]
     )
     show = test_script.build_painter(detection_data.build_dataset(SHAPES, "val"), str(tmp_path), 0.4)
     scores = torch.tensor([0.3, 0.5, 0.4])

@@ -28,6 +28,10 @@ def test_images_of_16_bits_are_scaled(tmp_path):
     """Pillow clips values above 255 to white."""
     values = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
     Image.fromarray(values).save(tmp_path / "image.png")
+    with Image.open(tmp_path / "image.png") as opened:
+        assert (
+            open_image(opened, upright=False).tobytes() == open_image(tmp_path / "image.png", upright=False).tobytes()
+        )
     pixels = np.asarray(open_image(tmp_path / "image.png", upright=False))
     assert np.array_equal(pixels, np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2))
 

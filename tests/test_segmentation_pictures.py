@@ -42,3 +42,16 @@ def test_an_image_without_labels_stays_as_it_is():
         warnings.simplefilter("error")
         pixels = np.asarray(draw_overlay(image, {"labels": labels}, ["a"], [(255, 0, 0)], ignored=255))
     assert (pixels[:512, 512 + 8 : 512 + 8 + 512] == 70).all()
+
+
+def test_the_legend_of_a_wide_picture_is_drawn_once():
+    """It has the height of the picture; names that the font writes alike keep their lines and colours."""
+    labels = torch.zeros(360, 640, dtype=torch.uint8)
+    labels[100:], labels[200:] = 1, 2
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    image = torch.zeros(3, 360, 640, dtype=torch.uint8)
+    picture = draw_overlay(image, {"prediction": labels}, ["人", "车", "天"], colours, ignored=255)
+    assert picture.height == 360 + 19 + 8  # a line of text and the gap
+    assert picture.width < 2 * 648 + 100
+    legend = np.asarray(picture)[:, 2 * 648 :].reshape(-1, 3).tolist()
+    assert all(list(colour) in legend for colour in colours)
