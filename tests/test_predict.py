@@ -590,3 +590,21 @@ def test_a_folder_of_many_images(classifier, tmp_path):
     for row, expected in zip(*tables, strict=True):
         assert (row["path"], row["index"]) == (expected["path"], expected["index"])
         assert float(row["probability"]) == pytest.approx(float(expected["probability"]), abs=1e-6)
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_folder(classifier, tmp_path):
+    """Peak of a process with 40 images and with 800: entries are written as they come."""
+    code = "import resource, sys, predict; predict.main(sys.argv[1:]); "
+    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    peaks = []
+    for count in (40, 800):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for i in range(count):
+            Image.new("RGB", (40 + i % 7, 40)).save(folder / f"{i}.png")
+        options = f"--json {tmp_path}/out.json --topk 3 --num_workers 1 --device cpu"
+        result = run_bash_in(ROOT, "-c", f"$PYTHON -c '{code}' {classifier} {folder} {options}")
+        assert result.returncode == 0, result.stderr
+        peaks.append(int(result.stdout.split()[-1]) / 1024)
+    assert peaks[1] < peaks[0] + 25  # MiB
