@@ -1,6 +1,7 @@
 """Shared by the tests: small data sets on disk, functions that run scripts, comparisons of runs, and the option
 `--write-clients`, which writes the results of tests with the marker `client` into docs/clients.md."""
 
+import importlib
 import importlib.metadata
 import json
 import os
@@ -89,6 +90,40 @@ def coco_folder(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("coco")
     write_coco(root)
     return root
+
+
+def train_dense(task: str, config: str, options: list[str], folder: Path, data: Path) -> Path:
+    """Train a small network of segmentation or detection for a few steps and return its checkpoint."""
+    script = importlib.import_module(f"{task}.train")
+    command = [str(ROOT / task / config), "--device", "cpu", "--num_workers", "0", "--data-root", str(data)]
+    script.main([*command, "--work-dir", str(folder), "--cfg-options", *options])
+    return folder / "checkpoint.pth"
+
+
+@pytest.fixture(scope="session")
+def classifier(image_folder, tmp_path_factory) -> Path:
+    """Checkpoint of a classifier of `image_folder`."""
+    folder = tmp_path_factory.mktemp("classifier")
+    main([*TINY, "--epochs", "1", "--data-path", str(image_folder), "--output_dir", str(folder)])
+    return folder / "checkpoint.pth"
+
+
+@pytest.fixture(scope="session")
+def segmentor(ade20k_folder, tmp_path_factory) -> Path:
+    """Checkpoint of a segmentation network of `ade20k_folder`."""
+    from tests.test_segmentation_runs import SMALL, UPERNET
+
+    options = [*SMALL, "iterations=1", "eval_interval=1"]
+    return train_dense("segmentation", UPERNET, options, tmp_path_factory.mktemp("segmentor"), ade20k_folder)
+
+
+@pytest.fixture(scope="session")
+def detector(coco_folder, tmp_path_factory) -> Path:
+    """Checkpoint of a Mask R-CNN of `coco_folder`."""
+    from tests.test_detection_runs import MASK, SMALL
+
+    options = [*SMALL, "epochs=1", "score_threshold=0.0"]
+    return train_dense("detection", MASK, options, tmp_path_factory.mktemp("detector"), coco_folder)
 
 
 @pytest.fixture

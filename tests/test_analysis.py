@@ -17,7 +17,7 @@ from pycocotools.cocoeval import COCOeval
 
 import analyze
 import main as main_script
-from analysis import data, evaluation
+from analysis import data, evaluate
 from analysis.classification import class_figures
 from analysis.pictures import make_sheet
 from core.distributed import Processes
@@ -29,7 +29,7 @@ from tests.conftest import ROOT, TINY, fails
 from tests.test_detection_runs import MASK
 from tests.test_detection_runs import SMALL as SMALL_DETECTOR
 from tests.test_options import options_of
-from tests.test_predict import as_config, classifier, detector, one_thread, segmentor  # noqa: F401  fixtures
+from tests.test_predict import as_config, one_thread  # noqa: F401  a fixture
 from tests.test_segmentation_runs import SMALL as SMALL_SEGMENTOR
 from tests.test_segmentation_runs import UPERNET
 
@@ -70,7 +70,7 @@ def test_every_option_has_a_test():
     add_loader_options(shared)
     add_process_options(shared)
     for command, options, others in (
-        (evaluation, EVALUATE_OPTIONS, []),
+        (evaluate, EVALUATE_OPTIONS, []),
         (data, DATA_OPTIONS, [data.add_training_options]),
     ):
         parser, known = ArgumentParser(), ArgumentParser()
@@ -99,7 +99,7 @@ def test_figures_of_classes_equal_scikit_learns():
 
 
 @pytest.mark.slow
-def test_a_classifier_is_analysed(classifier, image_folder, tmp_path, capsys):  # noqa: F811
+def test_a_classifier_is_analysed(classifier, image_folder, tmp_path, capsys):
     """The confusion matrix is scikit-learn's, and the worst images have the highest losses."""
     metrics = pytest.importorskip("sklearn.metrics")
     run("evaluate", classifier, "--data-path", image_folder, "--out", tmp_path, "--worst", 3)
@@ -110,7 +110,7 @@ def test_a_classifier_is_analysed(classifier, image_folder, tmp_path, capsys):  
     accuracy = capsys.readouterr().out.split("Acc@1 ")[1].split()[0]
     assert f"accuracy {float(accuracy):.2f} % of 21 images" in output
     rows = [list(row.values()) for row in read_table(tmp_path / "confusion.csv")]
-    network = evaluation.load_predictor(classifier, device="cpu")
+    network = evaluate.load_predictor(classifier, device="cpu")
     paths = sorted((image_folder / "val").rglob("*.JPEG"))
     results = network(paths, batch_size=21)
     true = [network.classes.index(path.parent.name) for path in paths]
@@ -137,7 +137,7 @@ def evaluation_picture(network, path: Path) -> Image.Image:
 
 
 @pytest.mark.slow
-def test_released_weights_are_analysed(classifier, image_folder, tmp_path, capsys):  # noqa: F811
+def test_released_weights_are_analysed(classifier, image_folder, tmp_path, capsys):
     """Their classes have no names, so the data's are not compared; the input is that of the defaults, 224 pixels."""
     torch.save(torch.load(classifier, weights_only=True)["model"], tmp_path / "bare.pth")
     run("evaluate", tmp_path / "bare.pth", "--model", "alt_gvt_tiny", "--data-path", image_folder, "--worst", 1)
@@ -149,9 +149,9 @@ def test_released_weights_are_analysed(classifier, image_folder, tmp_path, capsy
 
 
 @pytest.mark.slow
-def test_options_of_the_network_reach_it(classifier, image_folder, tmp_path, monkeypatch):  # noqa: F811
+def test_options_of_the_network_reach_it(classifier, image_folder, tmp_path, monkeypatch):
     asked, batches = [], []
-    load = evaluation.load_predictor
+    load = evaluate.load_predictor
 
     def load_and_note(path, **options):
         asked.append(options)
@@ -161,7 +161,7 @@ def test_options_of_the_network_reach_it(classifier, image_folder, tmp_path, mon
         batches.append(args.batch_size)
         return build_val_loader(args, processes)
 
-    monkeypatch.setattr(evaluation, "load_predictor", load_and_note)
+    monkeypatch.setattr(evaluate, "load_predictor", load_and_note)
     monkeypatch.setattr("analysis.classification.build_val_loader", build_and_note)
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *_, **__: compiled.append(self))
@@ -174,7 +174,7 @@ def test_options_of_the_network_reach_it(classifier, image_folder, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_label_maps_are_analysed_without_the_network(segmentor, ade20k_folder, tmp_path, capsys):  # noqa: F811
+def test_label_maps_are_analysed_without_the_network(segmentor, ade20k_folder, tmp_path, capsys):
     """The figures are those of test.py; the label maps that it writes give the same as the network."""
     config = as_config("segmentation", "upernet_swin_setting", SMALL_SEGMENTOR, tmp_path / "config.py")
     options = [*CPU, "--data-root", str(ade20k_folder), "--out", str(tmp_path / "maps")]
@@ -211,7 +211,7 @@ def test_label_maps_are_analysed_without_the_network(segmentor, ade20k_folder, t
 
 
 @pytest.mark.slow
-def test_a_detector_is_analysed_as_by_pycocotools(detector, coco_folder, tmp_path):  # noqa: F811
+def test_a_detector_is_analysed_as_by_pycocotools(detector, coco_folder, tmp_path):
     """AP of classes and sizes, and the curves, of the network and of the results that test.py writes."""
     config = as_config("detection", "mask_rcnn_1x_pvt_setting", SMALL_DETECTOR, tmp_path / "config.py")
     results = tmp_path / "results.json"
@@ -348,7 +348,7 @@ def test_bad_input_is_refused_in_one_line(image_folder, tmp_path, capsys, monkey
     assert "--out x.jpg: name a file that ends in .png" in fails(capsys, analyze, "data", "--out", "x.jpg")
     assert "has no args.json" in fails(capsys, analyze, "data", tmp_path, "--out", tmp_path / "x.png")
     assert "--data-path is missing" in fails(capsys, analyze, "data", "--out", tmp_path / "x.png", *CPU)
-    monkeypatch.setattr(evaluation, "require_package", lambda *_: None)
+    monkeypatch.setattr(evaluate, "require_package", lambda *_: None)
     results = fails(capsys, analyze, "evaluate", tmp_path / "results.json", *CPU)
     assert "results.json: name the experiment of the results with --config" in results
     monkeypatch.undo()
@@ -358,7 +358,7 @@ def test_bad_input_is_refused_in_one_line(image_folder, tmp_path, capsys, monkey
 
 
 @pytest.mark.slow
-def test_data_of_other_classes_are_refused(classifier, tmp_path, capsys):  # noqa: F811
+def test_data_of_other_classes_are_refused(classifier, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     for side in ("train", "val"):
         for name in ("a", "b", "c"):

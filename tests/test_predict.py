@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import pickle
 import shutil
 import signal
 import sys
@@ -23,12 +22,10 @@ from core import shapes
 from core.options import ArgumentParser, add_loader_options, add_process_options
 from core.predictor import open_image
 from detection import test as detection_test
-from detection import train as detection_train
 from predict import load_predictor
 from segmentation import data as segmentation_data
 from segmentation import test as segmentation_test
-from segmentation import train as segmentation_train
-from tests.conftest import ROOT, TINY, damage_jpeg, fails, run_bash_in
+from tests.conftest import ROOT, TINY, damage_jpeg, fails, train_dense
 from tests.test_detection_runs import MASK, RETINA
 from tests.test_detection_runs import SMALL as SMALL_DETECTOR
 from tests.test_options import options_of
@@ -66,37 +63,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def classifier(image_folder, tmp_path_factory) -> Path:
-    """Checkpoint of a classifier of `image_folder`."""
-    folder = tmp_path_factory.mktemp("classifier")
-    main_script.main([*TINY, "--epochs", "1", "--data-path", str(image_folder), "--output_dir", str(folder)])
-    return folder / "checkpoint.pth"
-
-
-def train_dense(script, config: Path, options: list[str], folder: Path, data: Path | None) -> Path:
-    """Train a small network for a few steps and return its checkpoint."""
-    root = ["--data-root", str(data)] if data else []
-    script.main([str(config), *CPU, *root, "--work-dir", str(folder), "--cfg-options", *options])
-    return folder / "checkpoint.pth"
-
-
-@pytest.fixture(scope="module")
-def segmentor(ade20k_folder, tmp_path_factory) -> Path:
-    """Checkpoint of a segmentation network of `ade20k_folder`."""
-    folder = tmp_path_factory.mktemp("segmentor")
-    options = [*SMALL_SEGMENTOR, "iterations=1", "eval_interval=1"]
-    return train_dense(segmentation_train, ROOT / "segmentation" / UPERNET, options, folder, ade20k_folder)
-
-
-@pytest.fixture(scope="module")
-def detector(coco_folder, tmp_path_factory) -> Path:
-    """Checkpoint of a Mask R-CNN of `coco_folder`."""
-    folder = tmp_path_factory.mktemp("detector")
-    options = [*SMALL_DETECTOR, "epochs=1", "score_threshold=0.0"]
-    return train_dense(detection_train, ROOT / "detection" / MASK, options, folder, coco_folder)
 
 
 def run(*argv) -> None:
@@ -182,9 +148,9 @@ def test_label_maps_equal_the_evaluation(segmentor, ade20k_folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [pytest.param(MASK, id="mask_rcnn"), pytest.param(RETINA, id="retinanet")])
 def test_objects_equal_the_evaluation(config, coco_folder, tmp_path):
-    config = ROOT / "detection" / config
     options = [*SMALL_DETECTOR, "epochs=1", "score_threshold=0.001"]
-    weights = train_dense(detection_train, config, options, tmp_path / "run", coco_folder)
+    weights = train_dense("detection", config, options, tmp_path / "run", coco_folder)
+    config = ROOT / "detection" / config
     options = [*CPU, "--data-root", str(coco_folder), "--out", str(tmp_path / "test.json")]
     detection_test.main(
         [str(config), str(weights), *options, "--cfg-options", *SMALL_DETECTOR, "score_threshold=0.001"]
@@ -451,39 +417,6 @@ def test_a_stopped_prediction_keeps_what_it_has(classifier, image_folder, tmp_pa
     assert not list(tmp_path.glob(".*.tmp"))
 
 
-@pytest.mark.slow
-def test_tables_of_dense_tasks(segmentor, detector, tmp_path, capsys):
-    """The columns are those of the task, also without objects; an image too narrow for a segmentor is named."""
-    image = tmp_path / "image.png"
-    shapes.draw_scene(3, 96).image.save(image)
-    Image.new("RGB", (300, 3)).save(tmp_path / "narrow.png")
-    run(detector, image, "--csv", tmp_path / "out.csv", "--json", tmp_path / "out.json", "--score-thr", 1)
-    assert (tmp_path / "out.csv").read_text() == "path,name,index,score,x1,y1,x2,y2\n"
-    assert json.loads((tmp_path / "out.json").read_text()) == [{"path": str(image), "objects": []}]
-    run(detector, image, "--csv", tmp_path / "out.csv", "--json", tmp_path / "out.json", "--score-thr", 0)
-    ((entry,), rows) = json.loads((tmp_path / "out.json").read_text()), (tmp_path / "out.csv").read_text().splitlines()
-    assert len(rows) == 1 + len(entry["objects"]) > 1
-    assert [float(x) for x in rows[1].split(",")[-4:]] == entry["objects"][0]["box"]
-    assert "mask" in entry["objects"][0]
-    with pytest.raises(SystemExit):
-        run(segmentor, image, tmp_path / "narrow.png", "--csv", tmp_path / "out.csv")
-    assert (tmp_path / "out.csv").read_text().startswith(f"path,name,index,share\n{image},")
-    assert f"skipped: {tmp_path / 'narrow.png'}: has 256x3 pixels when resized" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["classifier", "segmentor", "detector"])
-def test_data_loading_processes_get_no_network(kind, request, tmp_path):
-    """The input of an image can be prepared in any process; the pickled function is small."""
-    network = load_predictor(request.getfixturevalue(kind), device="cpu")
-    content = pickle.dumps(network.prepare)
-    assert len(content) < 5000
-    image = shapes.draw_scene(3, 96).image
-    inputs = [prepare(image) for prepare in (pickle.loads(content), network.prepare)]
-    first, second = (value[0] if isinstance(value, tuple) else value for value in inputs)
-    assert torch.equal(first, second)
-
-
 def test_bad_input_is_refused_in_one_line(classifier, image_folder, tmp_path, capsys):
     image = image_folder / "val" / CLASSES[0] / "0.JPEG"
     (tmp_path / "empty").mkdir()
@@ -571,40 +504,3 @@ def test_attention_is_drawn(classifier, image_folder, tmp_path):
     heat = predict.attention_maps(network.model, network.prepare(path)[None], ["blocks.0.0"])["blocks.0.0"][0]
     panel = both[1].crop((2 * 488, 0, 2 * 488 + 480, 480)).resize((32, 32), Image.Resampling.NEAREST)
     assert panel.tobytes() == predict.draw_heat(image, heat).tobytes()
-
-
-@pytest.mark.slow
-def test_a_folder_of_many_images(classifier, tmp_path):
-    """Through the command line with workers: as many predictions as images."""
-    for i in range(30):
-        shapes.draw_scene(i, 40 + i).image.save(tmp_path / f"{i}.png")
-    command = (
-        f"$PYTHON predict.py {classifier} {tmp_path} --csv {tmp_path}/out.csv --topk 1 | head -2; exit $PIPESTATUS"
-    )
-    result = run_bash_in(ROOT, "-c", command)
-    assert result.returncode in (0, 120), result.stderr  # 120: Python itself could not flush its output
-    assert "Traceback" not in result.stderr
-    run(classifier, tmp_path, "--csv", tmp_path / "one.csv", "--topk", 1)
-    tables = [list(csv.DictReader((tmp_path / name).read_text().splitlines())) for name in ("out.csv", "one.csv")]
-    assert [row["path"] for row in tables[0]] == sorted(str(path) for path in tmp_path.glob("*.png"))
-    for row, expected in zip(*tables, strict=True):
-        assert (row["path"], row["index"]) == (expected["path"], expected["index"])
-        assert float(row["probability"]) == pytest.approx(float(expected["probability"]), abs=1e-6)
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_folder(classifier, tmp_path):
-    """Peak of a process with 40 images and with 800: entries are written as they come."""
-    code = "import resource, sys, predict; predict.main(sys.argv[1:]); "
-    code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    peaks = []
-    for count in (40, 800):
-        folder = tmp_path / str(count)
-        folder.mkdir()
-        for i in range(count):
-            Image.new("RGB", (40 + i % 7, 40)).save(folder / f"{i}.png")
-        options = f"--json {tmp_path}/out.json --topk 3 --num_workers 1 --device cpu"
-        result = run_bash_in(ROOT, "-c", f"$PYTHON -c '{code}' {classifier} {folder} {options}")
-        assert result.returncode == 0, result.stderr
-        peaks.append(int(result.stdout.split()[-1]) / 1024)
-    assert peaks[1] < peaks[0] + 25  # MiB
