@@ -55,10 +55,11 @@ def inputs_of(model, name: str, images: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def test_attention_equals_a_plain_softmax(name, size):
     """All blocks: the subsampled grid of GSA, and the windows of LSA, which padding makes smaller."""
+    torch.manual_seed(0)
     model = timm.create_model(name).eval()
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith(("attn.q.weight", "attn.kv.weight", "attn.qkv.weight")):
-            parameter.mul_(20)  # fresh weights give nearly the same attention to all keys
+            parameter.mul_(12)  # fresh weights give nearly the same attention to all keys
     models.cpu.accelerate(model)
     images = image(2, *size)
     blocks = [f"blocks.{stage}.{i}" for stage, part in enumerate(model.blocks) for i in range(len(part))]

@@ -149,6 +149,7 @@ def test_the_main_process_alone_computes_the_figures(tmp_path):
     assert main[2]["bbox_AP"] == main[2]["segm_AP"] == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_another_global_batch_continues_the_run(coco_folder, tmp_path, capsys):
     command = [FOLDER / MASK, *TINY, "--data-root", coco_folder, "--work-dir", tmp_path, "--print-freq", "1"]
     changes = ["--cfg-options", *SMALL, "epochs=1"]
@@ -169,6 +170,7 @@ def test_another_global_batch_continues_the_run(coco_folder, tmp_path, capsys):
         assert f"epoch 1 continues {place}, and was at step 3" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_mixed_precision_reaches_the_evaluation(coco_folder, tmp_path, monkeypatch):
     seen = set()
     forward = TwinsMaskRCNN.forward

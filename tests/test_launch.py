@@ -73,6 +73,7 @@ def test_messages_of_several_lines_become_one_line():
     assert one_line(raised.value) == "a.json: bad: line 3"
 
 
+@pytest.mark.slow
 def test_the_cause_of_an_error_in_a_data_loading_process_is_not_its_message():
     error = UserError("a.jpg: cut short")
     error.__cause__ = OSError("truncated: 3 bytes")

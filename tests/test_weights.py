@@ -53,6 +53,7 @@ def test_safetensors_is_only_needed_for_its_files(tmp_path, donor, monkeypatch):
     assert len(read_weights(tmp_path / "model.pth")) == len(donor.state_dict())
 
 
+@pytest.mark.slow
 def test_the_models_import_without_safetensors():
     code = "import sys; sys.modules['safetensors'] = sys.modules['safetensors.torch'] = None; import models"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
