@@ -44,10 +44,7 @@ class View:
 
 
 class AugmentedDetector(nn.Module):
-    """A detector in evaluation that merges what it finds at several scales, each as it is and flipped.
-
-    The scales are limits of the longer and the shorter side in pixels.
-    """
+    """A detector in evaluation that merges what it finds at several `Transform` scales, each as it is and flipped."""
 
     def __init__(self, detector: nn.Module, scales: Sequence[tuple[int, int]]):
         super().__init__()

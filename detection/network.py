@@ -43,10 +43,7 @@ from transforms import STATISTICS, normalise
 
 
 def build_detector(experiment: Experiment, num_classes: int, pretrained: bool) -> nn.Module:
-    """Build the detector of an experiment; with `pretrained`, its ImageNet weights are loaded into the backbone.
-
-    Raises the errors of `dense.networks.build_backbone`.
-    """
+    """Build the detector of an experiment, with ImageNet weights if `pretrained`; raises as `build_backbone` does."""
     weights = experiment.pretrained if pretrained else ""
     # The published models were trained with zero padding that takes part in the attention of windows.
     body = build_backbone(experiment.backbone, weights, drop_path_rate=experiment.drop_path, window_padding="zero")
@@ -60,11 +57,7 @@ def build_detector(experiment: Experiment, num_classes: int, pretrained: bool) -
 class TwinsFPN(nn.Module):
     """A Twins backbone and a feature pyramid: images `(B, 3, H, W)` -> maps `(B, channels, H / s, W / s)`.
 
-    Args:
-        body: Backbone from `dense.networks.build_backbone`.
-        first: Index of the finest stage that the pyramid uses.
-        extra: Block that adds coarser levels.
-        channels: Width of the maps.
+    `first` is the index of the finest stage that the pyramid uses; the block `extra` adds coarser levels.
     """
 
     def __init__(self, body: nn.Module, first: int, extra: ExtraFPNBlock, channels: int):

@@ -217,13 +217,8 @@ class Twins(nn.Module):
     ) -> list[int]:
         """Remove the stages, final norm and head that the outputs `indices` do not need, as timm's models do.
 
-        Args:
-            indices: Number of last stages, or a sequence of stages.
-            prune_norm: True to always remove the final norm.
-            prune_head: True to always remove the head.
-
-        Returns:
-            The indices of the chosen stages.
+        `indices` is a number of last stages or a sequence of stages. `prune_norm` removes the final norm in any case,
+        `prune_head` the head. Returns the indices of the chosen stages.
         """
         wanted, last_wanted = feature_take_indices(len(self.blocks), indices)
         keep = last_wanted + 1
@@ -376,8 +371,7 @@ def _pcpvt(variant: str, pretrained: bool, kwargs: dict, **config) -> nn.Module:
 
 
 def _alt_gvt(variant: str, pretrained: bool, kwargs: dict, **config) -> nn.Module:
-    defaults = {"window_size": 7}
-    return _create(variant, pretrained, **(defaults | config | kwargs))
+    return _create(variant, pretrained, **({"window_size": 7} | config | kwargs))
 
 
 @register_model
