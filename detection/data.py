@@ -202,18 +202,14 @@ def read_annotations(path: Path, labelled: bool = True) -> COCO:
 
 def _check_annotations(images: list[dict], annotations: list[dict], categories: list[dict]) -> None:
     """Check the entries; complete what some tools omit from annotations: the area, the mask and `iscrowd`."""
-    known_images, known_categories = _index_entries("image", images), _index_entries("category", categories)
+    known_images = _index_entries("image", images, "file_name")
+    known_categories = _index_entries("category", categories, "name")
     if not categories:
         raise UserError("its list of categories is empty")
     for image_id, image in known_images.items():
-        if not isinstance(image.get("file_name"), str) or not image["file_name"]:
-            raise UserError(f"image {image_id} has no file_name")
         for side in ("width", "height"):
             if not isinstance(image.get(side), int) or image[side] <= 0:
                 raise UserError(f"image {image_id} has the {side} {image.get(side)}; it should be a number of pixels")
-    for category_id, category in known_categories.items():
-        if not isinstance(category.get("name"), str) or not category["name"]:
-            raise UserError(f"category {category_id} has no name")
     for number, annotation in enumerate(annotations, 1):
         if not isinstance(annotation, dict):
             raise UserError(f"entry {number} of the annotations is not an object")
@@ -239,14 +235,16 @@ def _check_annotation(name: str, annotation: dict, images: dict[int, dict], cate
         raise UserError(f"{name} has the area {annotation['area']}; it should be a number of pixels")
 
 
-def _index_entries(kind: str, entries: list[dict]) -> dict[int, dict]:
-    """Return entries by id; the ids must be different integers."""
+def _index_entries(kind: str, entries: list[dict], name: str) -> dict[int, dict]:
+    """Return entries by id; the ids must be different integers, and each entry must have the text `name`."""
     known = {}
     for number, entry in enumerate(entries, 1):
         if not isinstance(entry, dict) or not isinstance(entry.get("id"), int):
             raise UserError(f"{kind} number {number} of the list has no id that is an integer")
         if entry["id"] in known:
             raise UserError(f"the {kind} id {entry['id']} occurs twice")
+        if not isinstance(entry.get(name), str) or not entry[name]:
+            raise UserError(f"{kind} {entry['id']} has no {name}")
         known[entry["id"]] = entry
     return known
 

@@ -38,18 +38,15 @@ def find_objects(
     amp_dtype: torch.dtype | None = None,
     on_detections: Callable[[int, dict[str, Tensor]], None] | None = None,
 ) -> list[dict] | None:
-    """Find the objects in this process's share of the images.
+    """Return the objects in the images of all processes in COCO's format, by image; None but in the main process.
 
     Args:
         model: Detector of `build_detector`.
-        data_loader: Loader of batches of images and targets; only the `image_id` of a target is used.
+        data_loader: Loader of this process's batches of images and targets, of which only the `image_id` is used.
         device: Device of the model.
         category_ids: Ids of the categories, by label.
         amp_dtype: Type of autocast; None for full precision.
         on_detections: Function called with the id of each image and the objects found in it, on the CPU.
-
-    Returns:
-        Results of all processes in COCO's format, ordered by image, in the main process; None in the others.
 
     Raises:
         Interrupted: On all processes, if any process received a signal to stop; the others finish their part.

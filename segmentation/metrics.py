@@ -78,8 +78,7 @@ def evaluate(
 
     Args:
         predict_image: Function of `build_predictor` or `build_reader`.
-        data_loader: Loader of this process's share of the images, one at a time: the index, the image in one or more
-            sizes, and the labels `(H, W)`.
+        data_loader: Loader of `EvalViews`, of this process's share of the images.
         device: Device of the counts.
         num_classes: Number of classes.
         on_prediction: Function called with the index of each image and its predicted classes, on the CPU.

@@ -24,16 +24,10 @@ class Segmentor(nn.Module):
     # The layers that `models.load_state_dict` skips in fine-tuning if the classes differ.
     pretrained_cfg = {"classifier": ("decode_head.conv_seg", "auxiliary_head.conv_seg")}  # noqa: RUF012
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        decode_head: nn.Module,
-        neck: nn.Module | None = None,
-        auxiliary_head: nn.Module | None = None,
-    ):
+    def __init__(self, backbone: nn.Module, neck: nn.Module, decode_head: nn.Module, auxiliary_head: nn.Module | None):
         super().__init__()
         self.backbone = backbone
-        self.neck = neck or nn.Identity()
+        self.neck = neck
         self.decode_head = decode_head
         self.auxiliary_head = auxiliary_head
 
@@ -61,9 +55,9 @@ def build_segmentor(experiment: Experiment, num_classes: int, pretrained: bool) 
     dims, channels = backbone.embed_dims, experiment.channels
     if experiment.head == "fpn":
         neck = FPN(dims, experiment.neck_channels)
-        return Segmentor(backbone, FPNHead(experiment.neck_channels, num_classes, channels), neck)
+        return Segmentor(backbone, neck, FPNHead(experiment.neck_channels, num_classes, channels), None)
     auxiliary_head = FCNHead(dims[2], num_classes, channels // 2)
-    return Segmentor(backbone, UPerHead(dims, num_classes, channels), auxiliary_head=auxiliary_head)
+    return Segmentor(backbone, nn.Identity(), UPerHead(dims, num_classes, channels), auxiliary_head)
 
 
 def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
