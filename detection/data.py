@@ -36,11 +36,7 @@ Sample = tuple[Tensor, Target]
 
 
 def build_dataset(experiment: Experiment, part: str) -> Dataset:
-    """Build a part of the data set of an experiment: `"train"`, `"val"`, or `"test"`, perhaps without annotations.
-
-    Raises:
-        UserError: If the files are missing or invalid.
-    """
+    """Build the part `"train"`, `"val"` or `"test"` of an experiment's data; a UserError names missing or bad files."""
     if experiment.dataset == "shapes":
         return Shapes(part == "train", max(experiment.scale))
     root = Path(experiment.data_root)

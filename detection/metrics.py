@@ -40,13 +40,8 @@ def find_objects(
 ) -> list[dict] | None:
     """Return the objects in the images of all processes in COCO's format, by image; None but in the main process.
 
-    Args:
-        model: Detector of `build_detector`.
-        data_loader: Loader of this process's batches of images and targets, of which only the `image_id` is used.
-        device: Device of the model.
-        category_ids: Ids of the categories, by label.
-        amp_dtype: Type of autocast; None for full precision.
-        on_detections: Function called with the id of each image and the objects found in it, on the CPU.
+    Each process finds those of its own loader; of the targets, only the `image_id` is used. `category_ids` are the ids
+    of the categories by label. `on_detections` is called with the id of each image and its objects, on the CPU.
 
     Raises:
         Interrupted: On all processes, if any process received a signal to stop; the others finish their part.

@@ -206,14 +206,12 @@ class TwinsRetinaNet(CompiledBackbone, RetinaNet):
     def compute_loss(self, targets: list[Target], head_outputs: dict[str, Tensor], anchors: list[Tensor]) -> dict:
         """Differs from torchvision: losses are divided by all positives of the batch, and ignore the padding."""
         logits, codes = head_outputs["cls_logits"].float(), head_outputs["bbox_regression"].float()
-        matches = [
-            heads.match_anchors(self.proposal_matcher, target["boxes"], image_anchors, inside)
-            for target, image_anchors, inside in zip(targets, anchors, self.anchor_generator.inside, strict=True)
-        ]
-        positives = sum((match >= 0).sum().clamp(min=1) for match in matches)
-        classification = box_regression = 0.0
-        for target, match, image_anchors, logit, code in zip(targets, matches, anchors, logits, codes, strict=True):
+        positives, classification, box_regression = 0, 0.0, 0.0
+        images = zip(targets, anchors, self.anchor_generator.inside, logits, codes, strict=True)
+        for target, image_anchors, inside, logit, code in images:
+            match = heads.match_anchors(self.proposal_matcher, target["boxes"], image_anchors, inside)
             positive, counted = match >= 0, match != Matcher.BETWEEN_THRESHOLDS
+            positives += positive.sum().clamp(min=1)
             truth = torch.zeros_like(logit)
             truth[positive, target["labels"][match[positive]]] = 1
             classification += sigmoid_focal_loss(logit[counted], truth[counted], reduction="sum")
@@ -311,9 +309,9 @@ class TwinsMaskRCNN(CompiledBackbone, GeneralizedRCNN):
             nn.init.xavier_uniform_(layer.weight)
         nn.init.normal_(predictor.cls_score.weight, std=0.01)
         nn.init.normal_(predictor.bbox_pred.weight, std=0.001)
-        mask_predictor = self.roi_heads.mask_predictor
-        layers = [head.fc6, head.fc7, predictor.cls_score, predictor.bbox_pred]
-        for layer in (*layers, mask_predictor.conv5_mask, mask_predictor.mask_fcn_logits):
+        masks = self.roi_heads.mask_predictor
+        layers = head.fc6, head.fc7, predictor.cls_score, predictor.bbox_pred, masks.conv5_mask, masks.mask_fcn_logits
+        for layer in layers:
             nn.init.zeros_(layer.bias)
 
     def forward(self, images: list[Tensor], targets: list[Target] | None = None):

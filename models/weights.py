@@ -57,11 +57,7 @@ def load_weights(model: nn.Module, path: str | Path, *, ema: bool = False, finet
 
 
 def read_weights(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]:
-    """Read a state dict in any of the formats above, with the parameter names of our models.
-
-    Args:
-        path: File to read.
-        ema: True to read the moving average of the weights.
+    """Read weights, or with `ema` their moving average, in any of the formats above; return a state dict of our models.
 
     Raises:
         TwinsError: If the file is missing or damaged, would execute code, or does not contain these weights.

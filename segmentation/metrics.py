@@ -76,12 +76,8 @@ def evaluate(
 ) -> ConfusionMatrix:
     """Evaluate the predictions of images; each image is counted exactly once.
 
-    Args:
-        predict_image: Function of `build_predictor` or `build_reader`.
-        data_loader: Loader of `EvalViews`, of this process's share of the images.
-        device: Device of the counts.
-        num_classes: Number of classes.
-        on_prediction: Function called with the index of each image and its predicted classes, on the CPU.
+    Each process has its own loader of `EvalViews`, and the counts are those of all processes. `on_prediction` is called
+    with the index of each image and its predicted classes, on the CPU.
 
     Raises:
         Interrupted: On all processes, if any process received a signal to stop; the others finish their part.
