@@ -89,10 +89,7 @@ def build_val_loader(args: argparse.Namespace, processes: Processes) -> DataLoad
 
 
 def build_dataset(is_train: bool, args) -> Dataset:
-    """Build the training or validation set of `--data-set`.
-
-    Returns:
-        A data set of `(image, class index)` with `classes`, the class names in order.
+    """Build the training or validation set of `--data-set`, of `(image, class index)`, with the names in `classes`.
 
     Raises:
         UserError: If the data are missing or their layout is not that described in README.md.
@@ -107,11 +104,7 @@ def build_dataset(is_train: bool, args) -> Dataset:
 
 
 def data_root(args) -> Path:
-    """Return the folder of `--data-path`.
-
-    Raises:
-        UserError: If it is not given or not a folder.
-    """
+    """Return the folder of `--data-path`; raise a UserError if it is not given or not a folder."""
     if not args.data_path:
         raise UserError(f"--data-path is missing; pass the folder of {args.data_set}")
     if not os.path.isdir(args.data_path):
@@ -177,15 +170,11 @@ class Shapes(Dataset):
 class INaturalist(Dataset):
     """iNaturalist 2018 or 2019 in the published layout: {train,val}{year}.json, categories.json and image folders.
 
-    Args:
-        root: Folder of the JSON files, to which their image paths are relative.
-        is_train: True for the training part, False for the validation part.
-        transform: Transform of the PIL images.
-        year: Year of the data set, 2018 or 2019.
-        category: Level of the taxonomy that defines the classes, one of `INAT_CATEGORIES`.
+    The image paths in the JSON files are relative to their folder. Classes are those of `--inat-category`.
     """
 
-    def __init__(self, root: Path, is_train: bool, transform: Callable, year: int, category: str):
+    def __init__(self, args: argparse.Namespace, is_train: bool, transform: Callable, year: int):
+        root, category = data_root(args), args.inat_category
         taxonomy = _read_json(root / "categories.json")
         train = _read_json(root / f"train{year}.json")
         part = train if is_train else _read_json(root / f"val{year}.json")
@@ -243,18 +232,13 @@ def _open_image_folder(root: Path, is_train: bool, transform: Callable) -> Datas
         return False
 
     loader = partial(decode_image, mode="RGB")  # as torchvision's own, which ignores an EXIF orientation
-    options = {"loader": loader, "is_valid_file": is_image, "allow_empty": True}
-    dataset = torchvision.datasets.ImageFolder(folder, transform, **options)
+    dataset = torchvision.datasets.ImageFolder(folder, transform, None, loader, is_image, allow_empty=True)
     log_unused(folder, others)
     filled = set(dataset.targets)
     empty = [name for name, label in dataset.class_to_idx.items() if label not in filled]
     if empty:
         raise UserError(f"{folder}: no images in {_shorten(empty)}; add some, or remove the class from train/ and val/")
     return dataset
-
-
-def _open_inaturalist(args, is_train: bool, transform: Callable, year: int) -> Dataset:
-    return INaturalist(data_root(args), is_train, transform, year, args.inat_category)
 
 
 def _open_cifar(root: Path, is_train: bool, transform: Callable) -> Dataset:
@@ -292,7 +276,7 @@ def _handle_bad_image(error: BadImageError, policy: str) -> None:
 DATA_SETS = {
     "IMNET": lambda args, is_train, transform: _open_image_folder(data_root(args), is_train, transform),
     "CIFAR": lambda args, is_train, transform: _open_cifar(data_root(args), is_train, transform),
-    "INAT": partial(_open_inaturalist, year=2018),
-    "INAT19": partial(_open_inaturalist, year=2019),
+    "INAT": lambda args, is_train, transform: INaturalist(args, is_train, transform, 2018),
+    "INAT19": lambda args, is_train, transform: INaturalist(args, is_train, transform, 2019),
     "SHAPES": lambda args, is_train, transform: Shapes(is_train, args.input_size, transform),
 }

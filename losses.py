@@ -11,9 +11,8 @@ DISTILLATION_TYPES = ("none", "soft", "hard")
 def choose_criterion(*, soft_targets: bool, smoothing: float) -> nn.Module:
     """Return the cross-entropy for the targets in use.
 
-    Args:
-        soft_targets: True if targets are distributions, as from mixup and CutMix, which include label smoothing.
-        smoothing: Label smoothing of class-index targets, from 0 to 1.
+    `soft_targets` are distributions, as from mixup and CutMix, and include label smoothing. `smoothing` is the label
+    smoothing of class-index targets, from 0 to 1.
     """
     if soft_targets:
         return SoftTargetCrossEntropy()
@@ -47,10 +46,7 @@ class DistillationLoss(nn.Module):
     def forward(self, images: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return the two weighted losses, whose sum is the total loss.
 
-        Args:
-            images: Images that the student was given, `(B, C, H, W)`.
-            logits: Logits of the student, `(B, classes)`.
-            targets: Targets in the form that the criterion takes.
+        The student's logits of the images `(B, C, H, W)` are `(B, classes)`; the targets are those of the criterion.
         """
         with torch.no_grad():
             teacher_logits = self.teacher(images)

@@ -74,10 +74,7 @@ class EpochSampler(Sampler):
         self.step = step
 
     def nearest_step(self, step: int, global_batch: int) -> int:
-        """Return the step to continue from after `step` steps of an epoch with another global batch.
-
-        The number of images seen in the epoch is about the same.
-        """
+        """Return the step to continue from after `step` steps with another global batch: after about as many images."""
         return min(step * global_batch // self.global_batch, self.steps)
 
 
@@ -88,14 +85,9 @@ class TrainSampler(EpochSampler):
     same images for any number of processes. An epoch ends with the last full global batch; the images that are left
     out differ between epochs.
 
-    With repeated augmentation (https://arxiv.org/abs/1901.09335) each image appears `repeats` times in a row with
-    different augmentations. The length of an epoch stays the same, so it covers 1 / `repeats` of the images.
-
-    Args:
-        num_samples: Number of images in the data set.
-        global_batch: Number of images in an optimizer step.
-        repeats: Number of augmentations of each image.
-        **kwargs: Other arguments of `EpochSampler`.
+    With repeated augmentation (https://arxiv.org/abs/1901.09335) each image of the `num_samples` appears `repeats`
+    times in a row with different augmentations. The length of an epoch stays the same, so it covers 1 / `repeats` of
+    the images. The other arguments are those of `EpochSampler`.
 
     Raises:
         UserError: If the data set has fewer images than a global batch.
@@ -124,11 +116,7 @@ class EndlessSampler(EpochSampler):
 
     The endless order is one shuffle of the data set after another. An epoch is a fixed number of steps and can begin
     and end anywhere in a shuffle. The order depends on the seed alone. Process `rank` takes every `world_size`-th
-    entry.
-
-    Args:
-        num_samples: Number of images in the data set.
-        **kwargs: Arguments of `EpochSampler`.
+    entry. `num_samples` is the number of images; the other arguments are those of `EpochSampler`.
     """
 
     def __init__(self, num_samples: int, **kwargs):

@@ -131,16 +131,12 @@ def _is_small_cifar(args) -> bool:
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Normalise images by the mean and standard deviation of ImageNet.
+    """Return images `(..., 3, H, W)`, normalised by the mean and standard deviation of ImageNet.
 
-    Args:
-        images: Images `(..., 3, H, W)`, uint8 or float32 from 0 to 1.
-
-    Returns:
-        New float32 images, in the memory format of the input.
+    The images are uint8 or float32 from 0 to 1; the result is float32, in the same memory format.
     """
     exporting = torch.compiler.is_exporting()  # then tensors are placeholders, which must not stay in the cache
-    mean, std = _make_statistics(images.device) if exporting else _statistics_on(images.device)
+    mean, std = _make_statistics(images.device) if exporting else _cached_statistics(images.device)
     if images.stride(-3) == 1:  # Channels last: one operand per row is 4 times as fast on a CPU as one per pixel.
         width = images.shape[-1]
         mean, std = (values.movedim(0, -1).repeat(1, width, 1).movedim(-1, 0) for values in (mean, std))
@@ -159,10 +155,8 @@ def _make_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
-@cache  # Copying to a GPU waits until the GPU is idle, so it is done once.
-@torch.inference_mode(False)  # Training uses the same tensors as inference.
-def _statistics_on(device: torch.device) -> tuple[Tensor, Tensor]:
-    return _make_statistics(device)
+# Copying to a GPU waits until the GPU is idle, so it is done once. Training uses the same tensors as inference.
+_cached_statistics = cache(torch.inference_mode(False)(_make_statistics))
 
 
 # ------------------------------------------------------------------------------------------------ training images
@@ -189,10 +183,7 @@ class ToTrainImages:
     """Convert a PIL image to `TrainImages`, with parts erased by timm's RandomErasing.
 
     timm writes the erased parts into a normalised image; here it writes them into a canvas of NaN, to find them there.
-
-    Args:
-        erasing: timm's RandomErasing; None to disable.
-        size: Side length of the images in pixels.
+    `size` is the side length of the images in pixels.
     """
 
     def __init__(self, erasing: RandomErasing | None, size: int):

@@ -14,7 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from analysis.published import Published, find_published, judge
+from analysis.published import find_published, judge
 from analysis.runs import RunLog, read_run
 from core.distributed import Processes
 from core.options import ArgumentParser
@@ -45,9 +45,9 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
         require_package("matplotlib", "the picture (--text prints the table only)")
     published = [find_published(log) for log in runs]
     logger.info("%s", make_table(runs))
-    verdicts = [judge(log, other) for log, other in zip(runs, published, strict=True) if other]
-    for verdict in verdicts:
-        logger.info("%s", verdict)
+    for log, other in zip(runs, published, strict=True):
+        if other:
+            logger.info("%s", judge(log, other))
     if not args.text:
         first = Path(args.runs[0])
         folder = Path(args.out) if args.out else first if first.is_dir() else first.parent
@@ -93,7 +93,7 @@ def average_parts(values: list[float], parts: int) -> list[float]:
 # ----------------------------------------------------------------------------------------------------------- picture
 
 
-def draw(runs: Sequence[RunLog], published: Sequence[Published | None]) -> Any:
+def draw(runs: Sequence[RunLog], published: Sequence[RunLog | None]) -> Any:
     """Return a matplotlib figure of the runs, with published runs, each once, as broad gray lines.
 
     The unit of time is 1000 iterations if all runs are counted in iterations, and the epoch otherwise.
@@ -110,9 +110,9 @@ def draw(runs: Sequence[RunLog], published: Sequence[Published | None]) -> Any:
     drawn = set()
     for number, (log, other) in enumerate(zip(runs, published, strict=True)):
         unit = log.interval / 1000 if in_iterations else 1
-        if other and other.log.name not in drawn:
-            drawn.add(other.log.name)
-            draw_run(axes, other.log, unit, color=str(0.8 - 0.1 * (len(drawn) % 4)), linewidth=4)
+        if other and other.name not in drawn:
+            drawn.add(other.name)
+            draw_run(axes, other, unit, color=str(0.8 - 0.1 * (len(drawn) % 4)), linewidth=4)
         draw_run(axes, log, unit, color=f"C{number % 10}")
     axes[2].legend(fontsize="small")
     return figure
@@ -121,11 +121,7 @@ def draw(runs: Sequence[RunLog], published: Sequence[Published | None]) -> Any:
 def draw_run(axes: Sequence[Any], log: RunLog, unit: float, **style) -> None:
     """Draw a run: losses and learning rates of its log lines, or means of its epochs if not all have log lines.
 
-    Args:
-        axes: Axes of the loss, the learning rate and the accuracy.
-        log: Run to draw.
-        unit: Length of an epoch on the horizontal axis.
-        **style: Options of the lines.
+    The axes are those of the loss, the learning rate and the accuracy; `unit` is the length of an epoch on them.
     """
     has_all_steps = log.steps and log.steps[0]["epoch"] == 0
     for axis, name in ((axes[0], "loss"), (axes[1], "lr")):

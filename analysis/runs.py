@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,12 @@ FIGURES = ("test_acc1", "test_mIoU", "test_bbox_AP")  # the main figure of each 
 
 @dataclass
 class RunLog:
-    """The logs of a run.
+    """The logs of a run."""
 
-    Attributes:
-        name: Name in tables and pictures: the path as it was given.
-        options: Content of args.json; empty if there is none.
-        history: Lines of log.txt, one per epoch. Epochs are counted from 0.
-        steps: Lines of metrics.jsonl.
-    """
-
-    name: str
-    options: dict[str, Any]
-    history: list[dict[str, Any]]
-    steps: list[dict[str, Any]]
+    name: str  # in tables and pictures: the path as it was given
+    options: dict[str, Any]  # content of args.json; empty if there is none
+    history: list[dict[str, Any]]  # lines of log.txt, one per epoch; epochs are counted from 0
+    steps: list[dict[str, Any]]  # lines of metrics.jsonl
 
     @property
     def interval(self) -> int:
@@ -39,6 +33,13 @@ class RunLog:
         if self.interval:
             return self.options["iterations"] // self.interval
         return self.options.get("epochs")
+
+    @property
+    def warmup(self) -> int:
+        """Number of epochs that are part of the warm-up, in whole or in part."""
+        if self.interval:
+            return -(-self.options["warmup_iterations"] // self.interval)
+        return self.options["warmup_epochs"]
 
     @property
     def figure(self) -> str | None:
@@ -54,21 +55,18 @@ class RunLog:
     def step_series(self, name: str) -> tuple[list[float], list[float]]:
         """Return the values of the log lines by their place, in epochs.
 
-        The losses of metrics.jsonl are means since the start of the epoch; these are means since the line
-        before, placed between the two.
+        The losses of metrics.jsonl are means since the start of the epoch; these are means since the line before,
+        placed between the two.
         """
         places, values = [], []
-        epoch, total, done = None, 0.0, 0
-        for line in self.steps:
-            if not is_number(line.get(name)):
-                continue
-            value, step = line[name], line["step"]
+        lines = [line for line in self.steps if is_number(line.get(name))]
+        for before, line in pairwise([{"epoch": None}, *lines]):
+            step, value = line["step"], line[name]
             if name != "lr":
-                if line["epoch"] != epoch:
-                    epoch, total, done = line["epoch"], 0.0, 0
-                before, total = total, value * line["step"]
-                value = (total - before) / max(1, line["step"] - done)
-                step, done = (done + line["step"]) / 2, line["step"]
+                continues = before["epoch"] == line["epoch"]
+                done, total = (before["step"], before[name] * before["step"]) if continues else (0, 0.0)
+                value = (value * step - total) / max(1, step - done)
+                step = (done + step) / 2
             places.append(line["epoch"] + step / line["steps"])
             values.append(value)
         return places, values
@@ -80,14 +78,7 @@ def is_number(value: Any) -> bool:
 
 
 def read_run(path: str) -> RunLog:
-    """Read a run.
-
-    Args:
-        path: Output folder of a run, or its log.txt.
-
-    Raises:
-        UserError: If there is no log, or it is damaged other than in its last line.
-    """
+    """Read a run from its output folder or its log.txt; raise a UserError if the logs are missing or damaged."""
     folder = Path(path)
     log = folder / "log.txt"
     if folder.is_file():
@@ -109,11 +100,9 @@ def read_options(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Return the lines of a log; an empty list if there is none. A damaged last line is being written, and skipped.
+    """Return the lines of a log, which all have the numbers `keys`; an empty list if there is no log.
 
-    Args:
-        path: File with one JSON object per line.
-        keys: Names of numbers that every line has.
+    A damaged last line is being written, and skipped.
     """
     try:
         texts = path.read_text().splitlines()

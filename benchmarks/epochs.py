@@ -84,8 +84,7 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
     torch.set_num_threads(args.threads)
     with training_images(args) as loading:
         Path(loading.data_path, "val").symlink_to("train")  # main.py evaluates after the epoch, untimed
-        pairs = (measure_epochs(name, peer, loading, args) for name, peer in models)
-        rows = common.print_table(row for pair in pairs for row in pair)
+        rows = common.print_table(row for pair in models for row in measure_epochs(*pair, loading, args))
     common.write_report(args, processes.device, rows)
 
 

@@ -44,10 +44,7 @@ class View:
 
 
 class AugmentedDetector(nn.Module):
-    """A detector in evaluation that merges what it finds at several scales, each as it is and flipped.
-
-    The scales are limits of the longer and the shorter side in pixels.
-    """
+    """A detector in evaluation that merges what it finds at several `Transform` scales, each as it is and flipped."""
 
     def __init__(self, detector: nn.Module, scales: Sequence[tuple[int, int]]):
         super().__init__()
@@ -85,11 +82,9 @@ def merge_retinanet(detector: TwinsRetinaNet, views: list[View]) -> Target:
 def merge_mask_rcnn(detector: TwinsMaskRCNN, views: list[View]) -> Target:
     """Return the objects that remain of the proposals of all views, with boxes, scores and masks averaged over them."""
     rpn, heads = detector.rpn, detector.roi_heads
-    proposed = [_propose(rpn, view) for view in views]
-    proposals, scores = torch.cat([boxes for boxes, _ in proposed]), torch.cat([scores for _, scores in proposed])
+    proposals, scores = map(torch.cat, zip(*(_propose(rpn, view) for view in views), strict=True))
     proposals = proposals[nms(proposals, scores, rpn.nms_thresh)[: rpn.post_nms_top_n()]]
-    refined = [_refine(heads, view, proposals) for view in views]
-    boxes, scores = torch.stack([boxes for boxes, _ in refined]), torch.stack([scores for _, scores in refined])
+    boxes, scores = map(torch.stack, zip(*(_refine(heads, view, proposals) for view in views), strict=True))
     boxes, scores, labels = heads.select(boxes.mean(0), scores.mean(0))
     masks = torch.stack([_find_masks(heads, view, boxes, labels) for view in views]).mean(0)
     masks = paste_masks(masks, boxes, *views[0].image_size)

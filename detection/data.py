@@ -19,6 +19,7 @@ from pycocotools import mask as mask_coding
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.ops import box_convert
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from core import shapes
@@ -35,11 +36,7 @@ Sample = tuple[Tensor, Target]
 
 
 def build_dataset(experiment: Experiment, part: str) -> Dataset:
-    """Build a part of the data set of an experiment: `"train"`, `"val"`, or `"test"`, perhaps without annotations.
-
-    Raises:
-        UserError: If the files are missing or invalid.
-    """
+    """Build the part `"train"`, `"val"` or `"test"` of an experiment's data; a UserError names missing or bad files."""
     if experiment.dataset == "shapes":
         return Shapes(part == "train", max(experiment.scale))
     root = Path(experiment.data_root)
@@ -53,13 +50,9 @@ class CocoDetection(Dataset):
     """Images with boxes and masks in COCO's format.
 
     Label i is the i-th category by ascending id. Targets omit crowds, annotations marked `ignore` and boxes without
-    an area. The training part skips images without any annotation and those with a side under 32 pixels; images whose
-    annotations are all omitted are trained as background, as in the original.
-
-    Args:
-        folder: Folder of the images.
-        annotations: JSON file of the annotations.
-        part: `"train"` skips the images that training does not use; the file of `"test"` may be without annotations.
+    an area. The part `"train"` skips images without any annotation and those with a side under 32 pixels; images whose
+    annotations are all omitted are trained as background, as in the original. The file of `"test"` may be without
+    annotations.
 
     Raises:
         UserError: If a file is missing, or the annotations are invalid or inconsistent.
@@ -77,11 +70,10 @@ class CocoDetection(Dataset):
             self.ids = [i for i in self.ids if sides[i] >= MIN_SIDE and self.coco.imgToAnns[i]]
         if not self.ids:
             raise UserError(f"{annotations}: has no images{' with annotations to train on' if part == 'train' else ''}")
-        missing = next((i for i in self.ids if not os.path.isfile(folder / self.coco.imgs[i]["file_name"])), None)
-        if missing is not None:
-            raise UserError(
-                f"{folder / self.coco.imgs[missing]['file_name']} is missing; {annotations} lists it as image {missing}"
-            )
+        for i in self.ids:
+            path = folder / self.coco.imgs[i]["file_name"]
+            if not os.path.isfile(path):
+                raise UserError(f"{path} is missing; {annotations} lists it as image {i}")
         self.sizes = [(self.coco.imgs[i]["height"], self.coco.imgs[i]["width"]) for i in self.ids]
 
     def __len__(self) -> int:
@@ -99,16 +91,14 @@ class CocoDetection(Dataset):
             )
         annotations = self._used_annotations(image_id)
         boxes = torch.tensor([annotation["bbox"] for annotation in annotations], dtype=torch.float32).reshape(-1, 4)
-        boxes[:, 2:] += boxes[:, :2]
         labels = [self.label_of[annotation["category_id"]] for annotation in annotations]
         masks = [self._decode_mask(annotation) for annotation in annotations]
-        target = {
-            "boxes": boxes,
+        return image, {
+            "boxes": box_convert(boxes, "xywh", "xyxy"),
             "labels": torch.tensor(labels, dtype=torch.int64),
             "masks": torch.from_numpy(np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)),
             "image_id": image_id,
         }
-        return image, target
 
     def _decode_mask(self, annotation: dict) -> np.ndarray:
         try:
@@ -179,8 +169,7 @@ def encode_mask(mask: np.ndarray) -> dict:
 def read_annotations(path: Path, labelled: bool = True) -> COCO:
     """Read and check a JSON file in COCO's format; without `labelled`, the annotations may be missing, as in test sets.
 
-    Raises:
-        UserError: If the file is missing, is not JSON, or holds an invalid or inconsistent entry, which is named.
+    Raises a UserError if the file is missing, is not JSON, or holds an invalid or inconsistent entry, which is named.
     """
     try:
         content = json.loads(path.read_text())
@@ -209,18 +198,14 @@ def read_annotations(path: Path, labelled: bool = True) -> COCO:
 
 def _check_annotations(images: list[dict], annotations: list[dict], categories: list[dict]) -> None:
     """Check the entries; complete what some tools omit from annotations: the area, the mask and `iscrowd`."""
-    known_images, known_categories = _index_entries("image", images), _index_entries("category", categories)
+    known_images = _index_entries("image", images, "file_name")
+    known_categories = _index_entries("category", categories, "name")
     if not categories:
         raise UserError("its list of categories is empty")
     for image_id, image in known_images.items():
-        if not isinstance(image.get("file_name"), str) or not image["file_name"]:
-            raise UserError(f"image {image_id} has no file_name")
         for side in ("width", "height"):
             if not isinstance(image.get(side), int) or image[side] <= 0:
                 raise UserError(f"image {image_id} has the {side} {image.get(side)}; it should be a number of pixels")
-    for category_id, category in known_categories.items():
-        if not isinstance(category.get("name"), str) or not category["name"]:
-            raise UserError(f"category {category_id} has no name")
     for number, annotation in enumerate(annotations, 1):
         if not isinstance(annotation, dict):
             raise UserError(f"entry {number} of the annotations is not an object")
@@ -246,14 +231,16 @@ def _check_annotation(name: str, annotation: dict, images: dict[int, dict], cate
         raise UserError(f"{name} has the area {annotation['area']}; it should be a number of pixels")
 
 
-def _index_entries(kind: str, entries: list[dict]) -> dict[int, dict]:
-    """Return entries by id; the ids must be different integers."""
+def _index_entries(kind: str, entries: list[dict], name: str) -> dict[int, dict]:
+    """Return entries by id; the ids must be different integers, and each entry must have the text `name`."""
     known = {}
     for number, entry in enumerate(entries, 1):
         if not isinstance(entry, dict) or not isinstance(entry.get("id"), int):
             raise UserError(f"{kind} number {number} of the list has no id that is an integer")
         if entry["id"] in known:
             raise UserError(f"the {kind} id {entry['id']} occurs twice")
+        if not isinstance(entry.get(name), str) or not entry[name]:
+            raise UserError(f"{kind} {entry['id']} has no {name}")
         known[entry["id"]] = entry
     return known
 
@@ -317,13 +304,8 @@ class GroupedBatches(EpochSampler):
     A batch is what a process sees at once; a step mixes batches of both kinds. The wide images and the others are
     shuffled, filled up with their first images to whole steps and divided into batches; then all batches are shuffled.
     The order depends on (seed, epoch) and on the batch size, so a step covers the same images for any number of
-    processes with the same batch size.
-
-    Args:
-        sizes: Height and width of each image of the data set.
-        batch_size: Images per process per batch.
-        global_batch: Images per step, over all processes and accumulated batches.
-        **kwargs: Other arguments of `EpochSampler`.
+    processes with the same batch size. `sizes` are the height and width of each image; the other arguments are those of
+    `EpochSampler`.
     """
 
     def __init__(self, sizes: Sequence[tuple[int, int]], *, batch_size: int, global_batch: int, **kwargs):

@@ -31,12 +31,7 @@ Target = dict[str, Tensor]
 class Anchors(AnchorGenerator):
     """Differs from torchvision: sizes are not rounded, strides are fixed, and anchors are float32 whatever the maps.
 
-    Args:
-        strides: Strides of the levels in pixels.
-        scales: Ratios of a square anchor's side to the stride.
-
-    Attributes:
-        inside: Masks of the last batch in training, bool `(anchors,)` per image: False for anchors on its padding.
+    The strides of the levels are in pixels; the scales are ratios of a square anchor's side to the stride.
     """
 
     def __init__(self, strides: Sequence[int], scales: Sequence[float]):
@@ -53,7 +48,7 @@ class Anchors(AnchorGenerator):
         self.set_cell_anchors(torch.float32, feature_maps[0].device)
         grids = [x.shape[-2:] for x in feature_maps]
         anchors = torch.cat(self.grid_anchors(grids, [[stride, stride] for stride in self.strides]))
-        if self.training:
+        if self.training:  # bool `(anchors,)` for each image: False for anchors on its padding
             self.inside = [self._inside(size, grids) for size in image_list.image_sizes]
         return [anchors] * len(image_list.image_sizes)
 
@@ -80,10 +75,7 @@ class SymmetricBoxCoder(BoxCoder):
 class MaxIoUMatcher(Matcher):
     """Differs from torchvision: low-quality matches need a minimum IoU, and match the box that they are best for.
 
-    Args:
-        high: Minimum IoU of a positive anchor.
-        low: IoU below which an anchor is negative.
-        least: Minimum IoU of a low-quality match, an anchor that is positive as the best of a box.
+    An anchor is positive from an IoU of `high` on, or of `least` as the best of a box, and negative below `low`.
     """
 
     def __init__(self, high: float, low: float, least: float):
@@ -106,6 +98,12 @@ def match_anchors(matcher: Matcher, boxes: Tensor, anchors: Tensor, inside: Tens
     else:
         matches[inside] = Matcher.BELOW_LOW_THRESHOLD
     return matches
+
+
+def _boxes_of(target: Target, matches: Tensor) -> Tensor:
+    """Return the matched boxes of a target; zeros if it has none."""
+    boxes = target["boxes"]
+    return boxes[matches] if len(boxes) else boxes.new_zeros(len(matches), 4)
 
 
 def smaller(a: int, b: int) -> int:
@@ -159,8 +157,7 @@ class ProposalNetwork(RegionProposalNetwork):
             label = (matches >= 0).float()
             label[matches == Matcher.BETWEEN_THRESHOLDS] = -1  # ignored
             labels.append(label)
-            boxes = target["boxes"] if len(target["boxes"]) else image_anchors.new_zeros(1, 4)
-            matched_boxes.append(boxes[matches.clamp(min=0)])
+            matched_boxes.append(_boxes_of(target, matches.clamp(min=0)))
         return labels, matched_boxes
 
     def filter_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level):
@@ -194,10 +191,7 @@ class ProposalNetwork(RegionProposalNetwork):
 
 
 class RoIPool(nn.Module):
-    """Differs from torchvision: boxes are aligned to pixel centres, sampling adapts to the box, and strides are fixed.
-
-    A box has `size` bins per side.
-    """
+    """Differs from torchvision: boxes are aligned to pixel centres, sampling adapts to the box, strides are fixed."""
 
     strides = (4, 8, 16, 32)
 
@@ -239,12 +233,8 @@ class TwinsRoIHeads(RoIHeads):
             boxes.append(torch.cat([proposal, truth]))
         chosen = self.subsample(labels)
         boxes, matches, labels = (_select(values, chosen) for values in (boxes, matches, labels))
-        truths = [
-            target["boxes"] if len(target["boxes"]) else box.new_zeros(1, 4)
-            for target, box in zip(targets, boxes, strict=True)
-        ]
-        wanted = self.box_coder.encode([truth[match] for truth, match in zip(truths, matches, strict=True)], boxes)
-        return boxes, matches, labels, wanted
+        matched = [_boxes_of(target, match) for target, match in zip(targets, matches, strict=True)]
+        return boxes, matches, labels, self.box_coder.encode(matched, boxes)
 
     def postprocess_detections(self, class_logits, box_regression, proposals, image_shapes):
         """Return the boxes, scores and labels of each image."""
@@ -259,9 +249,7 @@ class TwinsRoIHeads(RoIHeads):
     def select(self, boxes: Tensor, scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the boxes, scores and labels that remain by the thresholds and non-maximum suppression.
 
-        Args:
-            boxes: Box of each proposal and class, `(n, classes, 4)`.
-            scores: Scores `(n, classes)`; class 0 is the background.
+        Each proposal has a box of each class, `(n, classes, 4)`, and scores `(n, classes)`; class 0 is the background.
         """
         candidates, labels = torch.where(scores[:, 1:] > self.score_thresh)
         boxes, scores, labels = boxes[candidates, labels + 1], scores[candidates, labels + 1], labels + 1

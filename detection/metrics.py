@@ -5,6 +5,7 @@ import io
 import json
 import logging
 from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
+from torchvision.ops import box_convert
 
 from core.distributed import gather_on_main, on_main
 from core.launch import one_line
@@ -36,18 +38,10 @@ def find_objects(
     amp_dtype: torch.dtype | None = None,
     on_detections: Callable[[int, dict[str, Tensor]], None] | None = None,
 ) -> list[dict] | None:
-    """Find the objects in this process's share of the images.
+    """Return the objects in the images of all processes in COCO's format, by image; None but in the main process.
 
-    Args:
-        model: Detector of `build_detector`.
-        data_loader: Loader of batches of images and targets; only the `image_id` of a target is used.
-        device: Device of the model.
-        category_ids: Ids of the categories, by label.
-        amp_dtype: Type of autocast; None for full precision.
-        on_detections: Function called with the id of each image and the objects found in it, on the CPU.
-
-    Returns:
-        Results of all processes in COCO's format, ordered by image, in the main process; None in the others.
+    Each process finds those of its own loader; of the targets, only the `image_id` is used. `category_ids` are the ids
+    of the categories by label. `on_detections` is called with the id of each image and its objects, on the CPU.
 
     Raises:
         Interrupted: On all processes, if any process received a signal to stop; the others finish their part.
@@ -68,14 +62,12 @@ def find_objects(
     shares = gather_on_main(results)
     if shares is None:
         return None
-    together = [result for share in shares for result in share]
-    return sorted(together, key=lambda result: result["image_id"])  # the same for any number of processes
+    return sorted(chain(*shares), key=lambda result: result["image_id"])  # the same for any number of processes
 
 
 def to_results(image_id: int, found: dict[str, Tensor], category_ids: list[int]) -> list[dict]:
     """Convert the objects found in an image to COCO's format: boxes as x, y, width, height; masks as run lengths."""
-    boxes = found["boxes"].double()
-    boxes[:, 2:] -= boxes[:, :2]
+    boxes = box_convert(found["boxes"].double(), "xyxy", "xywh")
     results = [
         {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
         for box, score, label in zip(boxes.tolist(), found["scores"].tolist(), found["labels"].tolist(), strict=True)
@@ -98,8 +90,8 @@ def summarise(
         figures = {}
         for kind in kinds:
             evaluation, lines = evaluate_kind(truth, image_ids, results, kind)
-            values = zip(METRICS, evaluation.stats.tolist(), strict=False)
-            figures.update({f"{kind}_{name}": value for name, value in values})
+            for name, value in zip(METRICS, evaluation.stats.tolist(), strict=False):
+                figures[f"{kind}_{name}"] = value
             if tables:
                 logger.info("%s:\n%s\n%s", kind, lines, _per_class(truth, evaluation, kind))
         return figures
@@ -116,8 +108,7 @@ def write_results(results: list[dict], path: Path) -> None:
 def read_results(path: Path, truth: COCO, kinds: Iterable[str]) -> list[dict]:
     """Read results in COCO's format, as `write_results` and mmdetection write them, and check them by the annotations.
 
-    Raises:
-        UserError: If the file cannot be read or holds other things than results of `kinds`, `"bbox"` and `"segm"`.
+    Raises a UserError if the file cannot be read or holds other things than results of `kinds`, `"bbox"` and `"segm"`.
     """
     try:
         results = json.loads(path.read_text())
@@ -154,11 +145,10 @@ def _per_class(truth: COCO, evaluation: COCOeval, kind: str) -> str:
     """Return a table of the AP and AP50 of each class, in percent."""
     precision = evaluation.eval["precision"][:, :, :, 0, -1]  # thresholds, recalls, classes
     names = [truth.cats[category]["name"] for category in evaluation.params.catIds]
-    width = max(map(len, names))
-    rows = [f"{f'{kind}, class':<{max(width, 12)}}  {'AP':>6}  {'AP50':>6}"]
+    width = max(12, *map(len, names))
+    rows = [f"{f'{kind}, class':<{width}}  {'AP':>6}  {'AP50':>6}"]
     for i, name in enumerate(names):
-        figures = [_percent(precision[:, :, i]), _percent(precision[0, :, i])]
-        rows.append(f"{name:<{max(width, 12)}}  {figures[0]:>6}  {figures[1]:>6}")
+        rows.append(f"{name:<{width}}  {_percent(precision[:, :, i]):>6}  {_percent(precision[0, :, i]):>6}")
     return "\n".join(rows)
 
 

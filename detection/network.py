@@ -22,31 +22,14 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock, LastLevelMaxP
 
 from core.images import fitted_size, resize_image
 from dense.networks import build_backbone
+from detection import heads
 from detection.configs.recipes import Experiment
-from detection.heads import (
-    MASK_THRESHOLD,
-    PADDING,
-    Anchors,
-    BoxPredictor,
-    MaxIoUMatcher,
-    ProposalHead,
-    ProposalNetwork,
-    RoIPool,
-    SymmetricBoxCoder,
-    Target,
-    TwinsRoIHeads,
-    match_anchors,
-    smaller,
-    suppress,
-)
+from detection.heads import Target
 from transforms import STATISTICS, normalise
 
 
 def build_detector(experiment: Experiment, num_classes: int, pretrained: bool) -> nn.Module:
-    """Build the detector of an experiment; with `pretrained`, its ImageNet weights are loaded into the backbone.
-
-    Raises the errors of `dense.networks.build_backbone`.
-    """
+    """Build the detector of an experiment, with ImageNet weights if `pretrained`; raises as `build_backbone` does."""
     weights = experiment.pretrained if pretrained else ""
     # The published models were trained with zero padding that takes part in the attention of windows.
     body = build_backbone(experiment.backbone, weights, drop_path_rate=experiment.drop_path, window_padding="zero")
@@ -60,11 +43,7 @@ def build_detector(experiment: Experiment, num_classes: int, pretrained: bool) -
 class TwinsFPN(nn.Module):
     """A Twins backbone and a feature pyramid: images `(B, 3, H, W)` -> maps `(B, channels, H / s, W / s)`.
 
-    Args:
-        body: Backbone from `dense.networks.build_backbone`.
-        first: Index of the finest stage that the pyramid uses.
-        extra: Block that adds coarser levels.
-        channels: Width of the maps.
+    `first` is the index of the finest stage that the pyramid uses; the block `extra` adds coarser levels.
     """
 
     def __init__(self, body: nn.Module, first: int, extra: ExtraFPNBlock, channels: int):
@@ -110,7 +89,7 @@ class Transform(GeneralizedRCNNTransform):
     """
 
     def __init__(self, scale: tuple[int, int]):
-        super().__init__(min(scale), max(scale), *STATISTICS, PADDING)
+        super().__init__(min(scale), max(scale), *STATISTICS, heads.PADDING)
 
     def normalize(self, image: Tensor) -> Tensor:
         images = normalise(image)
@@ -122,7 +101,7 @@ class Transform(GeneralizedRCNNTransform):
         size = fitted_size(image.shape[1:], (self.max_size, self.min_size[0]))
         return resize_image(image, size), target
 
-    def batch_images(self, images: list[Tensor], size_divisible: int = PADDING) -> Tensor:
+    def batch_images(self, images: list[Tensor], size_divisible: int = heads.PADDING) -> Tensor:
         """Pad images `(3, H_i, W_i)` with zeros to the same multiples of `size_divisible` and stack them."""
         height, width = (
             pad_side(reduce(torch.sym_max, (image.shape[dim] for image in images)), size_divisible) for dim in (1, 2)
@@ -174,7 +153,7 @@ def paste_masks(masks: Tensor, boxes: Tensor, height: int, width: int) -> Tensor
         y = (torch.arange(top, bottom, device=box.device) + 0.5 - box[1]) / (box[3] - box[1]) * 2 - 1
         grid = torch.stack([x.expand(len(y), -1), y[:, None].expand(-1, len(x))], dim=-1)  # (h, w, 2)
         part = F.grid_sample(mask[None, None].float(), grid[None], align_corners=False)[0, 0]
-        whole[top:bottom, left:right] = part >= MASK_THRESHOLD
+        whole[top:bottom, left:right] = part >= heads.MASK_THRESHOLD
     return pasted
 
 
@@ -187,7 +166,7 @@ def paste_masks_at_once(masks: Tensor, boxes: Tensor, height: int, width: int) -
         pixels = torch.arange(side, device=masks.device) + 0.5
         positions = (pixels - start) / (end - start) * masks.shape[-1] - 0.5  # (N, side)
         weights.append((1 - (positions[..., None] - places).abs()).clamp(min=0))  # of a bilinear interpolation
-    return weights[0] @ masks.float() @ weights[1].transpose(1, 2) >= MASK_THRESHOLD
+    return weights[0] @ masks.float() @ weights[1].transpose(1, 2) >= heads.MASK_THRESHOLD
 
 
 # ------------------------------------------------------------------------------------------------------ RetinaNet
@@ -211,14 +190,14 @@ class TwinsRetinaNet(CompiledBackbone, RetinaNet):
         super().__init__(
             TwinsFPN(body, first=1, extra=levels, channels=channels),
             num_classes,
-            anchor_generator=Anchors((8, 16, 32, 64, 128), [4 * 2 ** (i / 3) for i in range(3)]),
-            proposal_matcher=MaxIoUMatcher(0.5, 0.4, least=0.0),
+            anchor_generator=heads.Anchors((8, 16, 32, 64, 128), [4 * 2 ** (i / 3) for i in range(3)]),
+            proposal_matcher=heads.MaxIoUMatcher(0.5, 0.4, least=0.0),
             score_thresh=experiment.score_threshold,
             nms_thresh=experiment.nms_threshold,
             detections_per_img=experiment.detections,
         )
         self.transform = Transform(experiment.scale)
-        self.box_coder = SymmetricBoxCoder((1.0, 1.0, 1.0, 1.0))
+        self.box_coder = heads.SymmetricBoxCoder((1.0, 1.0, 1.0, 1.0))
         for head in (self.head.classification_head, self.head.regression_head):
             for layer in head.conv.modules():
                 if isinstance(layer, nn.Conv2d):
@@ -227,14 +206,12 @@ class TwinsRetinaNet(CompiledBackbone, RetinaNet):
     def compute_loss(self, targets: list[Target], head_outputs: dict[str, Tensor], anchors: list[Tensor]) -> dict:
         """Differs from torchvision: losses are divided by all positives of the batch, and ignore the padding."""
         logits, codes = head_outputs["cls_logits"].float(), head_outputs["bbox_regression"].float()
-        matches = [
-            match_anchors(self.proposal_matcher, target["boxes"], image_anchors, inside)
-            for target, image_anchors, inside in zip(targets, anchors, self.anchor_generator.inside, strict=True)
-        ]
-        positives = sum((match >= 0).sum().clamp(min=1) for match in matches)
-        classification = box_regression = 0.0
-        for target, match, image_anchors, logit, code in zip(targets, matches, anchors, logits, codes, strict=True):
+        positives, classification, box_regression = 0, 0.0, 0.0
+        images = zip(targets, anchors, self.anchor_generator.inside, logits, codes, strict=True)
+        for target, image_anchors, inside, logit, code in images:
+            match = heads.match_anchors(self.proposal_matcher, target["boxes"], image_anchors, inside)
             positive, counted = match >= 0, match != Matcher.BETWEEN_THRESHOLDS
+            positives += positive.sum().clamp(min=1)
             truth = torch.zeros_like(logit)
             truth[positive, target["labels"][match[positive]]] = 1
             classification += sigmoid_focal_loss(logit[counted], truth[counted], reduction="sum")
@@ -258,7 +235,7 @@ class TwinsRetinaNet(CompiledBackbone, RetinaNet):
         boxes, scores = [], []
         for logits, codes, level_anchors in zip(cls_logits, bbox_regression, anchors, strict=True):
             probabilities = logits.float().sigmoid()  # (anchors, classes)
-            count = smaller(self.topk_candidates, probabilities.shape[0])  # symbolic in an export
+            count = heads.smaller(self.topk_candidates, probabilities.shape[0])  # symbolic in an export
             best = probabilities.max(dim=1).values.topk(count).indices
             boxes.append(self.box_coder.decode_single(codes[best], level_anchors[best]))
             scores.append(probabilities[best])
@@ -268,7 +245,7 @@ class TwinsRetinaNet(CompiledBackbone, RetinaNet):
         """Return the objects that remain of candidates, by the thresholds and non-maximum suppression."""
         candidates, labels = torch.where(scores > self.score_thresh)
         boxes, scores = boxes[candidates], scores[candidates, labels]
-        keep = suppress(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
+        keep = heads.suppress(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
         return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
 
 
@@ -288,10 +265,10 @@ class TwinsMaskRCNN(CompiledBackbone, GeneralizedRCNN):
 
     def __init__(self, body: nn.Module, num_classes: int, experiment: Experiment):
         channels, proposals = experiment.channels, experiment.proposals
-        anchors = Anchors((4, 8, 16, 32, 64), [8])
-        rpn = ProposalNetwork(
+        anchors = heads.Anchors((4, 8, 16, 32, 64), [8])
+        rpn = heads.ProposalNetwork(
             anchors,
-            ProposalHead(channels, anchors.num_anchors_per_location()[0]),
+            heads.ProposalHead(channels, anchors.num_anchors_per_location()[0]),
             fg_iou_thresh=0.7,
             bg_iou_thresh=0.3,
             batch_size_per_image=256,
@@ -300,13 +277,13 @@ class TwinsMaskRCNN(CompiledBackbone, GeneralizedRCNN):
             post_nms_top_n={"training": proposals, "testing": proposals},
             nms_thresh=0.7,
         )
-        rpn.proposal_matcher = MaxIoUMatcher(0.7, 0.3, least=0.3)
-        rpn.box_coder = SymmetricBoxCoder((1.0, 1.0, 1.0, 1.0))
+        rpn.proposal_matcher = heads.MaxIoUMatcher(0.7, 0.3, least=0.3)
+        rpn.box_coder = heads.SymmetricBoxCoder((1.0, 1.0, 1.0, 1.0))
         classes = num_classes + 1  # class 0 is the background
-        roi_heads = TwinsRoIHeads(
-            RoIPool(7),
+        roi_heads = heads.TwinsRoIHeads(
+            heads.RoIPool(7),
             TwoMLPHead(channels * 7**2, 1024),
-            BoxPredictor(1024, classes),
+            heads.BoxPredictor(1024, classes),
             fg_iou_thresh=0.5,
             bg_iou_thresh=0.5,
             batch_size_per_image=experiment.roi_samples,
@@ -315,12 +292,12 @@ class TwinsMaskRCNN(CompiledBackbone, GeneralizedRCNN):
             score_thresh=experiment.score_threshold,
             nms_thresh=experiment.nms_threshold,
             detections_per_img=experiment.detections,
-            mask_roi_pool=RoIPool(14),
+            mask_roi_pool=heads.RoIPool(14),
             mask_head=MaskRCNNHeads(channels, (channels,) * 4, dilation=1),
             mask_predictor=MaskRCNNPredictor(channels, channels, classes),
         )
-        roi_heads.proposal_matcher = MaxIoUMatcher(0.5, 0.5, least=0.5)
-        roi_heads.box_coder = SymmetricBoxCoder((10.0, 10.0, 5.0, 5.0))
+        roi_heads.proposal_matcher = heads.MaxIoUMatcher(0.5, 0.5, least=0.5)
+        roi_heads.box_coder = heads.SymmetricBoxCoder((10.0, 10.0, 5.0, 5.0))
         backbone = TwinsFPN(body, first=0, extra=LastLevelMaxPool(), channels=channels)
         super().__init__(backbone, rpn, roi_heads, Transform(experiment.scale))
         self._initialise()
@@ -332,9 +309,9 @@ class TwinsMaskRCNN(CompiledBackbone, GeneralizedRCNN):
             nn.init.xavier_uniform_(layer.weight)
         nn.init.normal_(predictor.cls_score.weight, std=0.01)
         nn.init.normal_(predictor.bbox_pred.weight, std=0.001)
-        mask_predictor = self.roi_heads.mask_predictor
-        layers = [head.fc6, head.fc7, predictor.cls_score, predictor.bbox_pred]
-        for layer in (*layers, mask_predictor.conv5_mask, mask_predictor.mask_fcn_logits):
+        masks = self.roi_heads.mask_predictor
+        layers = head.fc6, head.fc7, predictor.cls_score, predictor.bbox_pred, masks.conv5_mask, masks.mask_fcn_logits
+        for layer in layers:
             nn.init.zeros_(layer.bias)
 
     def forward(self, images: list[Tensor], targets: list[Target] | None = None):

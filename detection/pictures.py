@@ -25,12 +25,10 @@ def describe_none(min_score: float) -> str:
 
 
 def draw_detections(image: Tensor, found: dict[str, Tensor], classes: Sequence[str]) -> Image.Image:
-    """Draw the masks, boxes, class names and scores of the objects in an image, the highest score on top.
+    """Draw the masks, boxes, class names and scores of the objects in an RGB image, uint8 `(3, H, W)`.
 
-    Args:
-        image: RGB image, uint8 `(3, H, W)`.
-        found: `boxes` `(n, 4)` and `labels` `(n,)`; for scores `scores` `(n,)`, for masks `masks` `(n, H, W)`.
-        classes: Names of the classes.
+    `found` has `boxes` `(n, 4)`, `labels` `(n,)` and, if there are any, `scores` `(n,)` and `masks` `(n, H, W)`. The
+    highest score is on top.
     """
     order = found["scores"].argsort() if "scores" in found else torch.arange(len(found["labels"]))
     labels = found["labels"][order].tolist()

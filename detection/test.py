@@ -115,15 +115,9 @@ def detect(
     if args.aug_test:
         model = AugmentedDetector(model, experiment.test_scales or [experiment.scale])
     show = build_painter(dataset, args.show_dir, args.show_score_thr) if args.show_dir else None
+    amp_dtype, ids = choose_amp(args.amp, processes.device), dataset.category_ids
     with signals_noted():
-        return find_objects(
-            model,
-            loader,
-            processes.device,
-            dataset.category_ids,
-            amp_dtype=choose_amp(args.amp, processes.device),
-            on_detections=show,
-        )
+        return find_objects(model, loader, processes.device, ids, amp_dtype=amp_dtype, on_detections=show)
 
 
 def build_painter(dataset: Dataset, folder: str, min_score: float) -> Callable[[int, dict[str, Tensor]], None]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -43,30 +44,26 @@ def check_blocks(model: Twins, blocks: Sequence[str]) -> None:
 
 @torch.no_grad()
 def attention_weights(model: Twins, images: Tensor, blocks: Sequence[str]) -> dict[str, tuple[Tensor, int, int]]:
-    """Return the attention weights of chosen blocks, computed in steps; see `attention_maps`.
+    """Return the attention weights of chosen blocks, and the height and width of their maps; see `attention_maps`.
 
-    Returns:
-        The weights `(B, heads, queries, keys)`, in LSA `(windows, heads, tokens, tokens)`, and the height and width of
-        the block's map, by the name of the block.
+    The weights are `(B, heads, queries, keys)`, in LSA `(windows, heads, tokens, tokens)`.
     """
     check_blocks(model, blocks)
     sizes, weights = {}, {}
 
-    def record(name: str, attention: nn.Module, stack: ExitStack) -> None:
-        def keep_size(_module, inputs):
-            sizes[name] = inputs[0].shape[1:3]
+    def keep_size(name: str, _module, inputs):
+        sizes[name] = inputs[0].shape[1:3]
 
-        def keep_weights(_module, _inputs, output):
-            weights[name] = output
-
-        stack.callback(setattr, attention, "fused_attn", attention.fused_attn)
-        attention.fused_attn = False  # the fused function does not return its weights
-        stack.enter_context(attention.register_forward_pre_hook(keep_size))
-        stack.enter_context(attention.attn_drop.register_forward_hook(keep_weights))
+    def keep_weights(name: str, _module, _inputs, output):
+        weights[name] = output
 
     with torch.compiler.set_stance("force_eager"), ExitStack() as stack:  # compiled code does not call new hooks
         for name in blocks:
-            record(name, model.get_submodule(name).attn, stack)
+            attention = model.get_submodule(name).attn
+            stack.callback(setattr, attention, "fused_attn", attention.fused_attn)
+            attention.fused_attn = False  # the fused function does not return its weights
+            stack.enter_context(attention.register_forward_pre_hook(partial(keep_size, name)))
+            stack.enter_context(attention.attn_drop.register_forward_hook(partial(keep_weights, name)))
         model(images)
     return {name: (weights[name], *sizes[name]) for name in blocks}
 

@@ -19,12 +19,9 @@ class Macs(NamedTuple):
 
 
 def count_macs(name: str, input_size: int | tuple[int, int] = 224, **kwargs) -> Macs:
-    """Count the multiply-accumulates per image on torch's meta device, without computation or allocation.
+    """Count the multiply-accumulates per image of a model of this package or of timm, on torch's meta device.
 
-    Args:
-        name: Name of a model of `models/twins.py` or of timm.
-        input_size: Side length in pixels, or height and width.
-        **kwargs: Arguments of timm's `create_model`.
+    `input_size` is the side length in pixels, or height and width; `kwargs` are arguments of timm's `create_model`.
     """
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     with torch.device("meta"):

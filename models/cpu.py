@@ -22,6 +22,8 @@ from torch.autograd import profiler
 from torch.nn.modules import module as nn_module
 from torch.utils.flop_counter import register_flop_formula
 
+from .layers import concatenate
+
 PART_BYTES = 4 << 20  # size of a part of the hidden layer of an MLP; 2 to 8 MiB are equally fast
 ORIGINALS = F.linear, F.gelu, nn.Linear.forward, TimmMlp.forward  # before any tool replaces one of them
 LEAST_PRODUCTS = 1 << 21  # multiply-accumulates; in smaller layers the overhead of the call exceeds the gain
@@ -30,14 +32,8 @@ LEAST_PRODUCTS = 1 << 21  # multiply-accumulates; in smaller layers the overhead
 def accelerate(model: nn.Module, enabled: bool = True) -> nn.Module:
     """Switch the fast computation of all linear layers and MLPs of a model on or off, in place.
 
-    The names of the parameters stay. Without oneDNN the model does not change.
-
-    Args:
-        model: Any model, on any device.
-        enabled: False to restore the layers of torch and timm, for tools that choose layers by type.
-
-    Returns:
-        The model.
+    The names of the parameters stay. Without oneDNN the model does not change. `enabled=False` restores the layers of
+    torch and timm, for tools that choose layers by type. Returns the model.
     """
     classes = {nn.Linear: Linear, TimmMlp: Mlp} if enabled else {Linear: nn.Linear, Mlp: TimmMlp}
     if AVAILABLE:
@@ -189,7 +185,7 @@ linear.register_autograd(
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
     """Return `gelu(x @ weight1.T + bias1) @ weight2.T + bias2`, `(tokens, in) -> (tokens, out)`; not differentiable."""
     parts = _split(x, hidden=len(weight1))
-    return _cat([_multiply(_multiply(part, weight1, bias1, "gelu"), weight2, bias2) for part in parts])
+    return concatenate([_multiply(_multiply(part, weight1, bias1, "gelu"), weight2, bias2) for part in parts])
 
 
 @mlp.register_fake
@@ -201,7 +197,8 @@ def _(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor)
 def mlp_training(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> tuple[Tensor, Tensor]:
     """Return the output of `mlp` and the hidden layer before the GELU, `(tokens, hidden)`."""
     hidden = _multiply(x, weight1, bias1)
-    return _cat([_multiply(F.gelu(part), weight2, bias2) for part in _split(hidden, hidden=len(weight1))]), hidden
+    parts = _split(hidden, hidden=len(weight1))
+    return concatenate([_multiply(F.gelu(part), weight2, bias2) for part in parts]), hidden
 
 
 @mlp_training.register_fake
@@ -228,7 +225,7 @@ def mlp_backward(
         else:
             for total, part in zip(grad_parameters, new, strict=True):
                 total.add_(part)
-    return _cat(grad_x), *grad_parameters
+    return concatenate(grad_x), *grad_parameters
 
 
 @mlp_backward.register_fake
@@ -261,11 +258,6 @@ mlp_training.register_autograd(_differentiate_mlp, setup_context=_save_for_mlp)
 def _split(x: Tensor, hidden: int) -> tuple[Tensor, ...]:
     """Split tokens `(tokens, C)` into parts whose hidden layer of `hidden` channels fits into the cache."""
     return x.split(max(1, PART_BYTES // (hidden * x.element_size())))
-
-
-def _cat(parts: list[Tensor]) -> Tensor:
-    """Concatenate parts of tokens; a single part is returned without a copy."""
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 # --------------------------------------------------------------------------------------------------------- counting

@@ -18,7 +18,7 @@ def conv_channels_last(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
     return conv(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
-def _cat(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+def concatenate(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
     """Concatenate tensors; a single one is returned without a copy."""
     return torch.cat(parts, dim=dim) if len(parts) > 1 else parts[0]
 
@@ -63,9 +63,7 @@ class PositionalEncodingGenerator(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention of queries to keys and values, by torch's fused function or, if timm disables it, in steps.
 
-    Args:
-        num_heads: Number of attention heads.
-        attn_drop: Dropout rate of the attention weights.
+    `attn_drop` is the dropout rate of the attention weights.
     """
 
     def __init__(self, num_heads: int, attn_drop: float):
@@ -77,13 +75,10 @@ class Attention(nn.Module):
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, real: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Return the weighted sums of the values, `(B, heads, queries, C / heads)`.
+        """Return the weighted sums of the values for queries `(B, heads, queries, C / heads)`, in the same shape.
 
-        Args:
-            q: Queries `(B, heads, queries, C / heads)`.
-            k: Keys `(B, heads, keys, C / heads)`.
-            v: Values of the same shape.
-            real: Mask `(B, 1, 1, keys)`, False for keys that take no part; None if all do.
+        Keys and values are `(B, heads, keys, C / heads)`. `real`, `(B, 1, 1, keys)`, is False for keys that take no
+        part; None if all do.
         """
         if self.fused_attn:
             dropout = self.attn_drop.p if self.attn_drop.training else 0.0
@@ -134,8 +129,8 @@ class LocallyGroupedAttention(Attention):
         else:
             bands = []
             for band in self.split(x, dim=1):
-                bands.append(_cat([self.attend_map(part) for part in self.split(band, dim=2)], dim=2))
-            x = _cat(bands, dim=1)
+                bands.append(concatenate([self.attend_map(part) for part in self.split(band, dim=2)], dim=2))
+            x = concatenate(bands, dim=1)
         return self.proj_drop(x)
 
     def pads_with_zeros(self, height: int, width: int) -> bool:
@@ -207,12 +202,9 @@ class LocallyGroupedAttention(Attention):
         return window * size**2 + row % size * size + col % size
 
     def attend_windows(self, x: torch.Tensor, tokens: int, real: torch.Tensor | None = None) -> torch.Tensor:
-        """Attend inside windows.
+        """Attend inside windows, `(windows * tokens, C)` -> the same shape.
 
-        Args:
-            x: Tokens `(windows * tokens, C)`.
-            tokens: Number of tokens per window.
-            real: Mask `(windows, 1, 1, tokens)`, False for padding; None if all tokens take part.
+        `real`, `(windows, 1, 1, tokens)`, is False for padding; None if all tokens take part.
         """
         C = x.shape[-1]
         qkv = self.qkv(x).view(-1, tokens, 3, self.num_heads, C // self.num_heads)

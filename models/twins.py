@@ -3,9 +3,8 @@
 Papers: Twins (Chu et al., NeurIPS 2021, https://arxiv.org/abs/2104.13840) and, for the positional
 encoding generator, CPVT (Chu et al., ICLR 2023, https://arxiv.org/abs/2102.10882).
 
-A network has four stages of strides 4, 8, 16 and 32. Tokens are channels-last, `(B, H, W, C)`, from the
-first patch embedding to the head, so that convolutions, norms and linear layers use the same memory layout.
-Parameter names are those of the released weights; `models/weights.py` reads the other formats.
+A network has four stages of strides 4, 8, 16 and 32. Parameter names are those of the released weights;
+`models/weights.py` reads the other formats.
 
     from timm import create_model
     import models
@@ -30,15 +29,7 @@ from timm.models import (
 from timm.models._features import feature_take_indices
 from torch import nn
 
-from .layers import (
-    WINDOW_PADDINGS,
-    Block,
-    GlobalSubsampledAttention,
-    LocallyGroupedAttention,
-    PatchEmbed,
-    PositionalEncodingGenerator,
-    Stage,
-)
+from . import layers
 
 MIN_INPUT_SIZE = 32  # side length in pixels: the stride of the last stage
 
@@ -103,8 +94,8 @@ class Twins(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        if window_padding not in WINDOW_PADDINGS:
-            raise TwinsError(f"window_padding {window_padding!r} is unknown; use one of {WINDOW_PADDINGS}")
+        if window_padding not in layers.WINDOW_PADDINGS:
+            raise TwinsError(f"window_padding {window_padding!r} is unknown; use one of {layers.WINDOW_PADDINGS}")
         for dim, heads in zip(embed_dims, num_heads, strict=True):
             if dim % heads:
                 raise TwinsError(f"{heads} attention heads do not divide an embedding of {dim} channels")
@@ -121,18 +112,18 @@ class Twins(nn.Module):
             """Return LSA at even indices if there are windows, GSA otherwise."""
             dim, heads, drops = embed_dims[stage], num_heads[stage], (attn_drop_rate, proj_drop_rate)
             if window_size is not None and index % 2 == 0:
-                return LocallyGroupedAttention(dim, heads, window_size, window_padding, *drops)
-            return GlobalSubsampledAttention(dim, heads, sr_ratios[stage], *drops)
+                return layers.LocallyGroupedAttention(dim, heads, window_size, window_padding, *drops)
+            return layers.GlobalSubsampledAttention(dim, heads, sr_ratios[stage], *drops)
 
         with torch.device(torch.get_default_device() if device is None else device):
             in_dims = (in_chans, *embed_dims[:-1])
             patch_sizes = (4, *[2] * (len(depths) - 1))
             drop_paths = iter(torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist())
-            self.patch_embeds = nn.ModuleList(map(PatchEmbed, in_dims, embed_dims, patch_sizes))
-            self.pos_block = nn.ModuleList(map(PositionalEncodingGenerator, embed_dims))
+            self.patch_embeds = nn.ModuleList(map(layers.PatchEmbed, in_dims, embed_dims, patch_sizes))
+            self.pos_block = nn.ModuleList(map(layers.PositionalEncodingGenerator, embed_dims))
             self.blocks = nn.ModuleList(
-                Stage(
-                    Block(dim, make_attention(stage, index), mlp_ratios[stage], proj_drop_rate, next(drop_paths))
+                layers.Stage(
+                    layers.Block(dim, make_attention(stage, index), mlp_ratios[stage], proj_drop_rate, next(drop_paths))
                     for index in range(depths[stage])
                 )
                 for stage, dim in enumerate(embed_dims)
@@ -217,13 +208,8 @@ class Twins(nn.Module):
     ) -> list[int]:
         """Remove the stages, final norm and head that the outputs `indices` do not need, as timm's models do.
 
-        Args:
-            indices: Number of last stages, or a sequence of stages.
-            prune_norm: True to always remove the final norm.
-            prune_head: True to always remove the head.
-
-        Returns:
-            The indices of the chosen stages.
+        `indices` is a number of last stages or a sequence of stages. `prune_norm` removes the final norm in any case,
+        `prune_head` the head. Returns the indices of the chosen stages.
         """
         wanted, last_wanted = feature_take_indices(len(self.blocks), indices)
         keep = last_wanted + 1
@@ -376,8 +362,7 @@ def _pcpvt(variant: str, pretrained: bool, kwargs: dict, **config) -> nn.Module:
 
 
 def _alt_gvt(variant: str, pretrained: bool, kwargs: dict, **config) -> nn.Module:
-    defaults = {"window_size": 7}
-    return _create(variant, pretrained, **(defaults | config | kwargs))
+    return _create(variant, pretrained, **({"window_size": 7} | config | kwargs))
 
 
 @register_model

@@ -50,17 +50,14 @@ def load_weights(model: nn.Module, path: str | Path, *, ema: bool = False, finet
 
     A model built with `features_only=True` takes the weights of a classifier, see `load_backbone`.
     """
+    state = read_weights(path, ema=ema)
     if isinstance(model, FeatureGetterNet):
-        return load_backbone(model.model, read_weights(path, ema=ema), source=str(path), finetune=finetune)
-    return load_state_dict(model, read_weights(path, ema=ema), source=str(path), finetune=finetune)
+        return load_backbone(model.model, state, source=str(path), finetune=finetune)
+    return load_state_dict(model, state, source=str(path), finetune=finetune)
 
 
 def read_weights(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]:
-    """Read a state dict in any of the formats above, with the parameter names of our models.
-
-    Args:
-        path: File to read.
-        ema: True to read the moving average of the weights.
+    """Read weights, or with `ema` their moving average, in any of the formats above; return a state dict of our models.
 
     Raises:
         TwinsError: If the file is missing or damaged, would execute code, or does not contain these weights.
@@ -82,11 +79,7 @@ def read_weights(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]:
 
 
 def read_file(path: str | Path) -> dict:
-    """Read a checkpoint to the CPU without executing code.
-
-    Raises:
-        TwinsError: If the file is missing or damaged, would execute code, or does not contain a dict.
-    """
+    """Read a checkpoint to the CPU without executing code; raises a TwinsError as `read_weights` does."""
     path = Path(path)
     if not os.path.isfile(path):
         what = "this is a folder; name a file in it" if os.path.isdir(path) else "there is no such file"

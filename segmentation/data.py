@@ -33,11 +33,7 @@ Sample = tuple[Tensor, Tensor]
 
 
 def build_dataset(experiment: Experiment, part: str) -> Dataset:
-    """Build a part of the data set of an experiment: `"train"`, `"val"`, or `"test"` for images without labels.
-
-    Raises:
-        UserError: If the files are missing or inconsistent.
-    """
+    """Build the part `"train"`, `"val"` or `"test"` of an experiment's data; a UserError names missing or bad files."""
     if experiment.dataset == "shapes":
         return Shapes(part == "train", max(experiment.scale))
     root = Path(experiment.data_root)
@@ -63,9 +59,9 @@ def find_files(experiment: Experiment, part: str) -> tuple[dict[str, Path], dict
         log_unused(folder, filter(Path.is_file, others), "; image_suffix chooses another suffix")
     if split:
         names = _read_lines(root / split, "write the names of the images in it, one per line, without suffix")
-        missing = next((name for name in names if name not in images), None)
-        if missing is not None:
-            raise UserError(f"{root / split}: lists {missing}, but {folder / missing}{suffixes[0]} is missing")
+        for name in names:
+            if name not in images:
+                raise UserError(f"{root / split}: lists {name}, but {folder / name}{suffixes[0]} is missing")
         images = {name: images[name] for name in names}
     if not images:
         raise UserError(f"{split or folder} holds no images ({', '.join(suffixes)})")
@@ -162,10 +158,8 @@ class Shapes(Dataset):
 def read_classes(path: Path) -> tuple[list[str], list[tuple[int, ...]]]:
     """Read the names and colours of classes from a file with one class per line, in the order of their labels.
 
-    A line is a name and, optionally, an RGB colour: `traffic light 250 170 30`. Other classes get other colours.
-
-    Raises:
-        UserError: If the file is missing, not in UTF-8, or holds no class or too many.
+    A line is a name and, optionally, an RGB colour: `traffic light 250 170 30`. Other classes get other colours. Raises
+    a UserError if the file is missing, not in UTF-8, or holds no class or too many.
     """
     remedy = "write one class per line in it, with a colour if you like: road 128 64 128"
     lines = [line.split() for line in _read_lines(path, remedy)]
@@ -191,10 +185,7 @@ def _read_lines(path: Path, remedy: str) -> list[str]:
 
 
 def _list_files(folder: Path, field: str, suffixes: Sequence[str]) -> tuple[dict[str, Path], list[Path]]:
-    """Return the files of a folder with one of the suffixes, by their names without it, and the other paths.
-
-    The names may contain folders.
-    """
+    """Return the files under a folder with one of the suffixes, by their paths without it, and the other paths."""
     if not folder.is_dir():
         raise UserError(f"{folder} is missing; set the folder with --cfg-options {field}=...")
     files, others = {}, []

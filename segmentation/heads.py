@@ -1,7 +1,7 @@
 """Decode heads and the FPN neck of semantic segmentation, with the parameter names of the released weights.
 
 All take the maps of a backbone, `(B, C_i, H / s_i, W / s_i)` at strides s_i of 4, 8, 16 and 32. The heads return logits
-`(B, classes, H / s, W / s)`, which the segmentor resizes.
+`(B, classes, H / s, W / s)`, which the segmentor resizes; s is 16 in `FCNHead`, 4 in the others.
 """
 
 from collections import OrderedDict
@@ -75,10 +75,7 @@ class AveragePool(nn.Module):
 
 
 class UPerHead(DecodeHead):
-    """Pyramid pooling of the coarsest map, and a feature pyramid of all maps (https://arxiv.org/abs/1807.10221).
-
-    Returns logits at the stride of the finest map.
-    """
+    """Pyramid pooling of the coarsest map, and a feature pyramid of all maps (https://arxiv.org/abs/1807.10221)."""
 
     def __init__(self, in_channels: Sequence[int], num_classes: int, channels: int = 512):
         super().__init__(channels, num_classes)
@@ -142,10 +139,7 @@ def _named_conv(in_channels: int, out_channels: int, kernel_size: int) -> nn.Mod
 
 
 class FPNHead(DecodeHead):
-    """Semantic FPN: upsamples each level to the finest in steps of two, then adds them.
-
-    Paper: https://arxiv.org/abs/1901.02446. Returns logits at the stride of the finest map.
-    """
+    """Semantic FPN: upsamples each level to the finest in steps of two, and adds them (https://arxiv.org/abs/1901.02446)."""
 
     def __init__(self, in_channels: int, num_classes: int, channels: int = 128):
         super().__init__(channels, num_classes)
@@ -154,12 +148,12 @@ class FPNHead(DecodeHead):
     @staticmethod
     def _scale_head(in_channels: int, channels: int, doublings: int) -> nn.Sequential:
         """Return convolutions that are each followed by upsampling by two, or one convolution without it."""
-        layers: list[nn.Module] = []
+        layers = nn.Sequential()
         for _ in range(max(1, doublings)):
-            layers.append(ConvBNReLU(in_channels if not layers else channels, channels, 3))
+            layers.append(ConvBNReLU(channels if layers else in_channels, channels, 3))
             if doublings:
                 layers.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
-        return nn.Sequential(*layers)
+        return layers
 
     def features(self, maps: Sequence[Tensor]) -> Tensor:
         finest, *coarser = [head(x) for head, x in zip(self.scale_heads, maps, strict=True)]

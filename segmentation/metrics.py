@@ -13,13 +13,15 @@ from core.signals import stop_if_requested, stop_requested
 from segmentation.data import IGNORED_LABEL, read_labels
 from utils import UserError
 
+# Function of the index of an image, the image in one or more sizes `(3, h, w)`, and the height and width of the result,
+# the predicted classes `(H, W)`.
+PredictImage = Callable[[int, Sequence[Tensor], tuple[int, int]], Tensor]
+
 
 class ConfusionMatrix:
     """Counts of pixels by true and predicted class: integers, so exact for any number of processes.
 
-    Args:
-        num_classes: Number of classes. Pixels with a label outside `0 .. num_classes - 1` are not counted.
-        device: Device of the counts.
+    Pixels with a label outside `0 .. num_classes - 1` are not counted.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
@@ -41,8 +43,7 @@ class ConfusionMatrix:
     def summary(self) -> dict[str, float]:
         """Return `mIoU` and `mAcc`, means over the classes that occur, and `aAcc`, over all pixels; from 0 to 1.
 
-        Raises:
-            UserError: If there is no labelled pixel.
+        Raises a UserError if there is no labelled pixel.
         """
         if not self.counts.any():
             raise UserError("there is no labelled pixel to evaluate")
@@ -67,7 +68,7 @@ class ConfusionMatrix:
 
 
 def evaluate(
-    predict_image: Callable[[int, Sequence[Tensor], tuple[int, int]], Tensor],
+    predict_image: PredictImage,
     data_loader: Iterable,
     device: torch.device,
     num_classes: int,
@@ -75,14 +76,8 @@ def evaluate(
 ) -> ConfusionMatrix:
     """Evaluate the predictions of images; each image is counted exactly once.
 
-    Args:
-        predict_image: Function of the index of an image, the image in one or more sizes `(3, h, w)`, and the height and
-            width of the result, the predicted classes `(H, W)`. See `build_predictor` and `build_reader`.
-        data_loader: Loader of this process's share of the images, one at a time: the index, the image in one or more
-            sizes, and the labels `(H, W)`.
-        device: Device of the counts.
-        num_classes: Number of classes.
-        on_prediction: Function called with the index of each image and its predicted classes, on the CPU.
+    Each process has its own loader of `EvalViews`, and the counts are those of all processes. `on_prediction` is called
+    with the index of each image and its predicted classes, on the CPU.
 
     Raises:
         Interrupted: On all processes, if any process received a signal to stop; the others finish their part.
@@ -100,7 +95,7 @@ def evaluate(
     return matrix
 
 
-def build_reader(folder: Path, dataset: Dataset) -> Callable[[int, Sequence[Tensor], tuple[int, int]], Tensor]:
+def build_reader(folder: Path, dataset: Dataset) -> PredictImage:
     """Return a function for `evaluate` that reads predictions as test.py writes them; it raises a `UserError`."""
 
     def read_prediction(index: int, images: Sequence[Tensor], size: tuple[int, int]) -> Tensor:

@@ -1,6 +1,6 @@
 """Segmentation networks of a backbone, an optional neck and heads: their losses and inference."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,46 +10,32 @@ from dense.networks import build_backbone
 from segmentation.configs.recipes import Experiment
 from segmentation.data import IGNORED_LABEL
 from segmentation.heads import FPN, FCNHead, FPNHead, UPerHead, resize
+from segmentation.metrics import PredictImage
 
 AUXILIARY_WEIGHT = 0.4  # of the auxiliary head's loss
 
 
 class Segmentor(nn.Module):
-    """A backbone of `models/`, a decode head and, in training, an auxiliary head.
+    """A backbone of `models/`, a neck, a decode head and, for a second loss in training, an auxiliary head.
 
-    Args:
-        backbone: Backbone from `dense.networks.build_backbone`, with maps of strides 4, 8, 16 and 32.
-        decode_head: Head that computes the logits.
-        neck: Module between the backbone and the decode head; the auxiliary head takes the backbone's maps.
-        auxiliary_head: Head of a second loss in training.
+    The neck stands between the backbone and the decode head; the auxiliary head takes the backbone's maps.
     """
 
     # The layers that `models.load_state_dict` skips in fine-tuning if the classes differ.
     pretrained_cfg = {"classifier": ("decode_head.conv_seg", "auxiliary_head.conv_seg")}  # noqa: RUF012
 
-    def __init__(
-        self,
-        backbone: nn.Module,
-        decode_head: nn.Module,
-        neck: nn.Module | None = None,
-        auxiliary_head: nn.Module | None = None,
-    ):
+    def __init__(self, backbone: nn.Module, neck: nn.Module, decode_head: nn.Module, auxiliary_head: nn.Module | None):
         super().__init__()
         self.backbone = backbone
-        self.neck = neck or nn.Identity()
+        self.neck = neck
         self.decode_head = decode_head
         self.auxiliary_head = auxiliary_head
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | dict[str, Tensor]:
         """Return the logits of images, or the losses if labels are given: DistributedDataParallel needs `forward`.
 
-        Args:
-            images: Normalised images `(B, 3, H, W)`.
-            labels: Class of each pixel, or `IGNORED_LABEL`, `(B, H, W)`.
-
-        Returns:
-            Logits `(B, classes, H, W)`, or the losses of the heads: `decode` and, with an auxiliary head, the weighted
-            `aux`.
+        Logits are `(B, classes, H, W)` for normalised images `(B, 3, H, W)`. Losses are `decode` and, with an auxiliary
+        head, the weighted `aux`, for labels `(B, H, W)`.
         """
         maps = self.backbone.forward_intermediates(images, intermediates_only=True)
         logits = self.decode_head(self.neck(maps))
@@ -62,19 +48,16 @@ class Segmentor(nn.Module):
 
 
 def build_segmentor(experiment: Experiment, num_classes: int, pretrained: bool) -> Segmentor:
-    """Build the network of an experiment; with `pretrained`, its ImageNet weights are loaded into the backbone.
-
-    Raises the errors of `dense.networks.build_backbone`.
-    """
+    """Build the network of an experiment, with ImageNet weights if `pretrained`; raises as `build_backbone` does."""
     weights = experiment.pretrained if pretrained else ""
     options = {"drop_path_rate": experiment.drop_path, "window_padding": experiment.window_padding}
     backbone = build_backbone(experiment.backbone, weights, **options)
     dims, channels = backbone.embed_dims, experiment.channels
     if experiment.head == "fpn":
         neck = FPN(dims, experiment.neck_channels)
-        return Segmentor(backbone, FPNHead(experiment.neck_channels, num_classes, channels), neck)
+        return Segmentor(backbone, neck, FPNHead(experiment.neck_channels, num_classes, channels), None)
     auxiliary_head = FCNHead(dims[2], num_classes, channels // 2)
-    return Segmentor(backbone, UPerHead(dims, num_classes, channels), auxiliary_head=auxiliary_head)
+    return Segmentor(backbone, nn.Identity(), UPerHead(dims, num_classes, channels), auxiliary_head)
 
 
 def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -89,7 +72,7 @@ def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 def build_predictor(
     model: Segmentor, experiment: Experiment, amp_dtype: torch.dtype | None, flip: bool = False
-) -> Callable[[int, Sequence[Tensor], tuple[int, int]], Tensor]:
+) -> PredictImage:
     """Return a function for `segmentation.metrics.evaluate` that predicts the classes of an image with a network.
 
     The network is set to evaluation mode. Windows slide as the experiment says; `predict` describes `flip`.
@@ -116,7 +99,7 @@ def predict(
     window: int | None = None,
     stride: int | None = None,
 ) -> Tensor:
-    """Predict the class of each pixel of an image, given in one or more sizes.
+    """Return the class indices `(H, W)` of the pixels of an image, given in one or more sizes.
 
     Args:
         model: Network in evaluation mode.
@@ -125,9 +108,6 @@ def predict(
         flip: True to average over each size and its mirror image.
         window: Side length of a square sliding window in pixels; None for the whole image at once.
         stride: Pixels from one window to the next; `window` by default.
-
-    Returns:
-        Class indices `(H, W)`.
     """
     probabilities = 0.0
     for image in images:

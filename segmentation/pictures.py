@@ -20,14 +20,10 @@ def draw_overlay(
     colours: Sequence[tuple[int, ...]],
     ignored: int,
 ) -> Image.Image:
-    """Draw an image, beside it the image under each label map, and a legend of the classes in the maps.
+    """Draw an RGB image, uint8 `(3, H, W)`, beside it the image under each label map, and a legend of the classes.
 
-    Args:
-        image: RGB image, uint8 `(3, H, W)`.
-        maps: Titles and label maps, integers `(H, W)`.
-        classes: Names of the classes.
-        colours: RGB colours of the classes.
-        ignored: Label of pixels that stay as they are.
+    The maps are integers `(H, W)` by their titles; pixels with the label `ignored` stay as they are. `colours` are the
+    RGB colours of the classes.
     """
     present = torch.cat([labels.unique().long() for labels in maps.values()]).unique().tolist()
     shown = [label for label in present if label != ignored]

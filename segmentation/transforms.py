@@ -26,12 +26,8 @@ def augment(
 ) -> Sample:
     """Return a normalised image `(3, crop, crop)` and its labels after the published augmentation.
 
-    Args:
-        image: RGB image, uint8 `(3, H, W)`.
-        labels: Labels, uint8 `(H, W)`.
-        scale: Limits of the image's longer and shorter side in pixels.
-        scale_range: Range of the random factor on `scale`.
-        crop_size: Side length of the crop in pixels.
+    The image is uint8 `(3, H, W)`, its labels `(H, W)`. `scale` limits its longer and shorter side in pixels,
+    multiplied by a random factor in `scale_range`.
     """
     size = fitted_size(labels.shape, scale, np.random.uniform(*scale_range))
     image, labels = resize_image(image, size), resize_labels(labels, size)
@@ -69,8 +65,7 @@ class EvalViews(Dataset):
 def evaluation_inputs(image: Tensor, scale: tuple[int, int], ratios: Sequence[float] = (1.0,)) -> list[Tensor]:
     """Return a uint8 image `(3, H, W)` normalised and resized to a scale, at each ratio `(3, h, w)`.
 
-    Raises:
-        UserError: If a side becomes smaller than a network takes.
+    Raises a UserError if a side becomes smaller than a network takes.
     """
     sizes = [fitted_size(image.shape[1:], scale, ratio) for ratio in ratios]
     smallest = min(sizes, key=min)

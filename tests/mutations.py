@@ -411,9 +411,9 @@ MUTATIONS = [
              ("test_curves.py::test_runs_at_half_the_pace_are_not_on_track",)),
     Mutation("the recipe of published runs", "analysis/published.py", "    if changed:\n", "    if False:\n",
              ("test_curves.py::test_other_recipes_are_not_judged",)),
-    Mutation("the loss of published runs", "analysis/published.py", '(published.log.figure, "train_loss")]', "(published.log.figure,)]",
+    Mutation("the loss of published runs", "analysis/published.py", '(published.figure, "train_loss")]', "(published.figure,)]",
              ("test_curves.py::test_the_shortfall_is_named_until_the_run_recovers",)),
-    Mutation("means of steps", "analysis/runs.py", "(total - before) / max(1, line[\"step\"] - done)", "value",
+    Mutation("means of steps", "analysis/runs.py", "(value * step - total) / max(1, step - done)", "value",
              ("test_curves.py::test_losses_of_steps_are_means_since_the_line_before",)),
 
     Mutation("batches of predictions", "predict.py", "args.batch_size if isinstance(predictor, Classifier) else 1", "1",

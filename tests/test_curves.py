@@ -12,7 +12,7 @@ import pytest
 import analyze
 import main
 from analysis import curves
-from analysis.published import Published, estimate_noise, find_published, judge
+from analysis.published import estimate_noise, find_published, judge
 from analysis.runs import RunLog, read_run
 from core.options import ArgumentParser
 from core.recipes import PUBLISHED
@@ -202,8 +202,8 @@ def test_the_picture_of_two_runs(tmp_path):
     pytest.importorskip("matplotlib")
     published = find_published(RunLog("", classifier("alt_gvt_small"), [], []))
     steps = [{"epoch": i // 2, "step": i % 2 + 1, "steps": 2, "loss": 7.0, "lr": 0.5} for i in range(8)]
-    first = write_run(tmp_path / "a", published.log.history[:4], steps, **classifier("alt_gvt_small"))
-    second = write_run(tmp_path / "b", published.log.history[:6], **classifier("alt_gvt_small"))
+    first = write_run(tmp_path / "a", published.history[:4], steps, **classifier("alt_gvt_small"))
+    second = write_run(tmp_path / "b", published.history[:6], **classifier("alt_gvt_small"))
     analyze.main(["curves", str(first), str(second)])
     analyze.main(["curves", str(first), str(second), "--out", str(tmp_path / "pictures")])
     for folder in (first, tmp_path / "pictures"):
@@ -227,7 +227,7 @@ def test_the_picture_of_two_runs(tmp_path):
 def test_runs_in_iterations_share_their_axis(tmp_path):
     pytest.importorskip("matplotlib")
     published = find_published(RunLog("", segmentor("alt_gvt_small"), [], []))
-    run = read_run(write_run(tmp_path / "a", published.log.history[:2], **segmentor("alt_gvt_small")))
+    run = read_run(write_run(tmp_path / "a", published.history[:2], **segmentor("alt_gvt_small")))
     loss, _, accuracy = curves.draw([run], [published]).axes
     assert accuracy.get_xlabel() == "iterations in thousands"
     assert [list(line.get_xdata()) for line in accuracy.lines] == [[16 * i for i in range(1, 11)], [16, 32]]
@@ -241,7 +241,7 @@ PUBLISHED_RUNS = [classifier(name) for name in PUBLISHED] + [segmentor(name) for
 of_all_runs = pytest.mark.parametrize("options", PUBLISHED_RUNS, ids=lambda run: run.get("model") or run["backbone"])
 
 
-def make_run(options: dict, figures: dict[str, list[float]]) -> tuple[RunLog, Published]:
+def make_run(options: dict, figures: dict[str, list[float]]) -> tuple[RunLog, RunLog]:
     """Return a run with these figures, accuracies in percent, and the published run of its model."""
     factor = 100 if "head" in options else 1
     columns = {name: [v / factor if name.startswith("test") else v for v in column] for name, column in figures.items()}
@@ -252,7 +252,7 @@ def make_run(options: dict, figures: dict[str, list[float]]) -> tuple[RunLog, Pu
 
 
 def published_figures(options: dict) -> dict[str, dict[int, float]]:
-    log = find_published(RunLog("", options, [], [])).log
+    log = find_published(RunLog("", options, [], []))
     return {name: log.series(name) for name in (log.figure, "train_loss")}
 
 
@@ -338,7 +338,7 @@ def test_the_published_run_is_found():
     """A log alone is recognised by its number of parameters; unknown options are not compared."""
     log = [{"epoch": epoch, "n_parameters": 56070952, "test_acc1": 1.0} for epoch in range(9)]
     run = RunLog("run", {}, log, [])
-    assert find_published(run).log.name == "published alt_gvt_base"
+    assert find_published(run).name == "published alt_gvt_base"
     assert "not on track from epoch 5" in judge(run, find_published(run))
     run = RunLog("run", classifier("alt_gvt_base", global_batch=None), log, [])
     assert "not on track from epoch 5" in judge(run, find_published(run))
@@ -356,5 +356,5 @@ def test_published_runs_have_their_recipe(name):
     experiment = dataclasses.asdict(load_experiment(config).resolve())
     for options in (vars(main.parse_args(["--recipe", "published", "--model", name])), experiment):
         run, published = make_run(json.loads(json.dumps(options)), {"train_loss": [1.0]})
-        assert published.recipe.items() <= run.options.items()
+        assert published.options.items() <= run.options.items()
         assert "too early to compare" in judge(run, published)

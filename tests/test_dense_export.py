@@ -40,8 +40,8 @@ def build_tiny_segmentor(head: str, backbone: str) -> Segmentor:
     torch.manual_seed(0)
     body = build_backbone(backbone, "", depths=DEPTHS, window_padding="released")
     if head == "fpn":
-        return Segmentor(body, FPNHead(16, 5, channels=16), FPN(body.embed_dims, 16)).eval()
-    return Segmentor(body, UPerHead(body.embed_dims, 5, channels=16)).eval()
+        return Segmentor(body, FPN(body.embed_dims, 16), FPNHead(16, 5, channels=16), None).eval()
+    return Segmentor(body, nn.Identity(), UPerHead(body.embed_dims, 5, channels=16), None).eval()
 
 
 def export(network: nn.Module, example: torch.Tensor, exporter: str, path):
