@@ -53,7 +53,7 @@ from core.options import (
     loader_options,
 )
 from core.predictor import Predictor, Result, Source, open_image
-from core.reports import COLUMNS, Report, build_reports
+from core.reports import COLUMNS, Report, json_report, table_report
 from core.signals import Interrupted, signals_noted, stop_if_requested
 from dense.experiments import load_experiment
 from detection.pictures import describe_none
@@ -80,15 +80,9 @@ CLASS_LAYERS = {
 
 @dataclass(frozen=True)
 class Classification(Result):
-    """Classes of an image.
+    """Classes of an image."""
 
-    Attributes:
-        source: The image.
-        classes: Names of all classes.
-        logits: Logits `(classes,)`.
-    """
-
-    logits: Tensor
+    logits: Tensor  # `(classes,)`
 
     @property
     def probabilities(self) -> Tensor:
@@ -109,12 +103,9 @@ class Classification(Result):
 
 
 class Classifier(Predictor):
-    """Predictor of classes.
+    """Predictor of classes, with a classifier of timm's interface.
 
-    Args:
-        model: Classifier of timm's interface.
-        description: Its classes, and the options of main.py that shape the input, by default those of `EVALUATION`.
-        amp_dtype: Data type of autocast; None to disable mixed precision.
+    Its description has the options of main.py that shape the input, by default those of `EVALUATION`.
     """
 
     upright = False  # as in training, and as torchvision reads folders of images
@@ -219,11 +210,7 @@ def load_predictor(
 
 
 def find_predictor(weights: str | Path, task: str) -> type[Predictor]:
-    """Return the class of a task's predictors.
-
-    Raises:
-        UserError: If the task is detection and pycocotools is missing.
-    """
+    """Return the class of a task's predictors; a UserError says that detection needs pycocotools."""
     if task == "classification":
         return Classifier
     if task == "segmentation":
@@ -269,8 +256,7 @@ def create_classifier(name: str, **kwargs) -> nn.Module:
 
 def check_classifier(name: str) -> None:
     """Raise a UserError if timm has no model of this name."""
-    fault = find_fault(name)
-    if fault:
+    if fault := find_fault(name):
         raise UserError(f"--model {fault}")
 
 
@@ -312,11 +298,7 @@ def number_classes(count: int) -> list[str]:
 
 
 def count_classes(path: str | Path, task: str, options: dict[str, Any]) -> int:
-    """Return the number of classes of a network, from the bias of its last layer.
-
-    Raises:
-        UserError: If the weights are not those of such a network.
-    """
+    """Return the number of classes of a network, from the bias of its last layer; a UserError if there is none."""
     if task == "classification":
         classifier = get_pretrained_cfg_value(options["model"], "classifier") or "head"
         layers, per_class, others = [classifier] if isinstance(classifier, str) else classifier, 1, 0
@@ -455,7 +437,11 @@ def run_prediction(args: argparse.Namespace, processes: Processes) -> None:
         if folder:
             make_folder(Path(folder))
     with signals_noted(), ExitStack() as stack:
-        reports = [stack.enter_context(report) for report in build_reports(predictor.task, args.json, args.csv)]
+        reports = []
+        if args.json:
+            reports.append(stack.enter_context(json_report(args.json)))
+        if args.csv:
+            reports.append(stack.enter_context(table_report(args.csv, COLUMNS[predictor.task])))
         predicted = predict_files(args, predictor, images, reports)
     if predicted < len(images):
         raise UserError(f"{len(images) - predicted} of {len(images)} images cannot be predicted; see above")
@@ -517,7 +503,7 @@ def predict_files(
                 logger.warning("skipped: %s", name_file(result.source, error))
                 continue
             for report in reports:
-                report.add(entry, rows)
+                report(entry, rows)
             predicted += 1
     return predicted
 
@@ -525,11 +511,7 @@ def predict_files(
 def write_result(
     args: argparse.Namespace, predictor: Predictor, result: Result, name: str
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Log a prediction and write its pictures and its label map.
-
-    Returns:
-        The prediction as plain values, and its classes, areas or objects, which are a part of it.
-    """
+    """Log a prediction and write its pictures; return it as plain values, and its classes, areas or objects alone."""
     choices = {"classification": {"topk": args.topk}, "detection": {"min_score": args.score_thr}}
     choice = choices.get(predictor.task, {})
     entry = {"path": str(result.source)} | result.to_dict(**choice)

@@ -426,7 +426,7 @@ MUTATIONS = [
              ("test_predict.py::test_pictures_stay_in_their_folder",)),
     Mutation("pictures of an earlier prediction", "predict.py", "and written not in file.resolve().parents]", "]",
              ("test_predict.py::test_pictures_stay_in_their_folder",)),
-    Mutation("reports of a stopped prediction", "core/reports.py", "    def __exit__(self, *_) -> None:\n", "    def __exit__(self, *error) -> None:\n        if error[0]:\n            return\n",
+    Mutation("reports of a stopped prediction", "core/reports.py", "        finally:\n", "        except OSError:\n            raise\n        else:\n",
              ("test_predict.py::test_a_stopped_prediction_keeps_what_it_has",)),
     Mutation("preprocessing of timm's models", "predict.py", 'if "input_size" in description.options or isinstance(model, models.Twins):', "if True:",
              ("test_predict.py::test_models_of_timm_get_their_own_preprocessing",)),
