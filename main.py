@@ -337,9 +337,7 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
     if args.freeze and not (args.pretrained or args.finetune or args.resume):
         parser.error(f"--freeze {args.freeze} keeps initial weights; name them with --finetune, or pass --pretrained")
     for option in ("model", "teacher_model"):
-        name = getattr(args, option)
-        fault = find_fault(name)
-        if fault:
+        if fault := find_fault(getattr(args, option)):
             parser.error(f"--{option.replace('_', '-')} {fault}")
 
 
@@ -384,13 +382,6 @@ def build_model(name: str, nb_classes: int, **kwargs) -> nn.Module:
         ) from error
 
 
-def build_teacher(args: argparse.Namespace, nb_classes: int, device: torch.device) -> nn.Module:
-    """Build the frozen teacher of a distillation."""
-    teacher = build_model(args.teacher_model, nb_classes)
-    logger.info("teacher %s", models.load_weights(teacher, args.teacher_path))
-    return teacher.requires_grad_(False).to(device).eval()
-
-
 def build_compute_losses(args: argparse.Namespace, nb_classes: int, device: torch.device) -> Callable:
     """Build the function that computes the losses of a batch: mixup, the forward pass, criterion and distillation."""
     criterion = choose_criterion(soft_targets=uses_mixup(args), smoothing=args.smoothing)
@@ -408,7 +399,9 @@ def build_compute_losses(args: argparse.Namespace, nb_classes: int, device: torc
         )
     distillation = None
     if args.distillation_type != "none":
-        teacher = build_teacher(args, nb_classes, device)
+        teacher = build_model(args.teacher_model, nb_classes)
+        logger.info("teacher %s", models.load_weights(teacher, args.teacher_path))
+        teacher.requires_grad_(False).to(device).eval()
         kind, alpha, tau = args.distillation_type, args.distillation_alpha, args.distillation_tau
         distillation = DistillationLoss(criterion, teacher, kind, alpha, tau)
 
@@ -445,11 +438,7 @@ def check_input_size(args: argparse.Namespace, model: nn.Module) -> None:
 
 
 def check_classes(args: argparse.Namespace, classes: Sequence[str]) -> int:
-    """Return the number of classes of the data.
-
-    Raises:
-        UserError: If `--nb-classes` is another number.
-    """
+    """Return the number of classes of the data; a UserError if `--nb-classes` is another one."""
     if args.nb_classes not in (None, len(classes)):
         raise UserError(f"--nb-classes {args.nb_classes}: the data have {len(classes)} classes; omit the option")
     return len(classes)
@@ -481,8 +470,7 @@ def run_evaluation(args: argparse.Namespace, processes: Processes) -> None:
     logger.info("evaluating %s at %d pixels, %d classes", args.model, args.input_size, nb_classes)
     for note in note_precision(args.model, choose_amp(args.amp, processes.device) or torch.float32):
         logger.info("%s", note)
-    stats = evaluate(model, val_loader, processes.device, **evaluation_options(args, processes))
-    report_evaluation(stats)
+    evaluate_model(args, processes, model, val_loader)
 
 
 def run_training(args: argparse.Namespace, processes: Processes) -> None:
@@ -509,8 +497,7 @@ def run_training(args: argparse.Namespace, processes: Processes) -> None:
         for epoch in run.epochs(args.epochs, {"test_acc1": BEST_CHECKPOINT, "test_ema_acc1": BEST_EMA_CHECKPOINT}):
             state.sampler.set_epoch(epoch, state.meter.step)
             train_stats = train_one_epoch(parallel_model, compute_losses, train_loader, state, settings, run)
-            test_stats = evaluate_state(state, val_loader, args, processes)
-            run.finish_epoch(train_stats, test_stats)
+            run.finish_epoch(train_stats, evaluate_state(args, processes, state, val_loader))
 
 
 def build_trained_model(args: argparse.Namespace, nb_classes: int, new: bool) -> nn.Module:
@@ -534,14 +521,20 @@ def build_trained_model(args: argparse.Namespace, nb_classes: int, new: bool) ->
     return model
 
 
-def evaluation_options(args: argparse.Namespace, processes: Processes) -> dict:
-    """Return the options of `engine.evaluate`, the same for the model and its moving average."""
+def evaluate_model(
+    args: argparse.Namespace, processes: Processes, model: nn.Module, val_loader: DataLoader, what: str = "network"
+) -> dict[str, float]:
+    """Evaluate a model and log the metrics in the two lines of the original."""
     amp_dtype = choose_amp(args.amp, processes.device)
-    return {"amp_dtype": amp_dtype, "sharded": args.dist_eval, "ignore_index": IGNORED_TARGET}
+    options = {"amp_dtype": amp_dtype, "sharded": args.dist_eval, "ignore_index": IGNORED_TARGET}
+    stats = evaluate(model, val_loader, processes.device, **options)
+    logger.info("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats))
+    logger.info("Accuracy of the %s on the %d test images: %.1f%%", what, stats["images"], stats["acc1"])
+    return stats
 
 
 def evaluate_state(
-    state: TrainState, val_loader: DataLoader, args: argparse.Namespace, processes: Processes
+    args: argparse.Namespace, processes: Processes, state: TrainState, val_loader: DataLoader
 ) -> dict[str, float]:
     """Evaluate the model and its moving average, if there is one; return the metrics as test_* and test_ema_*."""
     evaluated = [("test", "network", state.model)]
@@ -549,8 +542,7 @@ def evaluate_state(
         evaluated.append(("test_ema", "moving average", state.model_ema.module))
     figures = {}
     for prefix, what, model in evaluated:
-        stats = evaluate(model, val_loader, processes.device, **evaluation_options(args, processes))
-        report_evaluation(stats, what)
+        stats = evaluate_model(args, processes, model, val_loader, what)
         figures |= {f"{prefix}_{name}": value for name, value in stats.items() if name != "images"}
     return figures
 
@@ -571,12 +563,6 @@ def announce(
     notes += note_published(args, global_batch, amp_dtype, vars(get_args_parser().parse_args([])))
     for note in notes:
         logger.info("%s", note)
-
-
-def report_evaluation(stats: dict[str, float], what: str = "network") -> None:
-    """Log the metrics in the two lines of the original."""
-    logger.info("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats))
-    logger.info("Accuracy of the %s on the %d test images: %.1f%%", what, stats["images"], stats["acc1"])
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

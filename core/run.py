@@ -15,7 +15,7 @@ from core.distributed import get_rank, get_world_size, on_main
 from core.run_folder import RunFolder
 from core.signals import signals_noted
 from core.tensorboard import TensorBoard
-from utils import UserError, require_package
+from utils import UserError, require_package, save_checkpoint
 
 logger = logging.getLogger("twins")
 
@@ -83,11 +83,7 @@ class Run:
         return self.checkpoint is None
 
     def _find_checkpoint(self) -> Path | None:
-        """Return the checkpoint to resume from; None for a new run.
-
-        Raises:
-            UserError: If the folder holds another run, which this one would overwrite.
-        """
+        """Return the checkpoint to resume from; None for a new run, which must not overwrite another one."""
         resumed = Path(self.options["resume"]) if self.options["resume"] else None
         if self.folder is None:
             return resumed
@@ -201,18 +197,14 @@ class Run:
             self.board.add_step(line)
 
     def save(self, best: Sequence[str] = ()) -> None:
-        """Save the checkpoint. All processes must call it.
-
-        Args:
-            best: Names of best checkpoints to save, too.
-        """
+        """Save the checkpoint, also under the names of best checkpoints. All processes must call it."""
         if self.folder is None:
             return
         content = self.state.to_checkpoint(self.options, self.description.to_checkpoint())
 
         def write() -> None:
             for name in best:  # the best first: after a kill between the two, the resumed run repeats the evaluation
-                self.folder.save_best(content, name)
+                save_checkpoint(content, self.folder.path / name)
             if self.board:
                 self.board.flush()
             self.folder.save(content)
@@ -220,10 +212,9 @@ class Run:
         on_main(write)
 
     def remaining_time(self, steps: int) -> timedelta:
-        """Return the remaining time of the run, from the mean time per step of this session, including evaluations.
+        """Return the remaining time of a run with `steps` steps per epoch, from the mean time per step of this session.
 
-        Args:
-            steps: Number of steps per epoch.
+        The time of evaluations is included.
         """
         state = self.state
         done = (state.epoch - self.first_epoch) * steps + state.meter.step - self.first_step
@@ -269,14 +260,7 @@ def choose_accumulation(batch_size: int, global_batch: int, world_size: int) -> 
 
 
 def describe_batch(batch_size: int, accumulation: int, lr: str, steps: int) -> str:
-    """Return a log line with the batch sizes.
-
-    Args:
-        batch_size: Images per process per batch.
-        accumulation: Batches per step.
-        lr: Description of the peak learning rate.
-        steps: Number of steps per epoch.
-    """
+    """Return a log line with the batch sizes, a description of the peak learning rate, and the steps per epoch."""
     processes = get_world_size()
     return (
         f"batch: {batch_size} images x {processes} processes x {accumulation} accumulated = global batch "

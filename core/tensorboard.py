@@ -7,13 +7,8 @@ from typing import Any
 class TensorBoard:
     """Event files of a run: `steps` holds the values of log lines by step, `epochs` those of log.txt by epoch.
 
-    TensorBoard drops what an earlier session wrote after the place where this one continues. The two have folders of
-    their own, because each counts this place in another unit.
-
-    Args:
-        folder: Folder of the two.
-        epoch: Number of epochs that are completed at the start.
-        step: Number of steps of the run that are completed at the start.
+    TensorBoard drops what an earlier session wrote after the place where this one continues, with `epoch` epochs and
+    `step` steps completed. The two have folders of their own, because each counts this place in another unit.
     """
 
     def __init__(self, folder: Path, epoch: int, step: int):
