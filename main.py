@@ -25,7 +25,7 @@ from core.checkpoint import TrainState
 from core.description import Description, check_same_classes, read_description, remembered_options
 from core.distributed import Processes, parallelise
 from core.launch import RESUMABLE, one_line, run_script
-from core.optimizer import build_optimizer, build_scheduler, describe_peak_lr, note_schedule
+from core.optimizer import build_optimizer, build_scheduler, note_schedule, peak_lr
 from core.options import (
     COUNT,
     NON_NEGATIVE,
@@ -557,7 +557,8 @@ def announce(
     frozen = f", {trained} of them trained" if args.freeze else ""
     counts = f"{state.n_parameters} parameters{frozen}, {nb_classes} classes"
     logger.info("%s: %s, %s on %s", args.model, counts, amp_dtype, processes.device)
-    lr = describe_peak_lr(args, global_batch)
+    scaling = "" if args.unscale_lr else f" ({args.lr:g} x {global_batch} / 512)"
+    lr = f"{peak_lr(args, global_batch):g}{scaling}"
     logger.info("%s", describe_batch(args.batch_size, accumulation, lr, state.sampler.steps))
     notes = note_recipe(args) + note_schedule(args, global_batch)
     notes += note_published(args, global_batch, amp_dtype, vars(get_args_parser().parse_args([])))

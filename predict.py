@@ -20,7 +20,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -239,11 +239,7 @@ def find_description(weights: str | Path, model: str | None, config: str | Path 
 
 
 def create_classifier(name: str, **kwargs) -> nn.Module:
-    """Create a classifier by its name.
-
-    Raises:
-        UserError: If there is no such model, or its published weights cannot be loaded.
-    """
+    """Create a classifier by its name; a UserError if that is unknown, or published weights cannot be loaded."""
     check_classifier(name)
     try:
         return timm.create_model(name, **kwargs)
@@ -266,8 +262,7 @@ def describe(weights: str | Path, model: str | None, config: str | Path | None) 
         check_classifier(model)
         task, options = "classification", {"model": model}
     elif config:
-        experiment = load_experiment(config)
-        options = {field.name: getattr(experiment, field.name) for field in fields(experiment)}
+        options = asdict(load_experiment(config))
         task = next(task for option, task in TASKS.items() if option in options)
     else:
         raise UserError(
@@ -383,12 +378,7 @@ def get_parser() -> ArgumentParser:
 def find_images(paths: Iterable[str], out: str | None = None) -> list[Path]:
     """Return the image files of paths: files, folders, and `-` for paths from standard input.
 
-    Args:
-        paths: The paths.
-        out: Folder of written pictures, which are not searched for images; None for no such folder.
-
-    Raises:
-        UserError: If a folder holds no image.
+    Pictures in the folder `out` are left out. A folder without images is a UserError.
     """
     images = []
     for path in paths:

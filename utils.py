@@ -138,11 +138,7 @@ def to_json(values: dict[str, Any]) -> str:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents unless they exist.
-
-    Raises:
-        UserError: If the folder cannot be created.
-    """
+    """Create a folder and its parents unless they exist; a UserError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

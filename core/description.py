@@ -73,11 +73,7 @@ def remembered_options(path: str | Path) -> dict[str, Any]:
 
 
 def check_same_classes(path: str | Path, known: Sequence[str], classes: Sequence[str]) -> None:
-    """Check that data have the classes of a checkpoint, in the same order; unknown ones (empty) pass.
-
-    Raises:
-        UserError: If they differ.
-    """
+    """Raise a UserError if data have other classes than a checkpoint, or another order; unknown ones (empty) pass."""
     if not known or list(known) == list(classes):
         return
     if len(known) != len(classes):

@@ -174,11 +174,7 @@ def cores_per_process() -> int:
 
 
 def read_variable(name: str, default: int) -> int:
-    """Return the integer value of an environment variable that a launcher sets.
-
-    Raises:
-        UserError: If the value is not a whole number.
-    """
+    """Return the integer value of an environment variable that a launcher sets, or the default."""
     text = os.environ.get(name, str(default))
     try:
         return int(text)

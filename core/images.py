@@ -34,12 +34,7 @@ def load_image(path: str) -> Image.Image:
 
 
 def decode_image(path: str, mode: str | None = None, upright: bool = False) -> Image.Image:
-    """Decode an image file.
-
-    Args:
-        path: The file.
-        mode: Mode of Pillow to convert the image to; None for that of the file.
-        upright: True to turn the image by its EXIF orientation, False for the pixels as they are stored.
+    """Decode an image file; convert it to a mode of Pillow, and turn it by its EXIF orientation if asked.
 
     Raises:
         BadImageError: If the file is missing or cannot be decoded.
@@ -72,12 +67,9 @@ def log_unused(folder: str | Path, files: Iterable[Path], remedy: str = "") -> N
 
 
 def fitted_size(size: Sequence[int], scale: tuple[int, int], ratio: float = 1.0) -> tuple[int, int]:
-    """Return the height and width of an image after resizing it to fit into a scale, with its aspect ratio kept.
+    """Return the height and width of an image of a height and width after resizing, with its aspect ratio kept.
 
-    Args:
-        size: Height and width of the image.
-        scale: Maximum length of the longer and the shorter side in pixels, in either order.
-        ratio: Factor by which the scale is multiplied.
+    It fits into `ratio` times the scale: the maximum lengths of its sides in pixels, in either order.
     """
     longer, shorter = (int(side * ratio) for side in sorted(scale, reverse=True))
     if torch.jit.is_tracing():  # sides are tensors

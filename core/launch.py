@@ -78,13 +78,7 @@ def find_cause(error: Exception) -> str | None:
 
 
 def end_run(message: str, code: int, agreed: bool) -> NoReturn:
-    """Print a message, kill the data-loading processes and exit.
-
-    Args:
-        message: Reason for the end.
-        code: Exit code.
-        agreed: True if all processes end together. Then only the main process prints the message.
-    """
+    """Print a message and exit; if all processes end together (`agreed`), only the main process prints it."""
     if not agreed or get_rank() == 0:
         print(message, file=sys.stderr, flush=True)
     kill_children()

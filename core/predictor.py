@@ -20,11 +20,9 @@ Source = str | Path | Image.Image | np.ndarray
 
 
 def open_image(source: Source, upright: bool) -> Image.Image:
-    """Return an image in RGB.
+    """Return a path, PIL image or uint8 array as an image in RGB, turned by its EXIF orientation if `upright`.
 
-    Args:
-        source: Path, PIL image, or uint8 array `(H, W, 3)` in RGB or `(H, W)` in grey.
-        upright: True to turn the image by its EXIF orientation.
+    An array is `(H, W, 3)` in RGB or `(H, W)` in grey.
 
     Raises:
         BadImageError: If a file is missing or cannot be decoded.
