@@ -361,11 +361,7 @@ def uses_mixup(args: argparse.Namespace) -> bool:
 
 
 def build_model(name: str, nb_classes: int, **kwargs) -> nn.Module:
-    """Build one of our models or of timm's.
-
-    Raises:
-        UserError: If the weights cannot be downloaded, or timm cannot build the model with these arguments.
-    """
+    """Build one of our models or of timm's; a UserError if its weights cannot be loaded or timm cannot build it."""
     try:
         return models.cpu.accelerate(timm.create_model(name, num_classes=nb_classes, **kwargs))
     except Exception as error:  # timm and the hub raise many kinds of errors

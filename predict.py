@@ -53,7 +53,7 @@ from core.options import (
     loader_options,
 )
 from core.predictor import Predictor, Result, Source, open_image
-from core.reports import COLUMNS, Report, json_report, table_report
+from core.reports import COLUMNS, LISTS, Report, json_report, table_report
 from core.signals import Interrupted, signals_noted, stop_if_requested
 from dense.experiments import load_experiment
 from detection.pictures import describe_none
@@ -133,9 +133,7 @@ class Classifier(Predictor):
     def explain(self, result: Classification, blocks: Sequence[str] = ()) -> Image.Image:
         """Return a picture of where the classifier looks: Grad-CAM of the predicted class, and attention of blocks.
 
-        Args:
-            result: Prediction of an image.
-            blocks: Names of blocks, such as `"blocks.2.3"`; by default the last two of the third stage.
+        These have names such as `"blocks.2.3"`; by default they are the last two of the third stage.
 
         Raises:
             UserError: If the model is not a Twins model of this repository.
@@ -431,7 +429,7 @@ def run_prediction(args: argparse.Namespace, processes: Processes) -> None:
         if args.json:
             reports.append(stack.enter_context(json_report(args.json)))
         if args.csv:
-            reports.append(stack.enter_context(table_report(args.csv, COLUMNS[predictor.task])))
+            reports.append(stack.enter_context(table_report(args.csv, predictor.task)))
         predicted = predict_files(args, predictor, images, reports)
     if predicted < len(images):
         raise UserError(f"{len(images) - predicted} of {len(images)} images cannot be predicted; see above")
@@ -488,26 +486,23 @@ def predict_files(
         for result in results:
             name = os.path.relpath(os.path.abspath(result.source), folder)
             try:
-                entry, rows = write_result(args, predictor, result, name)
+                entry = write_result(args, predictor, result, name)
             except BadImageError as error:  # removed in the meantime
                 logger.warning("skipped: %s", name_file(result.source, error))
                 continue
             for report in reports:
-                report(entry, rows)
+                report(entry)
             predicted += 1
     return predicted
 
 
-def write_result(
-    args: argparse.Namespace, predictor: Predictor, result: Result, name: str
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Log a prediction and write its pictures; return it as plain values, and its classes, areas or objects alone."""
+def write_result(args: argparse.Namespace, predictor: Predictor, result: Result, name: str) -> dict[str, Any]:
+    """Log a prediction, write its pictures and its label map, and return it as plain values."""
     choices = {"classification": {"topk": args.topk}, "detection": {"min_score": args.score_thr}}
     choice = choices.get(predictor.task, {})
     entry = {"path": str(result.source)} | result.to_dict(**choice)
-    rows = list(entry.values())[1]
     figure = COLUMNS[predictor.task][2]
-    listed = ", ".join(f"{row['name']} {row[figure]:.1%}" for row in rows)
+    listed = ", ".join(f"{row['name']} {row[figure]:.1%}" for row in entry[LISTS[predictor.task]])
     logger.info("%s: %s", result.source, listed or describe_none(args.score_thr))
     if args.out:
         path = Path(args.out, name)
@@ -517,7 +512,7 @@ def write_result(
             save_png(to_pil_image(result.labels[None]), path.with_name(f"{path.name}.labels"))
         if args.attention:
             save_png(predictor.explain(result, block_names(args)), path.with_name(f"{path.name}.attention"))
-    return entry, rows
+    return entry
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -38,11 +38,7 @@ class Description:
 
 
 def read_description(path: str | Path, task: str | None = None) -> Description:
-    """Read the description of a checkpoint of this code. For other files of weights nothing is known.
-
-    Args:
-        path: File of weights.
-        task: Task that the network must have; None for any.
+    """Read the description of a checkpoint of this code for a task, or any. For other weights nothing is known.
 
     Raises:
         TwinsError: If the file is missing or damaged, or would execute code.

@@ -101,14 +101,10 @@ def make_colours(count: int) -> list[tuple[int, ...]]:
     return [tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(*colour)) for colour in hsv]
 
 
-def text_size(size: tuple[int, int]) -> int:
-    """Return the font size in pixels for a picture of a width and height."""
-    return max(14, max(size) // 45)
-
-
-def line_height(font_size: int) -> int:
-    """Return the height of a line of text in pixels."""
-    return round(1.35 * font_size)
+def load_font(size: tuple[int, int]) -> tuple[ImageFont.FreeTypeFont, int]:
+    """Return the font for a picture of a width and height, and the height of a line in pixels."""
+    font = ImageFont.load_default(max(14, max(size) // 45))
+    return font, round(1.35 * font.size)
 
 
 def plain_text(text: str) -> str:
@@ -126,8 +122,7 @@ def enlarge(image: Image.Image) -> Image.Image:
 def draw_captions(images: Mapping[str, Image.Image]) -> Image.Image:
     """Return a picture of RGB images side by side, with their captions of one or more lines below."""
     panels = {plain_text(caption): enlarge(image) for caption, image in images.items()}
-    font_size = max(text_size(panel.size) for panel in panels.values())
-    font, line = ImageFont.load_default(font_size), line_height(font_size)
+    font, line = load_font(max((panel.size for panel in panels.values()), key=max))
     text_height = line * max(len(caption.splitlines()) for caption in panels) + GAP
     widths = []
     for caption, panel in panels.items():

@@ -73,14 +73,7 @@ LARGEST = 2**63  # larger numbers, among them infinity, are rejected
 
 
 def number(kind: type, low: float, high: float = float("inf"), above: bool = False) -> Callable[[str], float]:
-    """Return an argument type for numbers.
-
-    Args:
-        kind: `int` or `float`.
-        low: Smallest number.
-        high: Largest number.
-        above: True to exclude `low` itself.
-    """
+    """Return an argument type for an int or float from `low` to `high`, without `low` itself if it must be `above`."""
 
     def convert(text: str):
         try:

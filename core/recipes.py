@@ -54,11 +54,7 @@ NOT_IN_RECIPES = {
 
 
 def get_recipe(name: str, model: str) -> dict[str, Any]:
-    """Return the options of a recipe of `RECIPES` by their attributes in the parsed arguments.
-
-    Raises:
-        UserError: If the recipe is `published` and there are no released weights of the model.
-    """
+    """Return the options of a recipe of `RECIPES`; a UserError if there are no released weights of the model."""
     if name == "shapes":
         return SHAPES
     recipe = PUBLISHED.get(published_name(model))

@@ -3,19 +3,19 @@
 import csv
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-# Columns of the table, by task; the third is the figure of an entry of a prediction.
+# By task: the name of the list in a prediction, and the columns of its entries in a table; the third is their figure.
+LISTS = {"classification": "classes", "segmentation": "areas", "detection": "objects"}
 COLUMNS = {
     "classification": ("name", "index", "probability"),
     "segmentation": ("name", "index", "share"),
     "detection": ("name", "index", "score", "x1", "y1", "x2", "y2"),
 }
-# Function that adds the prediction of an image: all of it, and its classes, areas or objects.
-Report = Callable[[dict[str, Any], Sequence[dict[str, Any]]], None]
+Report = Callable[[dict[str, Any]], None]  # adds the prediction of an image
 
 
 @contextmanager
@@ -37,21 +37,21 @@ def json_report(path: str) -> Iterator[Report]:
     with open_report(Path(path), end="]\n") as file:
         file.write("[")
 
-        def add(entry: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+        def add(entry: dict[str, Any]) -> None:
             file.write(json.dumps(entry) if file.tell() == 1 else f",\n{json.dumps(entry)}")
 
         yield add
 
 
 @contextmanager
-def table_report(path: str, columns: Sequence[str]) -> Iterator[Report]:
+def table_report(path: str, task: str) -> Iterator[Report]:
     """Open a table with a line for each class, area or object."""
     with open_report(Path(path)) as file:
-        writer = csv.DictWriter(file, ("path", *columns), extrasaction="ignore", lineterminator="\n")
+        writer = csv.DictWriter(file, ("path", *COLUMNS[task]), extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
 
-        def add(entry: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-            for row in rows:
+        def add(entry: dict[str, Any]) -> None:
+            for row in entry[LISTS[task]]:
                 corners = dict(zip(("x1", "y1", "x2", "y2"), row.get("box", ()), strict=False))
                 writer.writerow({"path": entry["path"]} | row | corners)
 
