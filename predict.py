@@ -54,7 +54,7 @@ from core.options import (
 )
 from core.predictor import Predictor, Result, Source, open_image
 from core.reports import COLUMNS, LISTS, Report, json_report, table_report
-from core.signals import Interrupted, signals_noted, stop_if_requested
+from core.signals import Interrupted, signals_noted, stop_requested
 from dense.experiments import load_experiment
 from detection.pictures import describe_none
 from models.attention import attention_maps, check_blocks, grad_cam
@@ -231,9 +231,9 @@ def find_description(weights: str | Path, model: str | None, config: str | Path 
         raise UserError(f"{weights}: describes its own network; remove --model and --config")
     if description.classes:
         return description
-    classes = number_classes(count_classes(weights, description.task, description.options))
-    logger.info("%s: does not hold the names of its %d classes; they are numbered", weights, len(classes))
-    return replace(description, classes=classes)
+    count = count_classes(weights, description.task, description.options)
+    logger.info("%s: does not hold the names of its %d classes; they are numbered", weights, count)
+    return replace(description, classes=[f"class {index}" for index in range(count)])
 
 
 def create_classifier(name: str, **kwargs) -> nn.Module:
@@ -282,11 +282,6 @@ def name_classes(task: str, count: int) -> list[str]:
     if (task, count) == ("detection", 80):
         names = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
         return [name for name in names if name not in ("__background__", "N/A")]
-    return number_classes(count)
-
-
-def number_classes(count: int) -> list[str]:
-    """Return names for classes whose names are unknown."""
     return [f"class {index}" for index in range(count)]
 
 
@@ -473,11 +468,9 @@ def predict_files(
     folder = os.path.commonpath([Path(os.path.abspath(path)).parent for path in images])
     predicted = 0
     for batch in show_progress(loader, "prediction"):
-        try:
-            stop_if_requested(predictor.device)
-        except Interrupted:
+        if signal := stop_requested():
             logger.info("%d of %d images are predicted", predicted, len(images))
-            raise
+            raise Interrupted(signal)
         for _, _, message in batch:
             if message:
                 logger.warning("skipped: %s", message)

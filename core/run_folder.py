@@ -127,9 +127,9 @@ class RunFolder:
 
     def refuse_results(self) -> None:
         """Raise a UserError if the folder has results of another run, which this one would overwrite."""
-        if self.results():
+        if results := self.results():
             raise UserError(
-                f"{self.results()[0]} exists, and this run would overwrite it; continue that run with --auto-resume, "
+                f"{results[0]} exists, and this run would overwrite it; continue that run with --auto-resume, "
                 "choose another --output_dir, or remove the file"
             )
 
