@@ -511,7 +511,7 @@ def write_result(args: argparse.Namespace, predictor: Predictor, result: Result,
 def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line; see `core.launch.run_script` for the exit codes."""
     parser = get_parser()
-    args = parser.parse_intermixed_args(argv)  # options may stand between paths
+    args = parser.parse_args(argv, intermixed=True)
     run_script(parser.prog, run_prediction, args, when_stopped="the predictions up to then are written")
 
 

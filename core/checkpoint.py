@@ -65,10 +65,7 @@ class TrainState:
         return self.meter.step * self.sampler.global_batch
 
     def to_checkpoint(self, args: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
-        """Return the state, options and description of a run as a dict that loads with `weights_only=True`.
-
-        All processes must call it.
-        """
+        """Return the content of a checkpoint, which loads with `weights_only=True`. All processes must call it."""
         return {
             "model": self.model.state_dict(),
             "model_ema": self.model_ema.module.state_dict() if self.model_ema else None,

@@ -27,14 +27,11 @@ class Description:
 
     def to_checkpoint(self) -> dict[str, Any]:
         """Return the entry of a checkpoint, which has the options in another entry."""
-        content = asdict(self)
-        del content["options"]
-        return content
+        return {name: value for name, value in asdict(self).items() if name != "options"}
 
     def to_experiment(self, kind: type) -> Any:
         """Return the experiment of the training of a dense network, of the class `kind`."""
-        known = {entry.name for entry in fields(kind)}
-        return kind(**{name: value for name, value in self.options.items() if name in known})
+        return kind(**{entry.name: self.options[entry.name] for entry in fields(kind) if entry.name in self.options})
 
 
 def read_description(path: str | Path, task: str | None = None) -> Description:

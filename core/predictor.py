@@ -92,11 +92,9 @@ class Predictor(ABC):
         self.autocast = partial(torch.autocast, self.device.type, amp_dtype, enabled=amp_dtype is not None)
 
     def __call__(self, images: Source | Sequence[Source], batch_size: int = 8) -> Any:
-        """Return the result of an image, or the results of a list of images.
+        """Return the result of an image (path, PIL image or uint8 array `(H, W, 3)`), or those of a list of images.
 
-        Args:
-            images: Path, PIL image or uint8 array `(H, W, 3)`, or a list of them.
-            batch_size: Number of images that a classifier sees at once; dense networks see one.
+        A classifier sees `batch_size` images at once; dense networks see one.
 
         Raises:
             UserError: If an image cannot be read.

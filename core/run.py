@@ -57,9 +57,7 @@ class Run:
         self.description: Description | None = None
         self.boards: dict[str, Any] = {}  # TensorBoard's writers of "steps" and "epochs", on the main process
         self.best_files: Mapping[str, str] = {}
-        self.total_epochs = 0
-        self.first_epoch = 0
-        self.first_step = 0
+        self.total_epochs = self.first_epoch = self.first_step = 0
         self.start = 0.0  # start of this session, time.perf_counter() in seconds
 
     def __enter__(self) -> "Run":
@@ -208,10 +206,7 @@ class Run:
         on_main(write)
 
     def remaining_time(self, steps: int) -> timedelta:
-        """Return the remaining time of a run with `steps` steps per epoch, from the mean time per step of this session.
-
-        The time of evaluations is included.
-        """
+        """Return the remaining time for epochs of `steps` steps, from this session's mean time with evaluations."""
         state = self.state
         done = (state.epoch - self.first_epoch) * steps + state.meter.step - self.first_step
         left = (self.total_epochs - state.epoch) * steps - state.meter.step

@@ -61,9 +61,7 @@ class SegmentationPredictor(Predictor):
         """Build the network of a description."""
         return build_segmentor(description.to_experiment(Experiment), len(description.classes), pretrained=False)
 
-    def predict(
-        self, sources: Sequence[Source], inputs: Sequence[tuple[Tensor, tuple[int, int]]]
-    ) -> list[Segmentation]:
+    def predict(self, sources: Sequence[Source], inputs: Sequence[Any]) -> list[Segmentation]:
         results = []
         for index, (source, (pixels, size)) in enumerate(zip(sources, inputs, strict=True)):
             labels = self.predict_image(index, [pixels], size).to(torch.uint8).cpu()
