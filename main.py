@@ -25,7 +25,7 @@ from core.checkpoint import TrainState
 from core.description import Description, check_same_classes, read_description, remembered_options
 from core.distributed import Processes, parallelise
 from core.launch import RESUMABLE, one_line, run_script
-from core.optimizer import build_optimizer, build_scheduler, describe_peak_lr, note_schedule
+from core.optimizer import build_optimizer, build_scheduler, note_schedule, peak_lr
 from core.options import (
     COUNT,
     NON_NEGATIVE,
@@ -337,9 +337,7 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
     if args.freeze and not (args.pretrained or args.finetune or args.resume):
         parser.error(f"--freeze {args.freeze} keeps initial weights; name them with --finetune, or pass --pretrained")
     for option in ("model", "teacher_model"):
-        name = getattr(args, option)
-        fault = find_fault(name)
-        if fault:
+        if fault := find_fault(getattr(args, option)):
             parser.error(f"--{option.replace('_', '-')} {fault}")
 
 
@@ -363,11 +361,7 @@ def uses_mixup(args: argparse.Namespace) -> bool:
 
 
 def build_model(name: str, nb_classes: int, **kwargs) -> nn.Module:
-    """Build one of our models or of timm's.
-
-    Raises:
-        UserError: If the weights cannot be downloaded, or timm cannot build the model with these arguments.
-    """
+    """Build one of our models or of timm's; a UserError if its weights cannot be loaded or timm cannot build it."""
     try:
         return models.cpu.accelerate(timm.create_model(name, num_classes=nb_classes, **kwargs))
     except Exception as error:  # timm and the hub raise many kinds of errors
@@ -382,13 +376,6 @@ def build_model(name: str, nb_classes: int, **kwargs) -> nn.Module:
         raise UserError(
             f"model {name!r} cannot be built ({reason}); some timm models need --drop-path 0 or --drop 0"
         ) from error
-
-
-def build_teacher(args: argparse.Namespace, nb_classes: int, device: torch.device) -> nn.Module:
-    """Build the frozen teacher of a distillation."""
-    teacher = build_model(args.teacher_model, nb_classes)
-    logger.info("teacher %s", models.load_weights(teacher, args.teacher_path))
-    return teacher.requires_grad_(False).to(device).eval()
 
 
 def build_compute_losses(args: argparse.Namespace, nb_classes: int, device: torch.device) -> Callable:
@@ -408,7 +395,9 @@ def build_compute_losses(args: argparse.Namespace, nb_classes: int, device: torc
         )
     distillation = None
     if args.distillation_type != "none":
-        teacher = build_teacher(args, nb_classes, device)
+        teacher = build_model(args.teacher_model, nb_classes)
+        logger.info("teacher %s", models.load_weights(teacher, args.teacher_path))
+        teacher.requires_grad_(False).to(device).eval()
         kind, alpha, tau = args.distillation_type, args.distillation_alpha, args.distillation_tau
         distillation = DistillationLoss(criterion, teacher, kind, alpha, tau)
 
@@ -445,11 +434,7 @@ def check_input_size(args: argparse.Namespace, model: nn.Module) -> None:
 
 
 def check_classes(args: argparse.Namespace, classes: Sequence[str]) -> int:
-    """Return the number of classes of the data.
-
-    Raises:
-        UserError: If `--nb-classes` is another number.
-    """
+    """Return the number of classes of the data; a UserError if `--nb-classes` is another one."""
     if args.nb_classes not in (None, len(classes)):
         raise UserError(f"--nb-classes {args.nb_classes}: the data have {len(classes)} classes; omit the option")
     return len(classes)
@@ -481,8 +466,7 @@ def run_evaluation(args: argparse.Namespace, processes: Processes) -> None:
     logger.info("evaluating %s at %d pixels, %d classes", args.model, args.input_size, nb_classes)
     for note in note_precision(args.model, choose_amp(args.amp, processes.device) or torch.float32):
         logger.info("%s", note)
-    stats = evaluate(model, val_loader, processes.device, **evaluation_options(args, processes))
-    report_evaluation(stats)
+    evaluate_model(args, processes, model, val_loader)
 
 
 def run_training(args: argparse.Namespace, processes: Processes) -> None:
@@ -509,8 +493,7 @@ def run_training(args: argparse.Namespace, processes: Processes) -> None:
         for epoch in run.epochs(args.epochs, {"test_acc1": BEST_CHECKPOINT, "test_ema_acc1": BEST_EMA_CHECKPOINT}):
             state.sampler.set_epoch(epoch, state.meter.step)
             train_stats = train_one_epoch(parallel_model, compute_losses, train_loader, state, settings, run)
-            test_stats = evaluate_state(state, val_loader, args, processes)
-            run.finish_epoch(train_stats, test_stats)
+            run.finish_epoch(train_stats, evaluate_state(args, processes, state, val_loader))
 
 
 def build_trained_model(args: argparse.Namespace, nb_classes: int, new: bool) -> nn.Module:
@@ -534,14 +517,20 @@ def build_trained_model(args: argparse.Namespace, nb_classes: int, new: bool) ->
     return model
 
 
-def evaluation_options(args: argparse.Namespace, processes: Processes) -> dict:
-    """Return the options of `engine.evaluate`, the same for the model and its moving average."""
+def evaluate_model(
+    args: argparse.Namespace, processes: Processes, model: nn.Module, val_loader: DataLoader, what: str = "network"
+) -> dict[str, float]:
+    """Evaluate a model and log the metrics in the two lines of the original."""
     amp_dtype = choose_amp(args.amp, processes.device)
-    return {"amp_dtype": amp_dtype, "sharded": args.dist_eval, "ignore_index": IGNORED_TARGET}
+    options = {"amp_dtype": amp_dtype, "sharded": args.dist_eval, "ignore_index": IGNORED_TARGET}
+    stats = evaluate(model, val_loader, processes.device, **options)
+    logger.info("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats))
+    logger.info("Accuracy of the %s on the %d test images: %.1f%%", what, stats["images"], stats["acc1"])
+    return stats
 
 
 def evaluate_state(
-    state: TrainState, val_loader: DataLoader, args: argparse.Namespace, processes: Processes
+    args: argparse.Namespace, processes: Processes, state: TrainState, val_loader: DataLoader
 ) -> dict[str, float]:
     """Evaluate the model and its moving average, if there is one; return the metrics as test_* and test_ema_*."""
     evaluated = [("test", "network", state.model)]
@@ -549,8 +538,7 @@ def evaluate_state(
         evaluated.append(("test_ema", "moving average", state.model_ema.module))
     figures = {}
     for prefix, what, model in evaluated:
-        stats = evaluate(model, val_loader, processes.device, **evaluation_options(args, processes))
-        report_evaluation(stats, what)
+        stats = evaluate_model(args, processes, model, val_loader, what)
         figures |= {f"{prefix}_{name}": value for name, value in stats.items() if name != "images"}
     return figures
 
@@ -565,18 +553,13 @@ def announce(
     frozen = f", {trained} of them trained" if args.freeze else ""
     counts = f"{state.n_parameters} parameters{frozen}, {nb_classes} classes"
     logger.info("%s: %s, %s on %s", args.model, counts, amp_dtype, processes.device)
-    lr = describe_peak_lr(args, global_batch)
+    scaling = "" if args.unscale_lr else f" ({args.lr:g} x {global_batch} / 512)"
+    lr = f"{peak_lr(args, global_batch):g}{scaling}"
     logger.info("%s", describe_batch(args.batch_size, accumulation, lr, state.sampler.steps))
     notes = note_recipe(args) + note_schedule(args, global_batch)
     notes += note_published(args, global_batch, amp_dtype, vars(get_args_parser().parse_args([])))
     for note in notes:
         logger.info("%s", note)
-
-
-def report_evaluation(stats: dict[str, float], what: str = "network") -> None:
-    """Log the metrics in the two lines of the original."""
-    logger.info("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats))
-    logger.info("Accuracy of the %s on the %d test images: %.1f%%", what, stats["images"], stats["acc1"])
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -20,7 +20,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +54,8 @@ from core.options import (
     loader_options,
 )
 from core.predictor import Predictor, Result, Source, open_image
-from core.reports import COLUMNS, Report, build_reports
-from core.signals import Interrupted, signals_noted, stop_if_requested
+from core.reports import COLUMNS, LISTS, Report, json_report, table_report
+from core.signals import Interrupted, signals_noted, stop_requested
 from dense.experiments import load_experiment
 from detection.pictures import describe_none
 from models.attention import attention_maps, check_blocks, grad_cam
@@ -82,15 +82,9 @@ CLASS_LAYERS = {
 
 @dataclass(frozen=True)
 class Classification(Result):
-    """Classes of an image.
+    """Classes of an image."""
 
-    Attributes:
-        source: The image.
-        classes: Names of all classes.
-        logits: Logits `(classes,)`.
-    """
-
-    logits: Tensor
+    logits: Tensor  # `(classes,)`
 
     @property
     def probabilities(self) -> Tensor:
@@ -111,12 +105,9 @@ class Classification(Result):
 
 
 class Classifier(Predictor):
-    """Predictor of classes.
+    """Predictor of classes, with a classifier of timm's interface.
 
-    Args:
-        model: Classifier of timm's interface.
-        description: Its classes, and the options of main.py that shape the input, by default those of `EVALUATION`.
-        amp_dtype: Data type of autocast; None to disable mixed precision.
+    Its description has the options of main.py that shape the input, by default those of `EVALUATION`.
     """
 
     upright = False  # as in training, and as torchvision reads folders of images
@@ -144,9 +135,7 @@ class Classifier(Predictor):
     def explain(self, result: Classification, blocks: Sequence[str] = ()) -> Image.Image:
         """Return a picture of where the classifier looks: Grad-CAM of the predicted class, and attention of blocks.
 
-        Args:
-            result: Prediction of an image.
-            blocks: Names of blocks, such as `"blocks.2.3"`; by default the last two of the third stage.
+        These have names such as `"blocks.2.3"`; by default they are the last two of the third stage.
 
         Raises:
             UserError: If the model is not a Twins model of this repository.
@@ -220,11 +209,7 @@ def load_predictor(
 
 
 def find_predictor(weights: str | Path, task: str) -> type[Predictor]:
-    """Return the class of a task's predictors.
-
-    Raises:
-        UserError: If the task is detection and pycocotools is missing.
-    """
+    """Return the class of a task's predictors; a UserError says that detection needs pycocotools."""
     if task == "classification":
         return Classifier
     if task == "segmentation":
@@ -247,17 +232,13 @@ def find_description(weights: str | Path, model: str | None, config: str | Path 
         raise UserError(f"{weights}: describes its own network; remove --model and --config")
     if description.classes:
         return description
-    classes = number_classes(count_classes(weights, description.task, description.options))
-    logger.info("%s: does not hold the names of its %d classes; they are numbered", weights, len(classes))
-    return replace(description, classes=classes)
+    count = count_classes(weights, description.task, description.options)
+    logger.info("%s: does not hold the names of its %d classes; they are numbered", weights, count)
+    return replace(description, classes=[f"class {index}" for index in range(count)])
 
 
 def create_classifier(name: str, **kwargs) -> nn.Module:
-    """Create a classifier by its name.
-
-    Raises:
-        UserError: If there is no such model, or its published weights cannot be loaded.
-    """
+    """Create a classifier by its name; a UserError if that is unknown, or published weights cannot be loaded."""
     check_classifier(name)
     try:
         return timm.create_model(name, **kwargs)
@@ -270,8 +251,7 @@ def create_classifier(name: str, **kwargs) -> nn.Module:
 
 def check_classifier(name: str) -> None:
     """Raise a UserError if timm has no model of this name."""
-    fault = find_fault(name)
-    if fault:
+    if fault := find_fault(name):
         raise UserError(f"--model {fault}")
 
 
@@ -281,8 +261,7 @@ def describe(weights: str | Path, model: str | None, config: str | Path | None) 
         check_classifier(model)
         task, options = "classification", {"model": model}
     elif config:
-        experiment = load_experiment(config)
-        options = {field.name: getattr(experiment, field.name) for field in fields(experiment)}
+        options = asdict(load_experiment(config))
         task = find_task(options)
     else:
         raise UserError(
@@ -304,20 +283,11 @@ def name_classes(task: str, count: int) -> list[str]:
     if (task, count) == ("detection", 80):
         names = RetinaNet_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
         return [name for name in names if name not in ("__background__", "N/A")]
-    return number_classes(count)
-
-
-def number_classes(count: int) -> list[str]:
-    """Return names for classes whose names are unknown."""
     return [f"class {index}" for index in range(count)]
 
 
 def count_classes(path: str | Path, task: str, options: dict[str, Any]) -> int:
-    """Return the number of classes of a network, from the bias of its last layer.
-
-    Raises:
-        UserError: If the weights are not those of such a network.
-    """
+    """Return the number of classes of a network, from the bias of its last layer; a UserError if there is none."""
     if task == "classification":
         classifier = get_pretrained_cfg_value(options["model"], "classifier") or "head"
         layers, per_class, others = [classifier] if isinstance(classifier, str) else classifier, 1, 0
@@ -402,12 +372,7 @@ def get_parser() -> ArgumentParser:
 def find_images(paths: Iterable[str], out: str | None = None) -> list[Path]:
     """Return the image files of paths: files, folders, and `-` for paths from standard input.
 
-    Args:
-        paths: The paths.
-        out: Folder of written pictures, which are not searched for images; None for no such folder.
-
-    Raises:
-        UserError: If a folder holds no image.
+    Pictures in the folder `out` are left out. A folder without images is a UserError.
     """
     images = []
     for path in paths:
@@ -455,7 +420,11 @@ def run_prediction(args: argparse.Namespace, processes: Processes) -> None:
         if folder:
             make_folder(Path(folder))
     with signals_noted(), ExitStack() as stack:
-        reports = [stack.enter_context(report) for report in build_reports(predictor.task, args.json, args.csv)]
+        reports = []
+        if args.json:
+            reports.append(stack.enter_context(json_report(args.json)))
+        if args.csv:
+            reports.append(stack.enter_context(table_report(args.csv, predictor.task)))
         predicted = predict_files(args, predictor, images, reports)
     if predicted < len(images):
         raise UserError(f"{len(images) - predicted} of {len(images)} images cannot be predicted; see above")
@@ -499,11 +468,9 @@ def predict_files(
     folder = os.path.commonpath([Path(os.path.abspath(path)).parent for path in images])
     predicted = 0
     for batch in show_progress(loader, "prediction"):
-        try:
-            stop_if_requested(predictor.device)
-        except Interrupted:
+        if signal := stop_requested():
             logger.info("%d of %d images are predicted", predicted, len(images))
-            raise
+            raise Interrupted(signal)
         for _, _, message in batch:
             if message:
                 logger.warning("skipped: %s", message)
@@ -512,30 +479,23 @@ def predict_files(
         for result in results:
             name = os.path.relpath(os.path.abspath(result.source), folder)
             try:
-                entry, rows = write_result(args, predictor, result, name)
+                entry = write_result(args, predictor, result, name)
             except BadImageError as error:  # removed in the meantime
                 logger.warning("skipped: %s", name_file(result.source, error))
                 continue
             for report in reports:
-                report.add(entry, rows)
+                report(entry)
             predicted += 1
     return predicted
 
 
-def write_result(
-    args: argparse.Namespace, predictor: Predictor, result: Result, name: str
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Log a prediction and write its pictures and its label map.
-
-    Returns:
-        The prediction as plain values, and its classes, areas or objects, which are a part of it.
-    """
+def write_result(args: argparse.Namespace, predictor: Predictor, result: Result, name: str) -> dict[str, Any]:
+    """Log a prediction, write its pictures and its label map, and return it as plain values."""
     choices = {"classification": {"topk": args.topk}, "detection": {"min_score": args.score_thr}}
     choice = choices.get(predictor.task, {})
     entry = {"path": str(result.source)} | result.to_dict(**choice)
-    rows = list(entry.values())[1]
     figure = COLUMNS[predictor.task][2]
-    listed = ", ".join(f"{row['name']} {row[figure]:.1%}" for row in rows)
+    listed = ", ".join(f"{row['name']} {row[figure]:.1%}" for row in entry[LISTS[predictor.task]])
     logger.info("%s: %s", result.source, listed or describe_none(args.score_thr))
     if args.out:
         path = Path(args.out, name)
@@ -545,13 +505,13 @@ def write_result(
             save_png(to_pil_image(result.labels[None]), path.with_name(f"{path.name}.labels"))
         if args.attention:
             save_png(predictor.explain(result, block_names(args)), path.with_name(f"{path.name}.attention"))
-    return entry, rows
+    return entry
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line; see `core.launch.run_script` for the exit codes."""
     parser = get_parser()
-    args = parser.parse_intermixed_args(argv)  # options may stand between paths
+    args = parser.parse_args(argv, intermixed=True)
     run_script(parser.prog, run_prediction, args, when_stopped="the predictions up to then are written")
 
 

@@ -138,11 +138,7 @@ def to_json(values: dict[str, Any]) -> str:
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents unless they exist.
-
-    Raises:
-        UserError: If the folder cannot be created.
-    """
+    """Create a folder and its parents unless they exist; a UserError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -157,12 +153,8 @@ def write_text(path: Path, text: str) -> None:
 def write_atomically(path: Path, write: Callable, before_replacing: Callable[[], None] | None = None) -> None:
     """Write a file atomically: if the process is killed at any time, the old file or the new one is left intact.
 
-    The content goes to a temporary file in the same folder, which is flushed to the disk and renamed.
-
-    Args:
-        path: File to write or replace.
-        write: Function that writes the content to the binary file that it is given.
-        before_replacing: Function called after the flush, before the rename.
+    `write` gets a temporary file in the same folder to write the content in binary. This is flushed to the disk, and
+    renamed after a call of `before_replacing`.
 
     Raises:
         UserError: If the file cannot be written. An older file of that name is intact.

@@ -35,14 +35,12 @@ def check_format(path: Any, content: dict[str, Any]) -> None:
 
 @dataclass
 class TrainState:
-    """Everything that changes during a run. A checkpoint holds it together with arguments and versions.
-
-    The learning-rate schedule has `step_update(step)`, `step(epoch)` and `state_dict()`, as timm's have. It must depend
-    on the step and the epoch alone, since a resumed run only tells it these.
-    """
+    """Everything that changes during a run. A checkpoint holds it together with arguments and versions."""
 
     model: nn.Module  # without DistributedDataParallel or any other wrapper
     optimizer: torch.optim.Optimizer
+    # With `step_update(step)`, `step(epoch)` and `state_dict()`, as timm's have. The learning rate must depend on the
+    # step and the epoch alone, since a resumed run only tells it these.
     lr_scheduler: Any
     scaler: torch.amp.GradScaler  # disabled unless the run uses fp16
     sampler: Any  # `EpochSampler` of the training set, see samplers.py
@@ -67,10 +65,7 @@ class TrainState:
         return self.meter.step * self.sampler.global_batch
 
     def to_checkpoint(self, args: dict[str, Any], description: dict[str, Any]) -> dict[str, Any]:
-        """Return the state, options and description of a run as a dict that loads with `weights_only=True`.
-
-        All processes must call it.
-        """
+        """Return the content of a checkpoint, which loads with `weights_only=True`. All processes must call it."""
         return {
             "model": self.model.state_dict(),
             "model_ema": self.model_ema.module.state_dict() if self.model_ema else None,
@@ -91,15 +86,10 @@ class TrainState:
         }
 
     def load_training(self, checkpoint: dict[str, Any], seed: int) -> list[str]:
-        """Restore everything except the weights, which `models.load_state_dict` loads and checks.
+        """Restore everything except the weights; return descriptions of what could not be restored exactly.
 
-        Args:
-            checkpoint: Dict that `to_checkpoint` returned.
-            seed: Seed of new random states, used if the number of processes has changed.
-
-        Returns:
-            Descriptions of what could not be restored exactly; an empty list if the number of processes and the
-            global batch are the same.
+        There are none if the number of processes and the global batch are the same. For another number of processes
+        new random states are drawn from `seed`.
 
         Raises:
             UserError: If the optimizer of the checkpoint does not fit.

@@ -27,14 +27,11 @@ class Description:
 
     def to_checkpoint(self) -> dict[str, Any]:
         """Return the entry of a checkpoint, which has the options in another entry."""
-        content = asdict(self)
-        del content["options"]
-        return content
+        return {name: value for name, value in asdict(self).items() if name != "options"}
 
     def to_experiment(self, kind: type) -> Any:
         """Return the experiment of the training of a dense network, of the class `kind`."""
-        known = {entry.name for entry in fields(kind)}
-        return kind(**{name: value for name, value in self.options.items() if name in known})
+        return kind(**{entry.name: self.options[entry.name] for entry in fields(kind) if entry.name in self.options})
 
 
 def find_task(options: Mapping[str, Any]) -> str:
@@ -43,11 +40,7 @@ def find_task(options: Mapping[str, Any]) -> str:
 
 
 def read_description(path: str | Path, task: str | None = None) -> Description:
-    """Read the description of a checkpoint of this code. For other files of weights nothing is known.
-
-    Args:
-        path: File of weights.
-        task: Task that the network must have; None for any.
+    """Read the description of a checkpoint of this code for a task, or any. For other weights nothing is known.
 
     Raises:
         TwinsError: If the file is missing or damaged, or would execute code.
@@ -78,11 +71,7 @@ def remembered_options(path: str | Path) -> dict[str, Any]:
 
 
 def check_same_classes(path: str | Path, known: Sequence[str], classes: Sequence[str]) -> None:
-    """Check that data have the classes of a checkpoint, in the same order; unknown ones (empty) pass.
-
-    Raises:
-        UserError: If they differ.
-    """
+    """Raise a UserError if data have other classes than a checkpoint, or another order; unknown ones (empty) pass."""
     if not known or list(known) == list(classes):
         return
     if len(known) != len(classes):

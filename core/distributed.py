@@ -37,10 +37,8 @@ def init_processes(device: str = "auto", dist_url: str = "env://", patience: flo
     Works with torchrun, `python -m torch.distributed.launch`, SLURM's srun and a single process. With several processes
     each one uses the GPU of its local rank. The backend is NCCL on GPUs and gloo on the CPU.
 
-    Args:
-        device: `"auto"` (CUDA if there is a GPU), `"cuda"`, `"cuda:N"` or `"cpu"`.
-        dist_url: URL of the rendezvous.
-        patience: Timeout of collectives in seconds.
+    The device is `"auto"` (CUDA if there is a GPU), `"cuda"`, `"cuda:N"` or `"cpu"`; `patience` is the timeout of
+    collectives in seconds.
 
     Raises:
         UserError: If the device does not exist or the rendezvous fails.
@@ -174,11 +172,7 @@ def cores_per_process() -> int:
 
 
 def read_variable(name: str, default: int) -> int:
-    """Return the integer value of an environment variable that a launcher sets.
-
-    Raises:
-        UserError: If the value is not a whole number.
-    """
+    """Return the integer value of an environment variable that a launcher sets, or the default."""
     text = os.environ.get(name, str(default))
     try:
         return int(text)

@@ -34,12 +34,7 @@ def load_image(path: str) -> Image.Image:
 
 
 def decode_image(path: str, mode: str | None = None, upright: bool = False) -> Image.Image:
-    """Decode an image file.
-
-    Args:
-        path: The file.
-        mode: Mode of Pillow to convert the image to; None for that of the file.
-        upright: True to turn the image by its EXIF orientation, False for the pixels as they are stored.
+    """Decode an image file; convert it to a mode of Pillow, and turn it by its EXIF orientation if asked.
 
     Raises:
         BadImageError: If the file is missing or cannot be decoded.
@@ -79,12 +74,9 @@ def log_unused(folder: str | Path, files: Iterable[Path], remedy: str = "") -> N
 
 
 def fitted_size(size: Sequence[int], scale: tuple[int, int], ratio: float = 1.0) -> tuple[int, int]:
-    """Return the height and width of an image after resizing it to fit into a scale, with its aspect ratio kept.
+    """Return the height and width of an image of a height and width after resizing, with its aspect ratio kept.
 
-    Args:
-        size: Height and width of the image.
-        scale: Maximum length of the longer and the shorter side in pixels, in either order.
-        ratio: Factor by which the scale is multiplied.
+    It fits into `ratio` times the scale: the maximum lengths of its sides in pixels, in either order.
     """
     longer, shorter = (int(side * ratio) for side in sorted(scale, reverse=True))
     if torch.jit.is_tracing():  # sides are tensors
@@ -116,14 +108,10 @@ def make_colours(count: int) -> list[tuple[int, ...]]:
     return [tuple(round(255 * channel) for channel in colorsys.hsv_to_rgb(*colour)) for colour in hsv]
 
 
-def text_size(size: tuple[int, int]) -> int:
-    """Return the font size in pixels for a picture of a width and height."""
-    return max(14, max(size) // 45)
-
-
-def line_height(font_size: int) -> int:
-    """Return the height of a line of text in pixels."""
-    return round(1.35 * font_size)
+def load_font(size: tuple[int, int]) -> tuple[ImageFont.FreeTypeFont, int]:
+    """Return the font for a picture of a width and height, and the height of a line in pixels."""
+    font = ImageFont.load_default(max(14, max(size) // 45))
+    return font, round(1.35 * font.size)
 
 
 def plain_text(text: str) -> str:
@@ -146,8 +134,7 @@ def draw_captions(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
     """
     captions = [plain_text(caption).splitlines() for caption, _ in panels]
     images = [image for _, image in panels]
-    font_size = max(text_size(image.size) for image in images)
-    font, line = ImageFont.load_default(font_size), line_height(font_size)
+    font, line = load_font(max((image.size for image in images), key=max))
     widths = []
     for image, texts in zip(images, captions, strict=True):
         widths.append(max([image.width, *(int(font.getlength(text)) for text in texts)]) + GAP)

@@ -36,11 +36,8 @@ def run_script(
     Bad input and known faults end with a one-line message and exit code 1, internal errors with their traceback. A run
     that a signal stops ends with exit code 128 plus the number of the signal.
 
-    Args:
-        name: Name of the script, used in messages.
-        run: Main function of the script.
-        args: Options of the script, among them those of `add_process_options` and `add_loader_options`.
-        when_stopped: What a stopped run has saved and how to continue it, used in its message.
+    The options are among others those of `add_process_options` and `add_loader_options`. `when_stopped` is the part of
+    the message of a stopped run that says what it has saved and how to continue it.
     """
     try:
         # The loader's timeout comes first, so that its message names the cause.
@@ -78,13 +75,7 @@ def find_cause(error: Exception) -> str | None:
 
 
 def end_run(message: str, code: int, agreed: bool) -> NoReturn:
-    """Print a message, kill the data-loading processes and exit.
-
-    Args:
-        message: Reason for the end.
-        code: Exit code.
-        agreed: True if all processes end together. Then only the main process prints the message.
-    """
+    """Print a message and exit; if all processes end together (`agreed`), only the main process prints it."""
     if not agreed or get_rank() == 0:
         print(message, file=sys.stderr, flush=True)
     kill_children()

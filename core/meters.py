@@ -22,31 +22,22 @@ from core.options import TrainSettings
 from core.signals import stop_requested
 
 logger = logging.getLogger("twins")
+Losses = dict[str, Tensor]
 
 
 @dataclass
 class EpochMeter:
-    """Progress of one process within an epoch, and the sums of its losses.
+    """Progress of one process within an epoch, and the sums of its losses."""
 
-    Attributes:
-        step: Completed steps of the epoch, including skipped ones.
-        taken: Steps that changed the weights; the sums are over these.
-        skipped: Skipped steps of the epoch.
-        skipped_in_a_row: Consecutive skipped steps up to now, including those of earlier epochs.
-        lr_sum: Sum of the learning rates.
-        names: Names of the losses.
-        sums: Sums of the losses, float64 on their device; None before the first step.
-    """
+    step: int = 0  # completed steps of the epoch, including skipped ones
+    taken: int = 0  # steps that changed the weights; the sums are over these
+    skipped: int = 0  # skipped steps of the epoch
+    skipped_in_a_row: int = 0  # consecutive skipped steps up to now, including those of earlier epochs
+    lr_sum: float = 0.0  # sum of the learning rates
+    names: tuple[str, ...] = ()  # of the losses
+    sums: Tensor | None = None  # sums of the losses, float64 on their device; None before the first step
 
-    step: int = 0
-    taken: int = 0
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    lr_sum: float = 0.0
-    names: tuple[str, ...] = ()
-    sums: torch.Tensor | None = None
-
-    def add(self, losses: dict[str, torch.Tensor], lr: float) -> None:
+    def add(self, losses: Losses, lr: float) -> None:
         """Add a step with its losses and learning rate."""
         values = torch.stack(list(losses.values()))
         self.names = tuple(losses)
@@ -67,7 +58,7 @@ class EpochMeter:
         if not self.taken:
             return {}
         losses = (self.sums / self.taken).tolist()
-        return {"lr": self.lr_sum / self.taken, **dict(zip(self.names, losses, strict=True))}
+        return {"lr": self.lr_sum / self.taken} | dict(zip(self.names, losses, strict=True))
 
     def averages(self) -> dict[str, float]:
         """Return the means over all processes. All processes must call it."""
@@ -100,20 +91,11 @@ class NonFiniteError(SharedError, FloatingPointError):
     """The loss or the gradient is infinite or NaN. All processes raise this error together."""
 
 
-Losses = dict[str, Tensor]
-
-
 class StepGuard:
     """Checks each step on all processes: are loss and gradient finite, has any process received a signal to stop?
 
     On a GPU each result is read four values later, when it has been computed, so that the check does not wait for
     the current step. If non-finite steps are skipped there is no delay: the result is needed before the update.
-
-    Args:
-        model: Model that is trained.
-        epoch: Number of the epoch, used in messages.
-        meter: Meter of the epoch.
-        settings: Settings of the training, among them the maximum number of skipped steps.
     """
 
     def __init__(self, model: nn.Module, epoch: int, meter: EpochMeter, settings: TrainSettings):
@@ -152,11 +134,7 @@ class StepGuard:
             self._read()
 
     def _read(self) -> bool:
-        """Read the oldest result. Return True if the value was finite.
-
-        Raises:
-            NonFiniteError: If the value was not finite and its step may not be skipped.
-        """
+        """Read the oldest result. Return True if the value was finite, False if its step may be skipped."""
         step, what, verdict, arrived = self.pending.popleft()
         if arrived is not None:
             arrived.synchronize()
@@ -195,14 +173,11 @@ class StepLog:
     def timed(self, data_loader: Iterable) -> Iterator:
         """Iterate over the loader and measure the time spent waiting for it."""
         batches = iter(data_loader)
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
+        start = time.perf_counter()
+        for batch in batches:
             self.window_waiting += time.perf_counter() - start
             yield batch
+            start = time.perf_counter()
 
     def end_step(self, batch: Any, lr: float) -> None:
         """Count the images of a step; log a line after the first, every `print_freq`-th from it, and the last.
@@ -228,7 +203,7 @@ class StepLog:
             f"peak memory {peak_memory(self.settings.device) / 2**20:.0f} MiB"
         )
         place = {"epoch": self.epoch, "step": done, "steps": self.steps, "global_step": self.epoch * self.steps + done}
-        self.run.log_step(place | means | {"lr": lr})
+        self.run.log_step(place, means | {"lr": lr})
         self.window_start, self.window_waiting, self.window_images = now, 0.0, 0
         if done == self.steps:
             logger.info("epoch %d: %d images in %.2f s", self.epoch, self.images, now - self.start)

@@ -50,18 +50,8 @@ def check_optimizer(name: str, options: dict[str, Any]) -> None:
 
 
 def build_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer, steps: int):
-    """Build the learning-rate schedule of a run with `steps` steps per epoch.
-
-    It is stepped with the epoch number after each epoch, as in the original, or with `--sched-on-updates` before each
-    step.
-    """
+    """Build the schedule: stepped after each epoch of `steps` steps, or with --sched-on-updates before each step."""
     return create_scheduler(args, optimizer, updates_per_epoch=steps)[0]
-
-
-def describe_peak_lr(args: argparse.Namespace, global_batch: int) -> str:
-    """Return the peak learning rate and how it follows from the options."""
-    scaling = "" if args.unscale_lr else f" ({args.lr:g} x {global_batch} / 512)"
-    return f"{peak_lr(args, global_batch):g}{scaling}"
 
 
 def note_schedule(args: argparse.Namespace, global_batch: int) -> list[str]:

@@ -40,21 +40,14 @@ class ArgumentParser(argparse.ArgumentParser):
             spelled.append(known + equals + value)
         return super().parse_known_args(spelled, namespace)
 
-    def parse_args(self, args=None, namespace=None):
-        parsed, unknown = self.parse_known_args(args, namespace)
-        self._refuse(unknown)
-        return parsed
-
-    def parse_intermixed_args(self, args=None, namespace=None):
-        """Parse arguments whose options may stand between positional ones."""
-        parsed, unknown = self.parse_known_intermixed_args(args, namespace)
-        self._refuse(unknown)
-        return parsed
-
-    def _refuse(self, unknown: list[str]) -> None:
+    def parse_args(self, args=None, namespace=None, intermixed=False):
+        """Parse arguments; if they are intermixed, options may stand between positional arguments."""
+        parse = self.parse_known_intermixed_args if intermixed else self.parse_known_args
+        parsed, unknown = parse(args, namespace)
         if unknown:
             near = nearest(unknown[0].split("=")[0], self._option_string_actions)
             self.error(f"unknown argument {unknown[0]}{near}")
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -73,14 +66,7 @@ LARGEST = 2**63  # larger numbers, among them infinity, are rejected
 
 
 def number(kind: type, low: float, high: float = float("inf"), above: bool = False) -> Callable[[str], float]:
-    """Return an argument type for numbers.
-
-    Args:
-        kind: `int` or `float`.
-        low: Smallest number.
-        high: Largest number.
-        above: True to exclude `low` itself.
-    """
+    """Return an argument type for an int or float from `low` to `high`, without `low` itself if it must be `above`."""
 
     def convert(text: str):
         try:
@@ -163,10 +149,7 @@ def add_loader_options(group, num_workers: int = 10) -> None:
 
 
 def add_compute_options(group, amp: str = "auto") -> None:
-    """Add the options of computation: compilation and mixed precision, with `amp` as its default.
-
-    `"published"` is for experiments with a precision of their own, see `dense.training.build_experiment`.
-    """
+    """Add the options of compilation and mixed precision, by default `amp`; `"published"` is that of an experiment."""
     published = "published: that of the experiment on a GPU, off on a CPU; " if amp == "published" else ""
     group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
     group.add_argument(
@@ -191,10 +174,7 @@ def add_freeze_option(group) -> None:
 
 
 def add_training_options(parser: ArgumentParser, kept: str = "without it nothing is saved"):
-    """Add the options of a training run and its folder, which `train_settings` and `Run` read; return their group.
-
-    `kept` describes the default of `--output_dir`.
-    """
+    """Add the options of `train_settings` and `Run`; return their group. `kept` is the default of --output_dir."""
     group = parser.add_argument_group("run")
     group.add_argument(
         "--output_dir",

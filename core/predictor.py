@@ -20,11 +20,9 @@ Source = str | Path | Image.Image | np.ndarray
 
 
 def open_image(source: Source, upright: bool) -> Image.Image:
-    """Return an image in RGB.
+    """Return a path, PIL image or uint8 array as an image in RGB, turned by its EXIF orientation if `upright`.
 
-    Args:
-        source: Path, PIL image, or uint8 array `(H, W, 3)` in RGB or `(H, W)` in grey.
-        upright: True to turn the image by its EXIF orientation.
+    An array is `(H, W, 3)` in RGB or `(H, W)` in grey.
 
     Raises:
         BadImageError: If a file is missing or cannot be decoded.
@@ -44,27 +42,16 @@ def open_image(source: Source, upright: bool) -> Image.Image:
 
 
 def prepare_image(source: Source, to_input: Callable[[Image.Image], Any], upright: bool) -> Any:
-    """Return the input of a network for an image; see `open_image` for the errors.
-
-    Args:
-        source: The image.
-        to_input: Function that returns the input for an RGB image.
-        upright: True to turn the image by its EXIF orientation.
-    """
+    """Return the input of a network for an image; the arguments and errors are those of `open_image`."""
     return to_input(open_image(source, upright))
 
 
 @dataclass(frozen=True)
 class Result(ABC):
-    """The prediction of an image.
+    """The prediction of an image."""
 
-    Attributes:
-        source: The image, as it was passed to the predictor; `draw` opens a path again.
-        classes: Names of all classes.
-    """
-
-    source: Source
-    classes: Sequence[str]
+    source: Source  # the image as it was passed to the predictor; `draw` opens a path again
+    classes: Sequence[str]  # names of all classes
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:
@@ -86,10 +73,6 @@ class Predictor(ABC):
         description: Its task, its classes and the options of its training.
         to_input: Function that returns the input of the network for an RGB image.
         amp_dtype: Data type of autocast; None to disable mixed precision.
-
-    Attributes:
-        prepare: Function that returns the input for an image; it does not hold the network, so that data-loading
-            processes can have it.
     """
 
     upright = True  # images are turned by their EXIF orientation, as in the data sets of the dense tasks
@@ -104,16 +87,15 @@ class Predictor(ABC):
         self.model = model.eval()
         self.task = description.task
         self.classes = list(description.classes)
+        # From an image to the input, without the network, so that data-loading processes can have it.
         self.prepare = partial(prepare_image, to_input=to_input, upright=self.upright)
         self.device = next(model.parameters()).device
         self.autocast = partial(torch.autocast, self.device.type, amp_dtype, enabled=amp_dtype is not None)
 
     def __call__(self, images: Source | Sequence[Source], batch_size: int = 8) -> Any:
-        """Return the result of an image, or the results of a list of images.
+        """Return the result of an image (path, PIL image or uint8 array `(H, W, 3)`), or those of a list of images.
 
-        Args:
-            images: Path, PIL image or uint8 array `(H, W, 3)`, or a list of them.
-            batch_size: Number of images that a classifier sees at once; dense networks see one.
+        A classifier sees `batch_size` images at once; dense networks see one.
 
         Raises:
             UserError: If an image cannot be read.

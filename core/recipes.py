@@ -54,11 +54,7 @@ NOT_IN_RECIPES = {
 
 
 def get_recipe(name: str, model: str) -> dict[str, Any]:
-    """Return the options of a recipe of `RECIPES` by their attributes in the parsed arguments.
-
-    Raises:
-        UserError: If the recipe is `published` and there are no released weights of the model.
-    """
+    """Return the options of a recipe of `RECIPES`; a UserError if there are no released weights of the model."""
     if name == "shapes":
         return SHAPES
     recipe = PUBLISHED.get(published_name(model))
@@ -92,13 +88,9 @@ def note_recipe(args: argparse.Namespace) -> list[str]:
 def note_published(
     args: argparse.Namespace, global_batch: int, precision: torch.dtype, defaults: dict[str, Any]
 ) -> list[str]:
-    """Return a note if the options differ from the recipe of the published model; none for other models.
+    """Return a note if the options of a run differ from the recipe of the published model; none for other models.
 
-    Args:
-        args: Options of the run.
-        global_batch: Number of images per step.
-        precision: Data type of autocast, float32 without autocast.
-        defaults: Defaults of all options.
+    `precision` is the data type of autocast, float32 without autocast; `defaults` holds those of all options.
     """
     name = published_name(args.model)
     if name not in PUBLISHED:

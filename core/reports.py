@@ -3,78 +3,56 @@
 import csv
 import json
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-# Columns of the table, by task; the third is the figure of an entry of a prediction.
+# By task: the name of the list in a prediction, and the columns of its entries in a table; the third is their figure.
+LISTS = {"classification": "classes", "segmentation": "areas", "detection": "objects"}
 COLUMNS = {
     "classification": ("name", "index", "probability"),
     "segmentation": ("name", "index", "share"),
     "detection": ("name", "index", "score", "x1", "y1", "x2", "y2"),
 }
+Report = Callable[[dict[str, Any]], None]  # adds the prediction of an image
 
 
-def build_reports(task: str, json_path: str | None, table_path: str | None) -> list["Report"]:
-    """Return the files to write, by the paths that are given; they are opened as context managers."""
-    reports = [JsonReport(Path(json_path))] if json_path else []
-    return reports + ([TableReport(Path(table_path), COLUMNS[task])] if table_path else [])
+@contextmanager
+def open_report(path: Path, end: str = "") -> Iterator[TextIO]:
+    """Open a file that takes the place of an older one when the block ends, also by an error or a signal."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w", newline="") as file:
+        try:
+            yield file
+        finally:
+            file.write(end)
+            file.close()
+            os.replace(temporary, path)
 
 
-class Report(ABC):
-    """A file of predictions, which are added one by one.
+@contextmanager
+def json_report(path: str) -> Iterator[Report]:
+    """Open a list with an object per image."""
+    with open_report(Path(path), end="]\n") as file:
+        file.write("[")
 
-    At the end of the block, also after an error or a signal, the file takes the place of an older one.
-    """
+        def add(entry: dict[str, Any]) -> None:
+            file.write(json.dumps(entry) if file.tell() == 1 else f",\n{json.dumps(entry)}")
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.temporary = path.with_name(f".{path.name}.tmp")
-
-    def __enter__(self) -> "Report":
-        self.file = open(self.temporary, "w", newline="")
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.file.close()
-        os.replace(self.temporary, self.path)
-
-    @abstractmethod
-    def add(self, entry: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-        """Add the prediction of an image: all of it, and its classes, areas or objects."""
+        yield add
 
 
-class JsonReport(Report):
-    """A list with an object per image."""
+@contextmanager
+def table_report(path: str, task: str) -> Iterator[Report]:
+    """Open a table with a line for each class, area or object."""
+    with open_report(Path(path)) as file:
+        writer = csv.DictWriter(file, ("path", *COLUMNS[task]), extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
 
-    def __enter__(self) -> Report:
-        self.separator = "["
-        return super().__enter__()
+        def add(entry: dict[str, Any]) -> None:
+            for row in entry[LISTS[task]]:
+                corners = dict(zip(("x1", "y1", "x2", "y2"), row.get("box", ()), strict=False))
+                writer.writerow({"path": entry["path"]} | row | corners)
 
-    def add(self, entry: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-        self.file.write(f"{self.separator}{json.dumps(entry)}")
-        self.separator = ",\n"
-
-    def __exit__(self, *error) -> None:
-        self.file.write("[]\n" if self.separator == "[" else "]\n")
-        super().__exit__(*error)
-
-
-class TableReport(Report):
-    """A line for each class, area or object, as comma-separated values."""
-
-    def __init__(self, path: Path, columns: Sequence[str]):
-        super().__init__(path)
-        self.columns = columns
-
-    def __enter__(self) -> Report:
-        super().__enter__()
-        self.writer = csv.DictWriter(self.file, ("path", *self.columns), extrasaction="ignore", lineterminator="\n")
-        self.writer.writeheader()
-        return self
-
-    def add(self, entry: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-        for row in rows:
-            corners = dict(zip(("x1", "y1", "x2", "y2"), row.get("box", ()), strict=False))
-            self.writer.writerow({"path": entry["path"]} | row | corners)
+        yield add

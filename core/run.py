@@ -14,8 +14,7 @@ from core.description import Description, check_same_classes, saved_options
 from core.distributed import get_rank, get_world_size, on_main
 from core.run_folder import RunFolder
 from core.signals import signals_noted
-from core.tensorboard import TensorBoard
-from utils import UserError, require_package
+from utils import UserError, require_package, save_checkpoint
 
 logger = logging.getLogger("twins")
 
@@ -56,11 +55,9 @@ class Run:
         self.checkpoint: Path | None = None  # to resume from
         self.state: TrainState | None = None
         self.description: Description | None = None
-        self.board: TensorBoard | None = None  # of the main process
+        self.boards: dict[str, Any] = {}  # TensorBoard's writers of "steps" and "epochs", on the main process
         self.best_files: Mapping[str, str] = {}
-        self.total_epochs = 0
-        self.first_epoch = 0
-        self.first_step = 0
+        self.total_epochs = self.first_epoch = self.first_step = 0
         self.start = 0.0  # start of this session, time.perf_counter() in seconds
 
     def __enter__(self) -> "Run":
@@ -83,11 +80,7 @@ class Run:
         return self.checkpoint is None
 
     def _find_checkpoint(self) -> Path | None:
-        """Return the checkpoint to resume from; None for a new run.
-
-        Raises:
-            UserError: If the folder holds another run, which this one would overwrite.
-        """
+        """Return the checkpoint to resume from; None for a new run, which must not overwrite another one."""
         resumed = Path(self.options["resume"]) if self.options["resume"] else None
         if self.folder is None:
             return resumed
@@ -100,10 +93,7 @@ class Run:
     def resume(self, state: TrainState, description: Description, same: Sequence[str]) -> None:
         """Restore the state from the checkpoint, if there is one. Log what differs from an exact resume.
 
-        Args:
-            state: The state of the run, newly built.
-            description: Description of the network, which checkpoints hold.
-            same: Names of options that must not change.
+        Checkpoints hold the description of the network. The options named by `same` must not change.
 
         Raises:
             UserError: If the file is not a checkpoint of a run, or does not fit.
@@ -153,11 +143,9 @@ class Run:
         check_same_classes(path, content.get("description", {}).get("classes", ()), self.description.classes)
 
     def epochs(self, total: int, best_files: Mapping[str, str]) -> Iterator[int]:
-        """Iterate over the remaining epochs. `finish_epoch` ends each of them.
+        """Iterate over the remaining epochs of `total`. `finish_epoch` ends each of them.
 
-        Args:
-            total: Number of epochs of the whole run.
-            best_files: Names of metrics, and for each one the file of the checkpoint with its highest value.
+        `best_files` holds names of metrics, and for each one the file of the checkpoint with its highest value.
         """
         state = self.state
         self.total_epochs, self.best_files = total, best_files
@@ -173,17 +161,14 @@ class Run:
     def finish_epoch(self, train_stats: dict[str, float], test_stats: dict[str, float]) -> None:
         """Add an epoch to the log, save the checkpoint and, if the epoch is the best, the best checkpoints.
 
-        Args:
-            train_stats: Result of `train_one_epoch`, logged under the names `train_*`.
-            test_stats: Metrics of the evaluation by the names used in the log.
+        The results of `train_one_epoch` are logged as `train_*`, those of the evaluation by the names that they have.
         """
         state = self.state
         line = {f"train_{name}": value for name, value in train_stats.items()} | test_stats
         if self.options["on_nonfinite"] == "skip":
             line["train_skipped"] = state.meter.skipped
         state.history.append({**line, "epoch": state.epoch, "n_parameters": state.n_parameters})
-        if self.board:
-            self.board.add_epoch(line, state.epoch)
+        self._add_scalars("epochs", line, state.epoch)
         state.lr_scheduler.step(state.epoch)
         state.epoch += 1
         state.meter.start_epoch()
@@ -193,38 +178,35 @@ class Run:
         if self.folder:
             on_main(lambda: self.folder.write_log(state.history))
 
-    def log_step(self, line: dict[str, Any]) -> None:
-        """Append a line of `core.meters.StepLog` to metrics.jsonl, and its values to the files of TensorBoard."""
+    def log_step(self, place: dict[str, int], values: dict[str, float]) -> None:
+        """Append the place of a log line in the run, and its values, to metrics.jsonl and TensorBoard's files."""
         if self.folder and get_rank() == 0:
-            self.folder.add_metrics(line)
-        if self.board:
-            self.board.add_step(line)
+            self.folder.add_metrics(place | values)
+        self._add_scalars("steps", values, place["global_step"])
+
+    def _add_scalars(self, unit: str, values: dict[str, float], place: int) -> None:
+        """Add values to TensorBoard's files of `"steps"` or `"epochs"`, if they are written."""
+        if self.boards:
+            for name, value in values.items():
+                self.boards[unit].add_scalar(name, value, place)
 
     def save(self, best: Sequence[str] = ()) -> None:
-        """Save the checkpoint. All processes must call it.
-
-        Args:
-            best: Names of best checkpoints to save, too.
-        """
+        """Save the checkpoint, also under the names of best checkpoints. All processes must call it."""
         if self.folder is None:
             return
         content = self.state.to_checkpoint(self.options, self.description.to_checkpoint())
 
         def write() -> None:
             for name in best:  # the best first: after a kill between the two, the resumed run repeats the evaluation
-                self.folder.save_best(content, name)
-            if self.board:
-                self.board.flush()
+                save_checkpoint(content, self.folder.path / name)
+            for board in self.boards.values():
+                board.flush()
             self.folder.save(content)
 
         on_main(write)
 
     def remaining_time(self, steps: int) -> timedelta:
-        """Return the remaining time of the run, from the mean time per step of this session, including evaluations.
-
-        Args:
-            steps: Number of steps per epoch.
-        """
+        """Return the remaining time for epochs of `steps` steps, from this session's mean time with evaluations."""
         state = self.state
         done = (state.epoch - self.first_epoch) * steps + state.meter.step - self.first_step
         left = (self.total_epochs - state.epoch) * steps - state.meter.step
@@ -237,9 +219,14 @@ class Run:
         self.folder.write_log(state.history)
         self.folder.cut_metrics(state.epoch, state.meter.step)
         if self.options["tensorboard"]:
+            from torch.utils.tensorboard import SummaryWriter  # needs an optional package
+
+            # TensorBoard drops what an earlier session wrote from this place on. Steps and epochs have folders of their
+            # own, because each counts the place in another unit.
             step = state.epoch * state.sampler.steps + state.meter.step
-            self.board = TensorBoard(self.folder.path / "tensorboard", state.epoch, step)
-            self.stack.callback(self.board.close)
+            for unit, place in {"steps": step + 1, "epochs": state.epoch}.items():
+                writer = SummaryWriter(str(self.folder.path / "tensorboard" / unit), purge_step=place)
+                self.boards[unit] = self.stack.enter_context(writer)
 
     def _log_summary(self) -> None:
         """Log the final summary."""
@@ -253,11 +240,7 @@ class Run:
 
 
 def choose_accumulation(batch_size: int, global_batch: int, world_size: int) -> int:
-    """Return the number of batches per process and step (gradient accumulation).
-
-    Raises:
-        UserError: If the global batch is not a multiple of batch size times number of processes.
-    """
+    """Return the number of batches per process and step (gradient accumulation); a UserError if it is not whole."""
     per_batch = batch_size * world_size
     if global_batch % per_batch:
         nearest = max(1, round(global_batch / per_batch)) * per_batch
@@ -269,14 +252,7 @@ def choose_accumulation(batch_size: int, global_batch: int, world_size: int) -> 
 
 
 def describe_batch(batch_size: int, accumulation: int, lr: str, steps: int) -> str:
-    """Return a log line with the batch sizes.
-
-    Args:
-        batch_size: Images per process per batch.
-        accumulation: Batches per step.
-        lr: Description of the peak learning rate.
-        steps: Number of steps per epoch.
-    """
+    """Return a log line with the batch sizes, a description of the peak learning rate, and the steps per epoch."""
     processes = get_world_size()
     return (
         f"batch: {batch_size} images x {processes} processes x {accumulation} accumulated = global batch "

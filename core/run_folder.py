@@ -127,9 +127,9 @@ class RunFolder:
 
     def refuse_results(self) -> None:
         """Raise a UserError if the folder has results of another run, which this one would overwrite."""
-        if self.results():
+        if results := self.results():
             raise UserError(
-                f"{self.results()[0]} exists, and this run would overwrite it; continue that run with --auto-resume, "
+                f"{results[0]} exists, and this run would overwrite it; continue that run with --auto-resume, "
                 "choose another --output_dir, or remove the file"
             )
 
@@ -161,10 +161,6 @@ class RunFolder:
             elif age + 1 < self.keep:
                 os.replace(path, self.generation(age + 1))
 
-    def save_best(self, checkpoint: dict[str, Any], name: str) -> None:
-        """Write a best checkpoint."""
-        save_checkpoint(checkpoint, self.path / name)
-
     def write_log(self, history: list[dict[str, Any]]) -> None:
         """Write log.txt, one line of JSON per epoch."""
         write_text(self.path / "log.txt", "".join(to_json(line) + "\n" for line in history))
@@ -182,12 +178,7 @@ class RunFolder:
             ) from error
 
     def cut_metrics(self, epoch: int, step: int) -> None:
-        """Remove the lines after a place in the run from metrics.jsonl; the run writes them again.
-
-        Args:
-            epoch: Number of completed epochs.
-            step: Number of completed steps of the next epoch.
-        """
+        """Remove the lines after `step` steps of `epoch` from metrics.jsonl; the run writes them again."""
         path = self.path / METRICS
         if path.exists():
             *lines, _ = path.read_text(errors="replace").split("\n")  # after the last line end: a part of a line

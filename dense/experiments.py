@@ -90,12 +90,9 @@ def change_fields(config: E, changes: Sequence[str]) -> E:
 
 
 def check_fields(experiment: Any) -> None:
-    """Check the fields of a dataclass against their declared types and limits.
+    """Raise a UserError if a field of a dataclass has a value of another type than declared or outside its limit.
 
     Ints in float fields become floats, and lists in tuple fields become tuples.
-
-    Raises:
-        UserError: If a field has a value of another type or outside its limit.
     """
     limited_hints = typing.get_type_hints(type(experiment), include_extras=True)
     for name, hint in typing.get_type_hints(type(experiment)).items():

@@ -69,10 +69,7 @@ class ExperimentParser(ArgumentParser):
 
 def get_train_parser(description: str) -> ArgumentParser:
     """Return the parser of a train.py."""
-    parser = ExperimentParser(
-        prog="train.py", usage="bash dist_train.sh CONFIG GPUS [options]", description=description
-    )
-    _add_experiment_options(parser)
+    parser = _config_parser("train", "CONFIG GPUS", description)
     group = add_training_options(parser, kept="by default in work_dirs/NAME_OF_CONFIG")
     group.add_argument(
         "--pretrained",
@@ -95,17 +92,17 @@ def get_train_parser(description: str) -> ArgumentParser:
 
 def get_test_parser(description: str) -> ArgumentParser:
     """Return the parser of a test.py, without the options of the task."""
-    parser = ExperimentParser(
-        prog="test.py", usage="bash dist_test.sh CONFIG CHECKPOINT GPUS [options]", description=description
-    )
-    _add_experiment_options(parser)
+    parser = _config_parser("test", "CONFIG CHECKPOINT GPUS", description)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="weights of a network, or results that --out wrote")
     add_compute_options(parser.add_argument_group("run"), amp="published")
     add_process_options(parser)
     return parser
 
 
-def _add_experiment_options(parser: ArgumentParser) -> None:
+def _config_parser(script: str, arguments: str, description: str) -> ArgumentParser:
+    """Return the parser of a script with the options of an experiment."""
+    usage = f"bash dist_{script}.sh {arguments} [options]"
+    parser = ExperimentParser(prog=f"{script}.py", usage=usage, description=description)
     parser.add_argument("config", metavar="CONFIG", help="experiment file in configs/")
     group = parser.add_argument_group("experiment")
     group.add_argument("--data-root", metavar="FOLDER", help="folder of the data set")
@@ -118,10 +115,11 @@ def _add_experiment_options(parser: ArgumentParser) -> None:
         help="fields of the experiment to change; configs/recipes.py lists them",
     )
     add_loader_options(group, num_workers=4)
+    return parser
 
 
 def build_experiment(args: argparse.Namespace, kind: type) -> Any:
-    """Load the experiment of the config, change it as the options say, and check that it is of the class `kind`.
+    """Load the experiment of the config, of the class `kind`, and change it as the options say.
 
     `--amp published` is replaced by the precision of the experiment, and fields that depend on others are set.
     """

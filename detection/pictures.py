@@ -9,7 +9,7 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from core.images import enlarge, make_colours, plain_text, text_size
+from core.images import enlarge, load_font, make_colours, plain_text
 
 OPACITY = 0.5  # of masks
 
@@ -44,17 +44,16 @@ def draw_detections(image: Tensor, found: dict[str, Tensor], classes: Sequence[s
     picture = enlarge(to_pil_image(image))
     if not labels:
         return picture  # torchvision warns where there is nothing to draw
-    font_size = text_size(picture.size)
-    font, width = ImageFont.load_default(font_size), font_size // 4
+    font, _ = load_font(picture.size)
     boxes = found["boxes"][order] * (picture.width / image.shape[2])
     drawn = draw_bounding_boxes(
         pil_to_tensor(picture),
         boxes,
         labels=_drop_hidden(texts, boxes, font),
         colors=colours,
-        width=width,
+        width=font.size // 4,
         font=io.BytesIO(font.font_bytes),  # Pillow's own; torchvision's default is tiny
-        font_size=font_size,
+        font_size=font.size,
         label_colors="white",
         label_background_colors="black",
         fill_labels=True,

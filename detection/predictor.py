@@ -23,21 +23,12 @@ MIN_SCORE = 0.3  # of the objects that are drawn and listed
 
 @dataclass(frozen=True)
 class Detection(Result):
-    """Objects in an image, the highest score first.
+    """Objects in an image, the highest score first."""
 
-    Attributes:
-        source: The image.
-        classes: Names of all classes.
-        boxes: Boxes as x1, y1, x2, y2 in pixels, float32 `(n, 4)`.
-        labels: Class indices, int64 `(n,)`.
-        scores: Scores from 0 to 1, float32 `(n,)`.
-        masks: Masks of the objects, bool `(n, H, W)`; None if the network finds no masks.
-    """
-
-    boxes: Tensor
-    labels: Tensor
-    scores: Tensor
-    masks: Tensor | None = None
+    boxes: Tensor  # x1, y1, x2, y2 in pixels, float32 `(n, 4)`
+    labels: Tensor  # class indices, int64 `(n,)`
+    scores: Tensor  # from 0 to 1, float32 `(n,)`
+    masks: Tensor | None = None  # bool `(n, H, W)`; None if the network finds no masks
 
     def above(self, min_score: float) -> dict[str, Tensor]:
         """Return the tensors of the objects with a score of at least `min_score`, by their names."""
@@ -58,21 +49,15 @@ class Detection(Result):
 
     def draw(self, min_score: float = MIN_SCORE) -> Image.Image:
         """Return a picture with the boxes, masks, names and scores of the objects of at least `min_score`."""
-        image = pil_to_tensor(open_image(self.source, upright=True))
         found = self.above(min_score)
-        picture = draw_detections(image, found, self.classes)
-        if len(found["scores"]):
-            return picture
-        return draw_captions([(describe_none(min_score), picture)])
+        picture = draw_detections(pil_to_tensor(open_image(self.source, upright=True)), found, self.classes)
+        return picture if len(found["scores"]) else draw_captions([(describe_none(min_score), picture)])
 
 
 class DetectionPredictor(Predictor):
-    """Predictor of objects. It sees one image at a time, as the evaluation does, because padding has an effect.
+    """Predictor of objects, with a network of `build_detector`, which resizes and normalises the images itself.
 
-    Args:
-        model: Network of `build_detector`, which resizes and normalises the images itself.
-        description: Its classes.
-        amp_dtype: Data type of autocast; None to disable mixed precision.
+    It sees one image at a time, as the evaluation does, because padding has an effect.
     """
 
     load = staticmethod(load_detector)

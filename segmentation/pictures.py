@@ -3,12 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
-from core.images import GAP, draw_captions, enlarge, line_height, plain_text, text_size
+from core.images import GAP, draw_captions, enlarge, load_font, plain_text
 
 OPACITY = 0.5  # of the colours
 
@@ -35,15 +35,14 @@ def draw_overlay(
 
 def draw_legend(names: Sequence[tuple[str, tuple[int, ...]]], size: tuple[int, int]) -> Image.Image:
     """Draw the names of classes beside their colours, in columns of the height of a picture of a width and height."""
-    font_size = text_size(size)
-    font, line = ImageFont.load_default(font_size), line_height(font_size)
+    font, line = load_font(size)
     rows = max(1, size[1] // line)
     column = max((int(font.getlength(name)) for name, _ in names), default=0) + line + 2 * GAP
     picture = Image.new("RGB", (max(1, -(-len(names) // rows) * column), size[1]), "white")
     draw = ImageDraw.Draw(picture)
     for i, (name, colour) in enumerate(names):
         x, y = i // rows * column, i % rows * line
-        draw.rectangle((x, y, x + font_size, y + font_size), fill=colour, outline="black")
+        draw.rectangle((x, y, x + font.size, y + font.size), fill=colour, outline="black")
         draw.text((x + line, y - 1), name, fill="black", font=font)
     return picture
 

@@ -23,17 +23,10 @@ from segmentation.weights import load_segmentor
 
 @dataclass(frozen=True)
 class Segmentation(Result):
-    """Class of each pixel of an image.
+    """Class of each pixel of an image."""
 
-    Attributes:
-        source: The image.
-        classes: Names of all classes.
-        colours: RGB colours of all classes.
-        labels: Class indices, uint8 `(H, W)`.
-    """
-
-    colours: Sequence[tuple[int, ...]]
-    labels: Tensor
+    colours: Sequence[tuple[int, ...]]  # RGB colours of all classes
+    labels: Tensor  # class indices, uint8 `(H, W)`
 
     def to_dict(self) -> dict[str, Any]:
         """Return the classes that occur, the largest first, with their shares of the pixels from 0 to 1."""
@@ -53,13 +46,7 @@ def to_input(image: Image.Image, scale: tuple[int, int]) -> tuple[Tensor, tuple[
 
 
 class SegmentationPredictor(Predictor):
-    """Predictor of label maps.
-
-    Args:
-        model: Network of `build_segmentor`.
-        description: Its classes with their colours, and the fields of its experiment.
-        amp_dtype: Data type of autocast; None to disable mixed precision.
-    """
+    """Predictor of label maps, with a network of `build_segmentor` and the fields of its experiment as options."""
 
     load = staticmethod(load_segmentor)
 
@@ -74,9 +61,7 @@ class SegmentationPredictor(Predictor):
         """Build the network of a description."""
         return build_segmentor(description.to_experiment(Experiment), len(description.classes), pretrained=False)
 
-    def predict(
-        self, sources: Sequence[Source], inputs: Sequence[tuple[Tensor, tuple[int, int]]]
-    ) -> list[Segmentation]:
+    def predict(self, sources: Sequence[Source], inputs: Sequence[Any]) -> list[Segmentation]:
         results = []
         for index, (source, (pixels, size)) in enumerate(zip(sources, inputs, strict=True)):
             labels = self.predict_image(index, [pixels], size).to(torch.uint8).cpu()

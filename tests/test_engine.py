@@ -61,7 +61,7 @@ class Saves:
     def remaining_time(self, steps):
         return timedelta(0)
 
-    def log_step(self, line):
+    def log_step(self, place, values):
         pass
 
 

@@ -12,7 +12,7 @@ import torch
 from core import run_folder
 from core.run_folder import RunFolder
 from tests.conftest import ROOT
-from utils import UserError, make_folder, write_atomically
+from utils import UserError, make_folder, save_checkpoint, write_atomically
 
 
 def names(folder) -> set[str]:
@@ -200,7 +200,7 @@ def test_a_run_without_its_checkpoint_is_not_overwritten(folder):
     folder.write_log([{"epoch": 0}])
     with pytest.raises(ValueError, match=r"log.txt: there is no intact checkpoint .*; remove .*run to start again$"):
         folder.find_checkpoint()
-    folder.save_best({"number": 1}, "checkpoint_best.pth")
+    save_checkpoint({"number": 1}, folder.path / "checkpoint_best.pth")
     with pytest.raises(ValueError, match=r"intact .* again, or pass --resume .*/run/checkpoint_best.pth instead of"):
         folder.find_checkpoint()
 
