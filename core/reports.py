@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from utils import UserError
+
 # By task: the name of the list in a prediction, and the columns of its entries in a table; the third is their figure.
 LISTS = {"classification": "classes", "segmentation": "areas", "detection": "objects"}
 COLUMNS = {
@@ -22,7 +24,12 @@ Report = Callable[[dict[str, Any]], None]  # adds the prediction of an image
 def open_report(path: Path, end: str = "") -> Iterator[TextIO]:
     """Open a file that takes the place of an older one when the block ends, also by an error or a signal."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", newline="") as file:
+    encoding = {"encoding": "utf-8", "errors": "surrogateescape", "newline": ""}  # of the names of files
+    try:
+        file = temporary.open("w", **encoding)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another file") from error
+    with file:
         try:
             yield file
         finally:

@@ -2,15 +2,17 @@
 
 import csv
 import json
+import os
 import pickle
 
 import pytest
 import torch
 from PIL import Image
 
+import predict
 from core import shapes
 from predict import load_predictor
-from tests.conftest import ROOT, run_bash_in
+from tests.conftest import ROOT, fails, run_bash_in
 from tests.test_predict import one_thread, run  # noqa: F401  a fixture
 
 
@@ -82,3 +84,18 @@ def test_memory_does_not_grow_with_the_folder(classifier, tmp_path):
         assert result.returncode == 0, result.stderr
         peaks.append(int(result.stdout.split()[-1]) / 1024)
     assert peaks[1] < peaks[0] + 25  # MiB
+
+
+@pytest.mark.slow
+def test_reports_of_any_file_name(classifier, tmp_path, capsys):
+    """Also of one that is not UTF-8; a report that cannot be opened is named in one line."""
+    image = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")
+    Image.new("RGB", (40, 40)).save(image)
+    command = f"$PYTHON predict.py {classifier} {tmp_path}/*.png --csv {tmp_path}/out.csv --json {tmp_path}/out.json"
+    result = run_bash_in(ROOT, "-c", f"{command} --topk 1 --device cpu >{tmp_path}/log 2>&1")
+    assert result.returncode == 0
+    assert os.fsencode(image) in (tmp_path / "out.csv").read_bytes()
+    assert json.loads((tmp_path / "out.json").read_text())[0]["path"] == image
+    os.rename(image, tmp_path / "0.png")
+    error = fails(capsys, predict, classifier, tmp_path / "0.png", "--json", "/proc/x.json")
+    assert "/proc/x.json: cannot be written" in error
