@@ -109,20 +109,20 @@ def draw(runs: Sequence[RunLog], published: Sequence[RunLog | None]) -> Any:
         axis.grid(alpha=0.3)
     drawn = set()
     for number, (log, other) in enumerate(zip(runs, published, strict=True)):
-        unit = log.interval / 1000 if in_iterations else 1
         if other and other.name not in drawn:
             drawn.add(other.name)
-            draw_run(axes, other, unit, color=str(0.8 - 0.1 * (len(drawn) % 4)), linewidth=4)
-        draw_run(axes, log, unit, color=f"C{number % 10}")
+            draw_run(axes, other, in_iterations, color=str(0.8 - 0.1 * (len(drawn) % 4)), linewidth=4)
+        draw_run(axes, log, in_iterations, color=f"C{number % 10}")
     axes[2].legend(fontsize="small")
     return figure
 
 
-def draw_run(axes: Sequence[Any], log: RunLog, unit: float, **style) -> None:
-    """Draw a run: losses and learning rates of its log lines, or means of its epochs if not all have log lines.
+def draw_run(axes: Sequence[Any], log: RunLog, in_iterations: bool, **style) -> None:
+    """Draw a run on the axes of the loss, the learning rate and the accuracy.
 
-    The axes are those of the loss, the learning rate and the accuracy; `unit` is the length of an epoch on them.
+    Losses and learning rates are those of its log lines, or means of its epochs if not all have log lines.
     """
+    unit = log.interval / 1000 if in_iterations else 1
     has_all_steps = log.steps and log.steps[0]["epoch"] == 0
     for axis, name in ((axes[0], "loss"), (axes[1], "lr")):
         if has_all_steps:

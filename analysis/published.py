@@ -51,7 +51,8 @@ def judge(run: RunLog, published: RunLog) -> str:
     changed = differences(argparse.Namespace(**run.options), recipe, "published")
     if changed:
         return f"{run.name}: not judged, because it differs from the {name}: {', '.join(changed)}"
-    epochs = [line["epoch"] for line in run.history if line["epoch"] >= published.warmup]
+    compared = {**run.series("train_loss"), **run.series(published.figure)}
+    epochs = sorted(epoch for epoch in compared if epoch >= published.warmup)
     if len(epochs) < ROW:
         return f"{run.name}: too early to compare with the {name}, which needs {ROW} epochs after the warm-up"
     faults = [_find_shortfall(run, published, figure) for figure in (published.figure, "train_loss")]

@@ -63,9 +63,13 @@ class RunLog:
         for before, line in pairwise([{"epoch": None}, *lines]):
             step, value = line["step"], line[name]
             if name != "lr":
-                continues = before["epoch"] == line["epoch"]
-                done, total = (before["step"], before[name] * before["step"]) if continues else (0, 0.0)
-                value = (value * step - total) / max(1, step - done)
+                taken, done, total, done_taken = line.get("taken", step), 0, 0.0, 0  # skipped steps have no loss
+                if before["epoch"] == line["epoch"]:
+                    done, done_taken = before["step"], before.get("taken", before["step"])
+                    total = before[name] * done_taken
+                if taken == done_taken:
+                    continue
+                value = (value * taken - total) / (taken - done_taken)
                 step = (done + step) / 2
             places.append(line["epoch"] + step / line["steps"])
             values.append(value)
@@ -92,7 +96,7 @@ def read_run(path: str) -> RunLog:
 def read_options(path: Path) -> dict[str, Any]:
     """Return the options of a run; an empty dict if there is no file of them."""
     try:
-        return json.loads(path.read_text())["args"]
+        return dict(json.loads(path.read_text())["args"])
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -203,7 +203,7 @@ class StepLog:
             f"peak memory {peak_memory(self.settings.device) / 2**20:.0f} MiB"
         )
         place = {"epoch": self.epoch, "step": done, "steps": self.steps, "global_step": self.epoch * self.steps + done}
-        self.run.log_step(place, means | {"lr": lr})
+        self.run.log_step(place | {"taken": self.meter.taken}, means | {"lr": lr})
         self.window_start, self.window_waiting, self.window_images = now, 0.0, 0
         if done == self.steps:
             logger.info("epoch %d: %d images in %.2f s", self.epoch, self.images, now - self.start)

@@ -217,7 +217,7 @@ class Run:
         state = self.state
         self.folder.write_args(self.options)
         self.folder.write_log(state.history)
-        self.folder.cut_metrics(state.epoch, state.meter.step)
+        self.folder.cut_metrics(state.epoch, state.meter.step, self.checkpoint)
         if self.options["tensorboard"]:
             from torch.utils.tensorboard import SummaryWriter  # needs an optional package
 

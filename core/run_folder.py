@@ -177,12 +177,15 @@ class RunFolder:
                 "with --auto-resume"
             ) from error
 
-    def cut_metrics(self, epoch: int, step: int) -> None:
-        """Remove the lines after `step` steps of `epoch` from metrics.jsonl; the run writes them again."""
-        path = self.path / METRICS
-        if path.exists():
-            *lines, _ = path.read_text(errors="replace").split("\n")  # after the last line end: a part of a line
-            write_text(path, "".join(line + "\n" for line in lines if _place(line) <= (epoch, step)))
+    def cut_metrics(self, epoch: int, step: int, checkpoint: Path | None) -> None:
+        """Remove the lines after `step` steps of `epoch` from metrics.jsonl; the run writes them again.
+
+        The lines are those beside the checkpoint that the run continues, which may be in another folder.
+        """
+        source = (checkpoint.parent if checkpoint else self.path) / METRICS
+        text = source.read_text(errors="replace") if source.exists() else ""
+        *lines, _ = text.split("\n")  # after the last line end: a part of a line
+        write_text(self.path / METRICS, "".join(line + "\n" for line in lines if _place(line) <= (epoch, step)))
 
     def write_args(self, args: dict[str, Any]) -> None:
         """Write args.json, the options of the run and the versions of the libraries."""

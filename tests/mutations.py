@@ -401,7 +401,7 @@ MUTATIONS = [
     # What runs log step by step, and the comparison with published runs.
     Mutation("metrics after the checkpoint", "core/run_folder.py", "if _place(line) <= (epoch, step)", "if True",
              ("test_run_folder.py::test_metrics_after_the_checkpoint_are_cut", "test_survival.py::test_a_killed_run_ends_as_an_uninterrupted_one[1]")),
-    Mutation("metrics are cut at a resume", "core/run.py", "        self.folder.cut_metrics(state.epoch, state.meter.step)\n", "",
+    Mutation("metrics are cut at a resume", "core/run.py", "        self.folder.cut_metrics(state.epoch, state.meter.step, self.checkpoint)\n", "",
              ("test_survival.py::test_a_killed_run_ends_as_an_uninterrupted_one[1]", "test_segmentation_runs.py::test_a_killed_run_ends_as_an_uninterrupted_one")),
     Mutation("doubled steps in TensorBoard", "core/run.py", '"steps": step + 1', '"steps": None',
              ("test_curves.py::test_tensorboard_shows_the_lines_of_the_logs[classification]",)),
@@ -413,7 +413,7 @@ MUTATIONS = [
              ("test_curves.py::test_other_recipes_are_not_judged",)),
     Mutation("the loss of published runs", "analysis/published.py", '(published.figure, "train_loss")]', "(published.figure,)]",
              ("test_curves.py::test_the_shortfall_is_named_until_the_run_recovers",)),
-    Mutation("means of steps", "analysis/runs.py", "(value * step - total) / max(1, step - done)", "value",
+    Mutation("means of steps", "analysis/runs.py", "(value * taken - total) / (taken - done_taken)", "value",
              ("test_curves.py::test_losses_of_steps_are_means_since_the_line_before",)),
 
     Mutation("batches of predictions", "predict.py", "args.batch_size if isinstance(predictor, Classifier) else 1", "1",

@@ -56,7 +56,7 @@ def test_metrics_are_those_of_the_log_lines(tmp_path, capsys):
     shown = re.findall(r"epoch (\d) \[(\d)/4\]  loss (\S+)  lr (\S+) ", capsys.readouterr().out)
     assert shown == [(str(v["epoch"]), str(v["step"]), f"{v['loss']:.4f}", f"{v['lr']:.4g}") for v in lines]
     assert [lines[1]["loss"], lines[3]["loss"]] == [line["train_loss"] for line in read_log(tmp_path)]
-    assert set(lines[0]) == {"epoch", "step", "steps", "global_step", "loss", "lr"}
+    assert set(lines[0]) == {"epoch", "step", "steps", "global_step", "taken", "loss", "lr"}
 
 
 def test_metrics_hold_all_losses_of_a_dense_task(tmp_path):
@@ -93,7 +93,7 @@ def test_tensorboard_shows_the_lines_of_the_logs(task, tmp_path):
     for unit, place in (("steps", "global_step"), ("epochs", "epoch")):
         assert len(list((tmp_path / "tensorboard" / unit).iterdir())) == 2  # both sessions
         events = accumulator.EventAccumulator(str(tmp_path / "tensorboard" / unit)).Reload()
-        names = set(lines[unit][0]) - {"epoch", "step", "steps", "global_step", "n_parameters"}
+        names = set(lines[unit][0]) - {"epoch", "step", "steps", "global_step", "taken", "n_parameters"}
         assert set(events.Tags()["scalars"]) == names
         for name in names:
             found = [(event.step, event.value) for event in events.Scalars(name)]
@@ -146,6 +146,15 @@ def test_the_table_of_two_runs(tmp_path, capsys):
         [str(second / "log.txt"), "2 of 2", "-", "test_mIoU 42.50 in epoch 0", "▁"],
     ]
     assert not list(tmp_path.rglob("curves.*"))
+
+
+def test_skipped_steps_have_no_part_in_the_losses():
+    """Losses 8 and 2, with a step between them that was skipped; means are over the steps taken."""
+    steps = [
+        {"epoch": 0, "steps": 3, "step": step, "taken": taken, "loss": loss}
+        for step, taken, loss in ((1, 1, 8.0), (2, 1, 8.0), (3, 2, 5.0))
+    ]
+    assert RunLog("", {}, [], steps).step_series("loss")[1] == [8.0, 2.0]
 
 
 def test_long_series_are_averaged():
@@ -233,6 +242,9 @@ def test_runs_in_iterations_share_their_axis(tmp_path):
     assert [list(line.get_xdata()) for line in accuracy.lines] == [[16 * i for i in range(1, 11)], [16, 32]]
     assert list(loss.lines[0].get_xdata()) == [2 * i + 1 for i in range(80)]
     assert list(accuracy.lines[1].get_ydata()) == pytest.approx([39.71, 42.05])
+    run.options["eval_interval"] = 4000  # the published run keeps its own axis
+    accuracy = curves.draw([run], [published]).axes[2]
+    assert [list(line.get_xdata()) for line in accuracy.lines] == [[16 * i for i in range(1, 11)], [4, 8]]
 
 
 # --------------------------------------------------------------------------------------------------- published runs
@@ -293,6 +305,12 @@ def test_runs_at_half_the_pace_are_not_on_track(options):
     assert judge(*make_run(options, soon)).startswith(expected)
     sooner = {name: column[: start + 2] for name, column in slow.items()}
     assert "not on track" not in judge(*make_run(options, sooner))
+
+
+def test_a_run_without_figures_is_not_judged():
+    options = classifier("alt_gvt_small")
+    verdict = judge(*make_run(options, {"test_acc1": [float("nan")] * 20, "train_loss": [None] * 20}))
+    assert "too early to compare" in verdict
 
 
 def test_the_shortfall_is_named_until_the_run_recovers():

@@ -263,18 +263,27 @@ def test_metrics_after_the_checkpoint_are_cut(folder):
     damaged = ['{"epoch": 0, "st\n', "[0, 1]\n", '{"step": 1}\n', "\n", '{"epoch": null, "step": 1}\n']
     later = ['{"epoch": 1, "step": 3}\n', '{"epoch": 2, "step": 1}\n', '{"epoch": 0, "step": 1}']
     write_metrics(folder, kept[0], *damaged, kept[1], *later)
-    folder.cut_metrics(1, 2)
+    folder.cut_metrics(1, 2, folder.path / "checkpoint.pth")
     assert (folder.path / "metrics.jsonl").read_text() == "".join(kept)
     folder.add_metrics({"epoch": 1, "step": 3, "loss": math.nan})
     assert (folder.path / "metrics.jsonl").read_text().endswith('null}\n{"epoch": 1, "step": 3, "loss": null}\n')
 
 
 def test_metrics_of_an_older_run_may_be_missing_or_damaged(folder):
-    folder.cut_metrics(1, 2)
-    assert not (folder.path / "metrics.jsonl").exists()
+    folder.cut_metrics(1, 2, None)
+    assert not (folder.path / "metrics.jsonl").read_text()
     (folder.path / "metrics.jsonl").write_bytes(b"\xff\x00 no text")
-    folder.cut_metrics(1, 2)
+    folder.cut_metrics(1, 2, None)
     assert (folder.path / "metrics.jsonl").read_bytes() == b""
+
+
+def test_metrics_of_a_checkpoint_in_another_folder_are_taken_over(folder, tmp_path):
+    """Those of the folder itself are of another run."""
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/metrics.jsonl").write_text('{"epoch": 0, "step": 1, "loss": 1}\n{"epoch": 1, "step": 1}\n')
+    write_metrics(folder, '{"epoch": 0, "step": 1, "loss": 2}\n')
+    folder.cut_metrics(1, 0, tmp_path / "other/checkpoint.pth")
+    assert (folder.path / "metrics.jsonl").read_text() == '{"epoch": 0, "step": 1, "loss": 1}\n'
 
 
 def test_metrics_alone_are_no_result(folder):
