@@ -99,7 +99,7 @@ def build_dataset(is_train: bool, args) -> Dataset:
         return DATA_SETS[args.data_set](args, is_train, transform)
     except OSError as error:
         raise UserError(
-            f"{error.filename or args.data_path}: cannot be read ({error.strerror}); check the permissions"
+            f"{error.filename or args.data_path}: cannot be read ({error.strerror or error}); check the permissions"
         ) from error
 
 
