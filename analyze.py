@@ -8,12 +8,15 @@
 `add_options(parser)` and `run(args, processes)`.
 """
 
+import argparse
 import importlib
 import sys
 from collections.abc import Sequence
 
+from core.distributed import Processes
 from core.launch import run_script
 from core.options import ArgumentParser
+from utils import UserError
 
 COMMANDS = ("data", "curves", "evaluate")
 
@@ -28,14 +31,20 @@ def get_parser(command: str) -> ArgumentParser:
     return parser
 
 
+def run_alone(args: argparse.Namespace, processes: Processes) -> None:
+    """Run a command, in one process."""
+    if processes.world_size > 1:
+        raise UserError("analyze.py runs in one process; start it without a launcher")
+    args.run(args, processes)
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line; see `core.launch.run_script` for the exit codes."""
     argv = sys.argv[1:] if argv is None else argv
     parser = ArgumentParser(prog="analyze.py", usage="python analyze.py COMMAND ... [options]", description=__doc__)
     parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help=", ".join(COMMANDS))
     command = parser.parse_args(argv[:1]).command
-    args = get_parser(command).parse_args(argv[1:])
-    run_script("analyze.py", args.run, args)
+    run_script("analyze.py", run_alone, get_parser(command).parse_args(argv[1:]))
 
 
 if __name__ == "__main__":

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from analysis.pictures import make_sheet, write_confusion, write_table
+from analysis.pictures import save_sheet, write_confusion, write_table
 from core.distributed import Processes
 from core.meters import show_progress
 from core.options import ArgumentParser
@@ -20,6 +21,7 @@ from datasets import IGNORED_TARGET, add_data_options, build_val_loader
 from predict import EVALUATION
 from segmentation.metrics import ConfusionMatrix
 from transforms import to_picture
+from utils import UserError
 
 logger = logging.getLogger("twins")
 
@@ -30,23 +32,27 @@ SHOWN = 10  # lines of each list in the log
 def analyse_classifier(subject, args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     """Evaluate a classifier on the validation set of its data; write confusion, classes.csv and worst.png."""
     loader = build_loader(subject.description.options, args, processes)
-    classes = loader.dataset.dataset.classes
+    data = loader.dataset.dataset
+    classes = data.classes
     subject.check_classes(classes)
-    matrix, worst = ConfusionMatrix(len(classes)), []
+    files = [Path(path).name for path, _ in getattr(data, "samples", [])] or list(map(str, range(len(data))))
+    matrix, worst, done = ConfusionMatrix(len(classes)), [], 0
     for images, targets in show_progress(loader, "evaluation"):
         stop_if_requested(processes.device)
         results = subject.predictor.predict(images, images)
         logits = torch.stack([result.logits for result in results])
         matrix.update(logits.argmax(dim=1), targets)
         losses = F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="none")
-        found = zip(losses.tolist(), images, logits, targets.tolist(), strict=True)
-        worst = heapq.nlargest(args.worst, worst + list(found), key=lambda image: image[0])
+        for i in (targets != IGNORED_TARGET).nonzero()[:, 0].tolist():
+            image = (losses[i].item(), files[done + i], images[i].clone(), logits[i], targets[i].item())
+            worst = heapq.nlargest(args.worst, [*worst, image], key=lambda image: image[0])
+        done += len(targets)
+    if not worst:
+        raise UserError(f"{subject.path}: there is no image to evaluate")
     write_confusion(matrix.counts, classes, folder)
     rows = class_figures(matrix.counts, classes)
     write_table(folder / "classes.csv", ("class", "images", "precision", "recall", "F1"), rows)
-    sheet = make_sheet([describe_worst(image, classes) for image in worst], TILE, COLUMNS)
-    sheet.save(folder / "worst.png")
-    logger.info("wrote %s", folder / "worst.png")
+    save_sheet([describe_worst(image, classes) for image in worst], TILE, COLUMNS, folder / "worst.png")
     log_summary(matrix.counts, classes, rows)
 
 
@@ -82,15 +88,13 @@ def class_figures(counts: Tensor, classes: Sequence[str]) -> list[tuple[str, int
     return list(zip(classes, true.long().tolist(), *columns, strict=True))
 
 
-def describe_worst(image: tuple[float, Tensor, Tensor, int], classes: Sequence[str]) -> tuple[str, object]:
-    """Return the caption and the picture of an image: its true and its predicted class with their probabilities."""
-    _, pixels, logits, target = image
-    shares = logits.softmax(dim=0)
-    lines = [
-        f"{name}: {classes[label]} {shares[label]:.0%}"
-        for name, label in (("true", target), ("predicted", shares.argmax()))
-    ]
-    return "\n".join(lines), to_picture(pixels)
+def describe_worst(image: tuple[float, str, Tensor, Tensor, int], classes: Sequence[str]) -> tuple[str, Image.Image]:
+    """Return the caption and the picture of an image: its file, its true and its predicted class, and probabilities."""
+    _, file, pixels, logits, target = image
+    probabilities = logits.softmax(dim=0)
+    best = probabilities.argmax().item()
+    true, predicted = (f"{classes[label]} {probabilities[label]:.0%}" for label in (target, best))
+    return f"{file}\ntrue: {true}\npredicted: {predicted}", to_picture(pixels)
 
 
 def log_summary(counts: Tensor, classes: Sequence[str], rows: list[tuple]) -> None:

@@ -105,7 +105,7 @@ def draw(runs: Sequence[RunLog], published: Sequence[RunLog | None]) -> Any:
     axes = figure.subplots(1, 3, sharex=True)
     for axis, title in zip(axes, ("training loss", "learning rate", "accuracy in %"), strict=True):
         axis.set_title(title)
-        axis.set_xlabel("iterations in thousands" if in_iterations else "epochs")
+        axis.set_xlabel("iterations in thousands" if in_iterations else "completed epochs")
         axis.grid(alpha=0.3)
     drawn = set()
     for number, (log, other) in enumerate(zip(runs, published, strict=True)):

@@ -20,11 +20,10 @@ from typing import Any
 from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from analysis.pictures import make_sheet
+from analysis.pictures import save_sheet
 from analysis.runs import read_options
 from core.description import Description, find_task
 from core.distributed import Processes
-from core.images import save_png
 from core.options import COUNT, POSITIVE_INT, ArgumentParser, add_loader_options, add_process_options
 from core.recipes import SHAPES
 from datasets import add_data_options, build_train_loader
@@ -53,6 +52,7 @@ def add_options(parser: ArgumentParser) -> None:
         "--cfg-options", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="fields to change"
     )
     add_training_options(parser)
+    parser.set_defaults(**dict.fromkeys(training_defaults()))  # None: not given
     add_loader_options(parser.add_argument_group("script"), num_workers=4)
     add_process_options(parser)
 
@@ -67,6 +67,13 @@ def add_training_options(parser: ArgumentParser) -> None:
     add_augmentation_options(group)
 
 
+def training_defaults() -> dict[str, Any]:
+    """Return the defaults of the options of `add_training_options`."""
+    parser = ArgumentParser()
+    add_training_options(parser)
+    return vars(parser.parse_args([]))
+
+
 def run(args: argparse.Namespace, processes: Processes) -> None:
     """Write a contact sheet of training images."""
     path = Path(args.out)
@@ -75,8 +82,9 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
     make_folder(path.parent)
     panels, tile, columns = find_panels(args, processes)
     panels = list(islice(panels, args.images))
-    save_png(make_sheet(panels, tile, columns), path.with_suffix(""))
-    logger.info("wrote %s: %d images", path, len(panels))
+    if not panels:
+        raise UserError("there are fewer images than in a batch; lower it with --cfg-options batch_size=...")
+    save_sheet(panels, tile, columns, path)
 
 
 def find_panels(args: argparse.Namespace, processes: Processes) -> tuple[Panels, tuple[int, int], int]:
@@ -87,7 +95,7 @@ def find_panels(args: argparse.Namespace, processes: Processes) -> tuple[Panels,
     elif args.source:
         options = dataclasses.asdict(load_experiment(args.source))
     if not options:
-        raise UserError(f"{args.source}: has no args.json; name the output folder of a run")
+        raise UserError(f"{args.source}: has no args.json, as runs have; for images pass --data-path {args.source}")
     task = find_task(options)
     args = merge_options(args, options)
     if task == "classification":
@@ -101,11 +109,8 @@ def find_panels(args: argparse.Namespace, processes: Processes) -> tuple[Panels,
 
 def merge_options(args: argparse.Namespace, options: dict[str, Any]) -> argparse.Namespace:
     """Return the options of a training: those of a recipe or a run, unless the command line gives others."""
-    parser = ArgumentParser()
-    add_training_options(parser)
-    defaults = vars(parser.parse_args([]))
-    given = {name: value for name, value in vars(args).items() if name not in defaults or value != defaults[name]}
-    return argparse.Namespace(**({"repeated_aug": False} | defaults | options | given))
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    return argparse.Namespace(**({"repeated_aug": False} | training_defaults() | options | given))
 
 
 def build_experiment(args: argparse.Namespace, options: dict[str, Any], kind: type) -> Any:

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,21 +50,21 @@ def write_kind(evaluation: COCOeval, classes: list[str], folder: Path, kind: str
         kind: `"bbox"` or `"segm"`.
     """
     precision = np.where(evaluation.eval["precision"] > -1, evaluation.eval["precision"], np.nan)[..., -1]
-    with np.errstate(invalid="ignore"):
-        by_class = {"AP": precision[:, :, :, 0], "AP50": precision[:1, :, :, 0], "AP75": precision[5:6, :, :, 0]}
-        by_class |= {f"AP{size}": precision[:, :, :, i] for i, size in enumerate("sml", start=1)}
-        columns = {name: [_mean(part[:, :, k]) for k in range(len(classes))] for name, part in by_class.items()}
-    write_table(folder / f"{kind}_classes.csv", ("class", *columns), zip(classes, *columns.values(), strict=True))
-    aps = {name: 100 * ap for name, ap in zip(classes, columns["AP"], strict=True)}
-    save_figure(draw_bars(aps, f"{kind} AP in %"), folder / f"{kind}_ap.png")
-    recalls = evaluation.params.recThrs
-    curves = {"IoU 0.50": precision[0, :, :, 0], "IoU 0.75": precision[5, :, :, 0]}
-    curves = {name: [_mean(row) for row in part] for name, part in curves.items()}
-    curves["IoU 0.50 to 0.95"] = [_mean(precision[:, i, :, 0]) for i in range(len(recalls))]
-    rows = zip(recalls.tolist(), *curves.values(), strict=True)
-    write_table(folder / f"{kind}_curves.csv", ("recall", *curves), rows)
-    by_name = {name: precision[0, :, k, 0] for k, name in enumerate(classes)} if len(classes) <= MAX_CURVES else {}
-    save_figure(draw_curves(recalls, curves, by_name), folder / f"{kind}_curves.png")
+    parts = {"AP": precision[:, :, :, 0], "AP50": precision[:1, :, :, 0], "AP75": precision[5:6, :, :, 0]}
+    parts |= {f"AP{size}": precision[:, :, :, i] for i, size in enumerate("sml", start=1)}
+    figures = {name: [_mean(part[:, :, k]) for k in range(len(classes))] for name, part in parts.items()}
+    write_table(folder / f"{kind}_classes.csv", ("class", *figures), zip(classes, *figures.values(), strict=True))
+    save_figure(draw_bars(classes, [100 * ap for ap in figures["AP"]], f"{kind} AP in %"), folder / f"{kind}_ap.png")
+    recalls = evaluation.params.recThrs.tolist()
+    means = [[_mean(parts[name][:, i]) for i in range(len(recalls))] for name in ("AP50", "AP75", "AP")]
+    by_class = precision[0, :, :, 0].T.tolist()  # at IoU 0.5
+    names = ("IoU 0.50", "IoU 0.75", "IoU 0.50 to 0.95")
+    rows = zip(recalls, *means, *by_class, strict=True)
+    write_table(folder / f"{kind}_curves.csv", ("recall", *names, *(f"{name}, IoU 0.50" for name in classes)), rows)
+    panels = [("mean over the classes", names, means)]
+    if len(classes) <= MAX_CURVES:
+        panels.append(("classes at IoU 0.5", classes, by_class))
+    save_figure(draw_curves(recalls, panels), folder / f"{kind}_curves.png")
 
 
 def _mean(values: np.ndarray) -> float:
@@ -72,14 +73,13 @@ def _mean(values: np.ndarray) -> float:
     return defined.mean().item() if defined.size else float("nan")
 
 
-def draw_curves(recalls: np.ndarray, curves: dict[str, Any], by_class: dict[str, Any]) -> Any:
-    """Return a figure of precision by recall: the means over the classes, and each class at IoU 0.5."""
+def draw_curves(recalls: Sequence[float], panels: Sequence[tuple[str, Sequence[str], Sequence[Any]]]) -> Any:
+    """Return a figure of precision by recall; a panel has a title, names, and the precisions of each name."""
     from matplotlib.figure import Figure  # an optional package
 
-    parts = [("mean over the classes", curves)] + ([("classes at IoU 0.5", by_class)] if by_class else [])
-    figure = Figure(figsize=(6 * len(parts), 5), layout="constrained")
-    for axis, (title, lines) in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
-        for name, values in lines.items():
+    figure = Figure(figsize=(6 * len(panels), 5), layout="constrained")
+    for axis, (title, names, curves) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for name, values in zip(names, curves, strict=True):
             axis.plot(recalls, values, label=name)
         axis.set(title=title, xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
         axis.grid(alpha=0.3)

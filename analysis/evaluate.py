@@ -63,9 +63,7 @@ def add_options(parser: ArgumentParser) -> None:
     parser.add_argument("weights", metavar="WEIGHTS", help="weights, or results of a dense task (JSON file or folder)")
     group = parser.add_argument_group("evaluation")
     group.add_argument("--data-path", metavar="FOLDER", help="folder of the data (default: that of the training)")
-    group.add_argument(
-        "--out", metavar="FOLDER", help="folder of the tables and pictures (default: analysis, beside WEIGHTS)"
-    )
+    group.add_argument("--out", metavar="FOLDER", help="folder of the tables and pictures (default: WEIGHTS_analysis)")
     group.add_argument(
         "--worst", type=POSITIVE_INT, default=24, metavar="N", help="number of images on the contact sheet"
     )
@@ -73,7 +71,7 @@ def add_options(parser: ArgumentParser) -> None:
     group.add_argument("--config", metavar="FILE", help="experiment, for results and released weights")
     group.add_argument("--model-ema", action="store_true", help="use the moving average of a classifier's weights")
     group.add_argument(
-        "--batch-size", type=POSITIVE_INT, default=64, metavar="N", help="images of a classifier's batch"
+        "--batch-size", type=POSITIVE_INT, default=64, metavar="N", help="as in main.py, for a classifier"
     )
     add_compute_options(group, amp="off")
     add_loader_options(group, num_workers=4)
@@ -83,10 +81,11 @@ def add_options(parser: ArgumentParser) -> None:
 def run(args: argparse.Namespace, processes: Processes) -> None:
     """Evaluate the weights or the results and write tables and pictures."""
     require_package("matplotlib", "analyze.py evaluate")
-    if processes.world_size > 1:
-        raise UserError("analyze.py runs in one process; start it without a launcher")
     subject = load_subject(args, processes)
-    folder = Path(args.out) if args.out else subject.path.parent / "analysis"
+    options = subject.description.options
+    if args.data_path and "shapes" in (options.get("data_set", "").lower(), options.get("dataset")):
+        raise UserError(f"--data-path {args.data_path}: {subject.path} is for shapes, which have no folder; omit it")
+    folder = Path(args.out) if args.out else subject.path.with_name(f"{subject.path.stem}_analysis")
     with signals_noted():
         if subject.description.task == "classification":
             analyse_classifier(subject, args, processes, folder)
@@ -105,6 +104,8 @@ def load_subject(args: argparse.Namespace, processes: Processes) -> Subject:
         UserError: If results are given without their experiment, or what `load_predictor` raises.
     """
     path = Path(args.weights)
+    if (path / "args.json").exists():
+        raise UserError(f"{path}: is the folder of a run; name a checkpoint in it, such as {path}/checkpoint_best.pth")
     if path.is_dir() or path.suffix == ".json":
         if not args.config:
             raise UserError(f"{path}: name the experiment of the results with --config")

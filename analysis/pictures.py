@@ -1,6 +1,7 @@
 """Pictures of an analysis: contact sheets by Pillow, and matrices, bars and lines by matplotlib, which is optional."""
 
 import csv
+import io
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,8 +11,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from core.images import draw_captions
-from utils import UserError, make_folder
+from core.images import draw_captions, save_png
+from utils import UserError, make_folder, write_text
 
 logger = logging.getLogger("twins")
 
@@ -39,6 +40,12 @@ def make_sheet(panels: Sequence[tuple[str, Image.Image]], tile: tuple[int, int],
     return sheet
 
 
+def save_sheet(panels: Sequence[tuple[str, Image.Image]], tile: tuple[int, int], columns: int, path: Path) -> None:
+    """Write the sheet of `make_sheet` to a PNG file, and log it."""
+    save_png(make_sheet(panels, tile, columns), path.with_suffix(""))
+    logger.info("wrote %s: %d images", path, len(panels))
+
+
 def draw_matrix(counts: Tensor, classes: Sequence[str]) -> Any:
     """Return a figure of a confusion matrix `(true, predicted)`, as shares of the true class in percent."""
     from matplotlib.figure import Figure  # an optional package
@@ -62,14 +69,14 @@ def draw_matrix(counts: Tensor, classes: Sequence[str]) -> Any:
     return figure
 
 
-def draw_bars(values: dict[str, float], title: str) -> Any:
+def draw_bars(names: Sequence[str], values: Sequence[float], title: str) -> Any:
     """Return a figure with a bar for each class, the highest value on top; undefined values (NaN) are left out."""
     from matplotlib.figure import Figure  # an optional package
 
-    defined = sorted((value, name) for name, value in values.items() if value == value)
+    defined = sorted((value, name) for name, value in zip(names, values, strict=True) if value == value)
     figure = Figure(figsize=(8, max(3, 0.22 * len(defined) + 1)), layout="constrained")
     axis = figure.subplots()
-    bars = axis.barh([name for _, name in defined], [value for value, _ in defined])
+    bars = axis.barh(range(len(defined)), [value for value, _ in defined], tick_label=[name for _, name in defined])
     axis.bar_label(bars, fmt="%.1f", padding=3)
     axis.set_xlim(0, 108)
     axis.set_xlabel(title)
@@ -94,10 +101,11 @@ def save_figure(figure: Any, path: Path) -> None:
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
     """Write rows as comma-separated values, floats with 6 significant digits, and log it."""
     make_folder(path.parent)
-    with open(path, "w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in row] for row in rows)
+    write_text(path, text.getvalue())
     logger.info("wrote %s", path)
 
 

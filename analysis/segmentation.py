@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from analysis.pictures import draw_bars, make_sheet, save_figure, write_confusion, write_table
+from analysis.pictures import draw_bars, save_figure, save_sheet, write_confusion, write_table
 from core.distributed import Processes
 from dense.training import describe
 from segmentation.configs.recipes import Experiment
@@ -46,13 +46,11 @@ def analyse_segmentor(subject, args: argparse.Namespace, processes: Processes, f
     figures = matrix.per_class()
     rows = zip(classes, *(figure.tolist() for figure in figures.values()), strict=True)
     write_table(folder / "classes.csv", ("class", *figures), rows)
-    shares = dict(zip(classes, (100 * figures["IoU"]).tolist(), strict=True))
-    save_figure(draw_bars(shares, "IoU in %"), folder / "iou.png")
+    save_figure(draw_bars(classes, (100 * figures["IoU"]).tolist(), "IoU in %"), folder / "iou.png")
     panels = []
     for miou, index, prediction in worst:
         image, labels = dataset[index]
         maps = {"prediction": prediction, "labels": labels}
         overlay = draw_overlay(image, maps, classes, dataset.colours, IGNORED_LABEL)
         panels.append((f"{dataset.name(index)}: mIoU {miou:.1%}", overlay))
-    make_sheet(panels, TILE, COLUMNS).save(folder / "worst.png")
-    logger.info("wrote %s", folder / "worst.png")
+    save_sheet(panels, TILE, COLUMNS, folder / "worst.png")

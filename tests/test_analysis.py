@@ -18,8 +18,8 @@ from pycocotools.cocoeval import COCOeval
 import analyze
 import main as main_script
 from analysis import data, evaluate
-from analysis.classification import class_figures
-from analysis.pictures import make_sheet
+from analysis.classification import class_figures, describe_worst
+from analysis.pictures import draw_bars, draw_matrix, make_sheet
 from core.distributed import Processes
 from core.options import ArgumentParser, add_loader_options, add_process_options
 from datasets import build_train_loader, build_val_loader
@@ -130,6 +130,9 @@ def test_a_classifier_is_analysed(classifier, image_folder, tmp_path, capsys):
         seen = np.asarray(evaluation_picture(network, paths[index]), int)
         assert np.abs(tile - seen).mean() < 4
     assert (tmp_path / "confusion.png").stat().st_size > 5000
+    logits = torch.tensor([0.0, 1.0, 3.0])
+    caption, _ = describe_worst((1.0, "a.jpg", torch.zeros(3, 8, 8), logits, 1), ["x", "y", "z"])
+    assert caption == "a.jpg\ntrue: y 11%\npredicted: z 84%"
 
 
 def evaluation_picture(network, path: Path) -> Image.Image:
@@ -142,7 +145,7 @@ def test_released_weights_are_analysed(classifier, image_folder, tmp_path, capsy
     torch.save(torch.load(classifier, weights_only=True)["model"], tmp_path / "bare.pth")
     run("evaluate", tmp_path / "bare.pth", "--model", "alt_gvt_tiny", "--data-path", image_folder, "--worst", 1)
     assert "of 21 images" in capsys.readouterr().out
-    assert Image.open(tmp_path / "analysis/worst.png").width >= 240
+    assert Image.open(tmp_path / "bare_analysis/worst.png").width >= 240
     torch.save(timm.create_model("alt_gvt_tiny", num_classes=7).state_dict(), tmp_path / "other.pth")
     options = ["--model", "alt_gvt_tiny", "--data-path", image_folder, *CPU]
     assert "has 7 classes, the data 3" in fails(capsys, analyze, "evaluate", tmp_path / "other.pth", *options)
@@ -211,6 +214,17 @@ def test_label_maps_are_analysed_without_the_network(segmentor, ade20k_folder, t
 
 
 @pytest.mark.slow
+def test_the_worst_label_maps_come_first(segmentor, ade20k_folder, tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr("analysis.segmentation.save_sheet", lambda panels, *_: titles.extend(t for t, _ in panels))
+    run("evaluate", segmentor, "--data-path", ade20k_folder, "--out", tmp_path, "--worst", 4)
+    shares = [float(title.split("mIoU ")[1].rstrip("%")) for title in titles]
+    assert len(shares) == 4
+    assert shares == sorted(shares)
+    assert shares[0] < shares[-1]
+
+
+@pytest.mark.slow
 def test_a_detector_is_analysed_as_by_pycocotools(detector, coco_folder, tmp_path):
     """AP of classes and sizes, and the curves, of the network and of the results that test.py writes."""
     config = as_config("detection", "mask_rcnn_1x_pvt_setting", SMALL_DETECTOR, tmp_path / "config.py")
@@ -257,6 +271,16 @@ def test_a_detector_is_analysed_as_by_pycocotools(detector, coco_folder, tmp_pat
         curve = read_table(tmp_path / f"a/{kind}_curves.csv")
         assert len(curve) == 101
         assert [float(row["recall"]) for row in curve] == pytest.approx(judge.params.recThrs.tolist())
+        for name, thresholds in (("IoU 0.75", [5]), ("IoU 0.50 to 0.95", range(10))):
+            parts = judge.eval["precision"][list(thresholds), :, :, 0, -1].transpose(1, 0, 2).reshape(101, -1)
+            expected = [part[part > -1].mean() for part in parts]
+            assert [float(row[name]) for row in curve] == pytest.approx(expected, rel=1e-5)
+        for k, name in enumerate(("person", "dog", "toothbrush")):
+            own = judge.eval["precision"][:, :, k, 0, -1]
+            assert float(table[k]["AP"]) == pytest.approx(own.mean(), rel=1e-5)
+            assert (table[k]["class"], own.min() >= 0) == (name, True)
+            found = [float(row[f"{name}, IoU 0.50"]) for row in curve]
+            assert found == pytest.approx(own[0].tolist(), rel=1e-5)
         means = [column[column > -1].mean() for column in precision]
         assert [float(row["IoU 0.50"]) for row in curve] == pytest.approx(means, rel=1e-5)
         assert (tmp_path / f"a/{kind}_curves.png").stat().st_size > 5000
@@ -303,6 +327,7 @@ def test_options_of_the_sheet(tmp_path):
     assert len(set(pictures)) == 4
     parser = ArgumentParser()
     data.add_options(parser)
+    assert data.merge_options(parser.parse_args(["--seed", "0"]), {"seed": 3}).seed == 0  # also a default value
     merged = data.merge_options(parser.parse_args(["--recipe", "shapes", "--input-size", "96"]), data.SHAPES)
     assert (merged.input_size, merged.aa, merged.data_set) == (96, "none", "SHAPES")
 
@@ -334,6 +359,19 @@ def test_the_sheet_shows_labels_and_objects(tmp_path, monkeypatch):
     assert abs(target["boxes"][0][1] - top) <= 1
 
 
+@pytest.mark.slow
+def test_figures_of_matplotlib():
+    """Rows of the matrix are true classes, in percent; bars are sorted, also those of equal names."""
+    pytest.importorskip("matplotlib")
+    axis = draw_matrix(torch.tensor([[3, 1], [0, 2]]), ["a", "b"]).axes[0]
+    assert axis.images[0].get_array().tolist() == [[75, 25], [0, 100]]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["a", "b"]
+    assert axis.get_ylabel() == "true class"
+    axis = draw_bars(["a", "b", "b", "c"], [2.0, 5.0, 1.0, float("nan")], "IoU in %").axes[0]
+    assert [bar.get_width() for bar in axis.patches] == [1, 2, 5]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["b", "a", "b"]
+
+
 def test_sheets_have_rows():
     panels = [("", Image.new("RGB", (30, 30), colour)) for colour in ("red", "green", "blue")]
     sheet = make_sheet(panels, (40, 40), 2)
@@ -346,11 +384,16 @@ def test_sheets_have_rows():
 def test_bad_input_is_refused_in_one_line(image_folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "results.json").write_text("[]")
     assert "--out x.jpg: name a file that ends in .png" in fails(capsys, analyze, "data", "--out", "x.jpg")
-    assert "has no args.json" in fails(capsys, analyze, "data", tmp_path, "--out", tmp_path / "x.png")
+    assert f"for images pass --data-path {tmp_path}" in fails(
+        capsys, analyze, "data", tmp_path, "--out", tmp_path / "x.png"
+    )
     assert "--data-path is missing" in fails(capsys, analyze, "data", "--out", tmp_path / "x.png", *CPU)
     monkeypatch.setattr(evaluate, "require_package", lambda *_: None)
     results = fails(capsys, analyze, "evaluate", tmp_path / "results.json", *CPU)
     assert "results.json: name the experiment of the results with --config" in results
+    (tmp_path / "args.json").write_text("{}")
+    folder = fails(capsys, analyze, "evaluate", tmp_path, *CPU)
+    assert f"name a checkpoint in it, such as {tmp_path}/checkpoint_best.pth" in folder
     monkeypatch.undo()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else sys)
     missing = fails(capsys, analyze, "evaluate", "x.pth", *CPU)
@@ -367,3 +410,8 @@ def test_data_of_other_classes_are_refused(classifier, tmp_path, capsys):
     assert "its classes are not those of the data" in fails(
         capsys, analyze, "evaluate", classifier, "--data-path", tmp_path, *CPU
     )
+    content = torch.load(classifier, weights_only=True)
+    content["args"]["data_set"] = "SHAPES"
+    torch.save(content, tmp_path / "shapes.pth")
+    error = fails(capsys, analyze, "evaluate", tmp_path / "shapes.pth", "--data-path", tmp_path, *CPU)
+    assert "is for shapes, which have no folder; omit it" in error

@@ -229,7 +229,7 @@ def test_the_picture_of_two_runs(tmp_path):
     rates = [list(line.get_ydata()) for line in lr.lines]
     assert rates[1:] == [[0.5] * 8, list(read_run(second).series("train_lr").values())]
     assert list(accuracy.lines[2].get_xdata()) == [1, 2, 3, 4, 5, 6]
-    assert accuracy.get_xlabel() == "epochs"
+    assert accuracy.get_xlabel() == "completed epochs"
 
 
 @pytest.mark.slow
