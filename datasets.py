@@ -8,7 +8,7 @@ import argparse
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from core import shapes
 from core.distributed import Processes
 from core.images import BadImageError, decode_image, log_unused
 from core.options import POSITIVE_INT, loader_options
+from models.weights import shorten
 from samplers import SampleKey, SeededSet, TrainSampler
 from transforms import TrainImages, build_eval_transform, build_train_transform, collate_train_images
 from utils import UserError
@@ -219,7 +220,7 @@ def _open_image_folder(root: Path, is_train: bool, transform: Callable) -> Datas
     if differing:
         raise UserError(
             f"{root}: train/ has {len(classes['train'])} classes and val/ has {len(classes['val'])}; "
-            f"{_shorten(differing)} in one of them only; both need the same folders"
+            f"{shorten(differing)} in one of them only; both need the same folders"
         )
     if not classes[folder.name]:
         raise UserError(f"{folder} contains no class folders; it should contain one folder of images per class")
@@ -237,7 +238,7 @@ def _open_image_folder(root: Path, is_train: bool, transform: Callable) -> Datas
     filled = set(dataset.targets)
     empty = [name for name, label in dataset.class_to_idx.items() if label not in filled]
     if empty:
-        raise UserError(f"{folder}: no images in {_shorten(empty)}; add some, or remove the class from train/ and val/")
+        raise UserError(f"{folder}: no images in {shorten(empty)}; add some, or remove the class from train/ and val/")
     return dataset
 
 
@@ -258,11 +259,6 @@ def _read_json(path: Path):
         raise UserError(f"{path}: cannot be read ({error.strerror}); the file is part of the data set") from error
     except ValueError as error:
         raise UserError(f"{path}: is not valid JSON ({error}); download it again") from error
-
-
-def _shorten(names: Sequence[str], limit: int = 5) -> str:
-    rest = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + rest
 
 
 def _handle_bad_image(error: BadImageError, policy: str) -> None:

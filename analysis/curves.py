@@ -123,23 +123,18 @@ def draw_run(axes: Sequence[Any], log: RunLog, in_iterations: bool, **style) -> 
     Losses and learning rates are those of its log lines, or means of its epochs if not all have log lines.
     """
     unit = log.interval / 1000 if in_iterations else 1
-    has_all_steps = log.steps and log.steps[0]["epoch"] == 0
-    for axis, name in ((axes[0], "loss"), (axes[1], "lr")):
-        if has_all_steps:
-            places, values = log.step_series(name)
-        else:
-            means = log.series(f"train_{name}")
-            places, values = [epoch + 0.5 for epoch in means], list(means.values())
-        draw_line(axis, [unit * place for place in places], values, **style)
-    values = log.series(log.figure) if log.figure else {}
+    if log.steps and log.steps[0]["epoch"] == 0:
+        lines = [log.step_series("loss"), log.step_series("lr")]
+    else:
+        means = log.series("train_loss"), log.series("train_lr")
+        lines = [([epoch + 0.5 for epoch in curve], list(curve.values())) for curve in means]
+    accuracies = log.series(log.figure) if log.figure else {}
+    lines.append(([epoch + 1 for epoch in accuracies], list(accuracies.values())))
     label = f"{log.name} ({log.figure})" if log.figure else log.name
-    draw_line(axes[2], [unit * (epoch + 1) for epoch in values], list(values.values()), label=label, **style)
-
-
-def draw_line(axis: Any, places: list[float], values: list[float], **style) -> None:
-    """Draw a line, averaged to `MAX_POINTS`; few points have markers."""
-    marker = "." if len(values) < 20 else None
-    axis.plot(average_parts(places, MAX_POINTS), average_parts(values, MAX_POINTS), marker=marker, **style)
+    for axis, (places, values) in zip(axes, lines, strict=True):
+        places = average_parts([unit * place for place in places], MAX_POINTS)
+        marker = "." if len(values) < 20 else None
+        axis.plot(places, average_parts(values, MAX_POINTS), marker=marker, label=label, **style)
 
 
 def save_picture(figure: Any, folder: Path) -> None:

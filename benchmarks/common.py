@@ -36,8 +36,7 @@ def build_parser(name: str, description: str, models_help: str = "") -> Argument
     group.add_argument("--turns", default=7, type=POSITIVE_INT, metavar="N", help="number of timed turns")
     group.add_argument("--json", type=_report_file, metavar="FILE", help="also write the results to this file")
     if models_help:
-        published = list(PUBLISHED)
-        parser.add_argument("models", nargs="*", default=published, metavar="MODEL", help=models_help)
+        parser.add_argument("models", nargs="*", default=list(PUBLISHED), metavar="MODEL", help=models_help)
         threads = torch.get_num_threads()
         group.add_argument("--threads", default=threads, type=POSITIVE_INT, metavar="N", help="CPU threads")
     parser.set_defaults(loader_timeout=0)  # for `run_script`
@@ -110,8 +109,8 @@ def print_table(rows: Iterable[Row]) -> list[Row]:
     """Print rows as they arrive, under the headings of the first one, and return them."""
     printed = []
     for row in rows:
-        lines = [list(map(_format, row.values()))] if printed else [list(row), list(map(_format, row.values()))]
-        for first, *others in lines:
+        cells = [_format(value) for value in row.values()]
+        for first, *others in [cells] if printed else [list(row), cells]:
             padded = [cell.rjust(max(len(heading), 6) + 2) for heading, cell in zip(list(row)[1:], others, strict=True)]
             logger.info("%s", first.ljust(28) + "".join(padded))
         printed.append(row)

@@ -24,7 +24,7 @@ from core.distributed import Processes
 from core.launch import run_script
 from core.meters import peak_memory
 from core.options import POSITIVE_INT, ArgumentParser, add_compute_options, add_process_options, choose_amp
-from models.complexity import count_macs, count_parameters
+from models.complexity import count_macs, count_module_parameters
 from models.cpu import accelerate
 from utils import UserError
 
@@ -115,9 +115,9 @@ def measure_memory(name: str, mode: str, args: argparse.Namespace, device: torch
 def measure_model(names: Sequence[str], args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     """Yield a row for each mode of a model, beside its peer if there are two names."""
     macs = count_macs(names[0], args.input_size, features_only=args.features)
-    counts = {"parameters": count_parameters(names[0], features_only=args.features)}
-    counts |= {"G layers": macs.layers / 1e9, "G total": macs.total / 1e9}
     subjects = [Subject(name, args, device) for name in names]
+    counts = {"parameters": count_module_parameters(subjects[0].model)}
+    counts |= {"G layers": macs.layers / 1e9, "G total": macs.total / 1e9}
     if args.compare:
         subjects[1].model.load_state_dict(subjects[0].model.state_dict())
         counts["difference"] = check_outputs(*subjects)

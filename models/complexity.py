@@ -44,12 +44,6 @@ def count_module_macs(model: nn.Module, *inputs: Tensor) -> Macs:
     return Macs(total - attention // 2, total)
 
 
-def count_parameters(name: str, **kwargs) -> int:
-    """Count the parameters of a model, without allocation."""
-    with torch.device("meta"):
-        return count_module_parameters(timm.create_model(name, **kwargs))
-
-
 def count_module_parameters(model: nn.Module) -> int:
     """Count the parameters of a module."""
     return sum(parameter.numel() for parameter in model.parameters())

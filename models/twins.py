@@ -348,73 +348,67 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(variant: str, pretrained: bool, **kwargs) -> nn.Module:
+PCPVT = {"embed_dims": (64, 128, 320, 512), "num_heads": (1, 2, 5, 8), "mlp_ratios": (8, 8, 4, 4)}
+
+
+def _create(variant: str, pretrained: bool, kwargs: dict, **config) -> nn.Module:
+    """Build a variant with the hyperparameters `config`, unless the arguments `kwargs` of the user differ."""
     if not kwargs.get("pretrained_cfg") and get_pretrained_cfg(variant) is None:
         kwargs["pretrained_cfg"] = _cfg()  # a variant of the user without an entry above
-    return build_model_with_cfg(
-        Twins, variant, pretrained, feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}, **kwargs
-    )
-
-
-def _pcpvt(variant: str, pretrained: bool, kwargs: dict, **config) -> nn.Module:
-    defaults = {"embed_dims": (64, 128, 320, 512), "num_heads": (1, 2, 5, 8), "mlp_ratios": (8, 8, 4, 4)}
-    return _create(variant, pretrained, **(defaults | config | kwargs))
-
-
-def _alt_gvt(variant: str, pretrained: bool, kwargs: dict, **config) -> nn.Module:
-    return _create(variant, pretrained, **({"window_size": 7} | config | kwargs))
+    feature_cfg = {"out_indices": (0, 1, 2, 3), "feature_cls": "getter"}
+    return build_model_with_cfg(Twins, variant, pretrained, feature_cfg=feature_cfg, **(config | kwargs))
 
 
 @register_model
 def pcpvt_tiny(pretrained: bool = False, **kwargs) -> nn.Module:
     """Twins-PCPVT with 1.3 M parameters, for tests and first runs."""
-    config = {"embed_dims": (32, 64, 96, 128), "num_heads": (1, 2, 3, 4), "depths": (1, 2, 2, 2)}
-    return _pcpvt("pcpvt_tiny", pretrained, kwargs, **config)
+    config = PCPVT | {"embed_dims": (32, 64, 96, 128), "num_heads": (1, 2, 3, 4), "depths": (1, 2, 2, 2)}
+    return _create("pcpvt_tiny", pretrained, kwargs, **config)
 
 
 @register_model
 def pcpvt_small(pretrained: bool = False, **kwargs) -> nn.Module:
     """Twins-PCPVT-S."""
-    return _pcpvt("pcpvt_small", pretrained, kwargs, depths=(3, 4, 6, 3))
+    return _create("pcpvt_small", pretrained, kwargs, **PCPVT, depths=(3, 4, 6, 3))
 
 
 @register_model
 def pcpvt_base(pretrained: bool = False, **kwargs) -> nn.Module:
     """Twins-PCPVT-B."""
-    return _pcpvt("pcpvt_base", pretrained, kwargs, depths=(3, 4, 18, 3))
+    return _create("pcpvt_base", pretrained, kwargs, **PCPVT, depths=(3, 4, 18, 3))
 
 
 @register_model
 def pcpvt_large(pretrained: bool = False, **kwargs) -> nn.Module:
     """Twins-PCPVT-L."""
-    return _pcpvt("pcpvt_large", pretrained, kwargs, depths=(3, 8, 27, 3))
+    return _create("pcpvt_large", pretrained, kwargs, **PCPVT, depths=(3, 8, 27, 3))
 
 
 @register_model
 def alt_gvt_tiny(pretrained: bool = False, **kwargs) -> nn.Module:
     """Twins-SVT with 1.0 M parameters, for tests and first runs."""
     config = {"embed_dims": (32, 64, 96, 128), "num_heads": (1, 2, 3, 4), "mlp_ratios": (2, 2, 4, 4)}
-    return _alt_gvt("alt_gvt_tiny", pretrained, kwargs, depths=(1, 1, 4, 1), **config)
+    return _create("alt_gvt_tiny", pretrained, kwargs, window_size=7, depths=(1, 1, 4, 1), **config)
 
 
 @register_model
 def alt_gvt_small(pretrained: bool = False, **kwargs) -> nn.Module:
     """Twins-SVT-S."""
-    return _alt_gvt("alt_gvt_small", pretrained, kwargs, depths=(2, 2, 10, 4))
+    return _create("alt_gvt_small", pretrained, kwargs, window_size=7, depths=(2, 2, 10, 4))
 
 
 @register_model
 def alt_gvt_base(pretrained: bool = False, **kwargs) -> nn.Module:
     """Twins-SVT-B."""
     config = {"embed_dims": (96, 192, 384, 768), "num_heads": (3, 6, 12, 24), "depths": (2, 2, 18, 2)}
-    return _alt_gvt("alt_gvt_base", pretrained, kwargs, **config)
+    return _create("alt_gvt_base", pretrained, kwargs, window_size=7, **config)
 
 
 @register_model
 def alt_gvt_large(pretrained: bool = False, **kwargs) -> nn.Module:
     """Twins-SVT-L."""
     config = {"embed_dims": (128, 256, 512, 1024), "num_heads": (4, 8, 16, 32), "depths": (2, 2, 18, 2)}
-    return _alt_gvt("alt_gvt_large", pretrained, kwargs, **config)
+    return _create("alt_gvt_large", pretrained, kwargs, window_size=7, **config)
 
 
 # Names of the original.

@@ -72,7 +72,7 @@ def read_weights(path: str | Path, *, ema: bool = False) -> dict[str, Tensor]:
     if not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise TwinsError(
             f"{path}: contains no weights; a state dict is expected, bare or under one of {', '.join(keys)}, "
-            f"but the file has {_shorten(content)}"
+            f"but the file has {shorten(content, 6)}"
         )
     # Without the prefixes of DistributedDataParallel and torch.compile.
     return {re.sub(r"^(module\.)+", "", name.replace("_orig_mod.", "")): tensor for name, tensor in content.items()}
@@ -133,7 +133,7 @@ def load_state_dict(model: nn.Module, state: dict[str, Tensor], *, source: str, 
         lists = {"missing": missing, "unexpected": unexpected, "mismatched": mismatched}
         lists = {what: names for what, names in lists.items() if names}
         limit = 4 - len(lists)  # the message stays short
-        found = "; ".join(f"{len(names)} {what}: {_shorten(names, limit)}" for what, names in lists.items())
+        found = "; ".join(f"{len(names)} {what}: {shorten(names, limit)}" for what, names in lists.items())
         raise TwinsError(f"{source}: these weights do not fit the model; {_remedy(model, lists)}. {found}")
     model.load_state_dict(state, strict=False)
     report.loaded = len(state) - len(report.adapted)
@@ -206,7 +206,7 @@ def _remedy(model: nn.Module, lists: dict[str, list[str]]) -> str:
     return "choose the model that was trained with these weights"
 
 
-def _shorten(names: Iterable[str], limit: int = 6) -> str:
+def shorten(names: Iterable[str], limit: int = 5) -> str:
     """Return the first `limit` names and the number of the others."""
     names = [str(name) for name in names]
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 from core.distributed import all_reduce
 from core.meters import show_progress
 from core.signals import stop_if_requested, stop_requested
+from models.weights import shorten
 from segmentation.data import IGNORED_LABEL, read_labels
 from utils import UserError
 
@@ -62,8 +63,7 @@ class ConfusionMatrix:
         lines = [f"{name:<{width}}  {100 * iou:6.2f}  {100 * acc:6.2f}" for name, iou, acc in rows if iou == iou]
         unlabelled = [name for name, _, acc in rows if acc != acc]
         if unlabelled:
-            more = f" and {len(unlabelled) - 8} more" if len(unlabelled) > 8 else ""
-            lines.append(f"classes without labelled pixels: {', '.join(unlabelled[:8])}{more}")
+            lines.append(f"classes without labelled pixels: {shorten(unlabelled, 8)}")
         return "\n".join([f"{'class':<{width}}  {'IoU':>6}  {'Acc':>6}", *lines])
 
 

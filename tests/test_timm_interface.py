@@ -233,7 +233,9 @@ def test_attention_maps_by_fx(unfused):
 
 def test_a_variant_without_a_default_configuration_has_that_of_the_others(caplog):
     def alt_gvt_mine(pretrained=False, **kwargs):
-        return twins._alt_gvt("alt_gvt_mine", pretrained, kwargs, embed_dims=(8, 16, 24, 32), num_heads=(1, 2, 3, 4))
+        return twins._create(
+            "alt_gvt_mine", pretrained, kwargs, window_size=7, embed_dims=(8, 16, 24, 32), num_heads=(1, 2, 3, 4)
+        )
 
     register_model(alt_gvt_mine)
     model = timm.create_model("alt_gvt_mine", num_classes=5)
