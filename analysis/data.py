@@ -89,14 +89,12 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
 
 def find_panels(args: argparse.Namespace, processes: Processes) -> tuple[Panels, tuple[int, int], int]:
     """Return the titles and pictures of training images, the width and height of a tile, and the tiles per row."""
-    options = SHAPES if args.recipe else {"model": ""}
-    if args.source and Path(args.source).is_dir():
-        options = read_options(Path(args.source) / "args.json")
-    elif args.source:
-        options = dataclasses.asdict(load_experiment(args.source))
-    if not options:
-        raise UserError(f"{args.source}: has no args.json, as runs have; for images pass --data-path {args.source}")
-    task = find_task(options)
+    if args.source:
+        options = read_source(args.source)
+        task = find_task(options)
+    else:
+        options = SHAPES if args.recipe else {}
+        task = "classification"
     args = merge_options(args, options)
     if task == "classification":
         return draw_images(args, processes), (240, 240), 6
@@ -105,6 +103,15 @@ def find_panels(args: argparse.Namespace, processes: Processes) -> tuple[Panels,
     from detection.configs.recipes import Experiment  # needs pycocotools
 
     return draw_objects(args, build_experiment(args, options, Experiment), processes), (480, 360), 4
+
+
+def read_source(source: str) -> dict[str, Any]:
+    """Return the options of a run, or the fields of an experiment."""
+    if not Path(source).is_dir():
+        return dataclasses.asdict(load_experiment(source))
+    if options := read_options(Path(source) / "args.json"):
+        return options
+    raise UserError(f"{source}: has no args.json, as runs have; for images pass --data-path {source}")
 
 
 def merge_options(args: argparse.Namespace, options: dict[str, Any]) -> argparse.Namespace:

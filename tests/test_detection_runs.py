@@ -58,7 +58,15 @@ def test_a_training_leaves_what_is_promised(coco_folder, tmp_path):
     result = run_bash("dist_train.sh", MASK, 2, *options)
     assert result.returncode == 0, result.stderr
     output = result.stdout
-    names = {"args.json", "log.txt", "checkpoint.pth", "checkpoint.1.pth", "checkpoint_best.pth", ".lock"}
+    names = {
+        "args.json",
+        "log.txt",
+        "metrics.jsonl",
+        "checkpoint.pth",
+        "checkpoint.1.pth",
+        "checkpoint_best.pth",
+        ".lock",
+    }
     assert {file.name for file in folder.iterdir()} == names
     assert "batch: 1 images x 2 processes x 1 accumulated = global batch 2; lr 0.001; 3 steps per epoch" in output
     lines = read_log(folder)
@@ -133,7 +141,7 @@ def evaluate_on_two(rank: int) -> tuple:
             return [{**target, "scores": torch.ones(len(target["labels"]))} for target in kept]
 
     evaluated = []
-    metrics._evaluate = lambda *args, wrapped=metrics._evaluate: evaluated.append(1) or wrapped(*args)
+    metrics.evaluate_kind = lambda *args, wrapped=metrics.evaluate_kind: evaluated.append(1) or wrapped(*args)
     loader = ([[image], [target]] for image, target in (dataset[i] for i in range(rank, 5, 2)))
     results = metrics.find_objects(Truth(), loader, torch.device("cpu"), dataset.category_ids)
     figures = metrics.summarise(dataset.coco, dataset.ids, results, ("bbox", "segm"))

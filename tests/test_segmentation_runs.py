@@ -53,7 +53,15 @@ def test_a_training_leaves_what_is_promised(ade20k_folder, tmp_path):
     result = run_bash("dist_train.sh", UPERNET, 2, *options)
     assert result.returncode == 0, result.stderr
     output = result.stdout
-    names = {"args.json", "log.txt", "checkpoint.pth", "checkpoint.1.pth", "checkpoint_best.pth", ".lock"}
+    names = {
+        "args.json",
+        "log.txt",
+        "metrics.jsonl",
+        "checkpoint.pth",
+        "checkpoint.1.pth",
+        "checkpoint_best.pth",
+        ".lock",
+    }
     assert {file.name for file in folder.iterdir()} == names
     assert "batch: 2 images x 2 processes x 1 accumulated = global batch 4; lr 0.001; 3 steps per epoch" in output
     lines = read_log(folder)
