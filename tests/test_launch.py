@@ -128,6 +128,7 @@ def test_scripts_of_the_dense_tasks_start_in_both_forms(task, script, form):
     assert result.stdout.startswith(f"usage: bash dist_{script[:-3]}.sh CONFIG")
 
 
+@pytest.mark.slow
 def test_a_bad_rendezvous_is_named(monkeypatch, run_in_process):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")

@@ -214,6 +214,7 @@ with RunFolder(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_a_folder_is_locked_until_its_process_ends(tmp_path):
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:

@@ -167,6 +167,7 @@ def test_maps_with_padding_on_one_side_equal_the_originals(setting, way):
             assert_golden(x, f"size_{given['height']}x{given['width']}_stage{stage}", arrays, manifest)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_losses_equal_the_originals(golden):
     kind, model, arrays = golden
