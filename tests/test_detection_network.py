@@ -168,7 +168,8 @@ def golden_targets(golden, without_second: bool) -> list[dict[str, torch.Tensor]
     return targets
 
 
-@pytest.mark.parametrize("without_second", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("without_second", [False, True])
 def test_losses_equal_the_originals(golden, without_second, monkeypatch):
     golden.model.train()
     golden.model.backbone.body.eval()

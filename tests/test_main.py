@@ -287,6 +287,7 @@ def test_distillation_and_cutmix_alone(trained, image_folder, tmp_path, run_in_p
         assert line["train_loss"] == pytest.approx(line["train_base"] + line["train_distillation"])
 
 
+@pytest.mark.slow
 def test_other_models_and_options_train(image_folder, run_in_process):
     """Train a timm model, and use options of the loop that the other tests do not cover."""
     command = ["--data-path", image_folder, "--epochs", "1", "--device", "cpu", "--num_workers", "0"]

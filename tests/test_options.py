@@ -236,6 +236,7 @@ def test_mixed_precision_reaches_the_evaluation(tmp_path, monkeypatch):
         assert seen == {(True, amp == "bf16"), (False, amp == "bf16")}
 
 
+@pytest.mark.slow
 def test_decay_of_the_moving_average(run):
     plain, averages = load_weights(run("--model-ema")), []
     for decay in ("0", "0.5", "1"):
@@ -338,6 +339,7 @@ def test_stepped_schedules_decay_at_their_epochs():
     assert milestones == pytest.approx([5e-4 * 0.1 ** ((epoch + 1 >= 3) + (epoch + 1 >= 12)) for epoch in range(20)])
 
 
+@pytest.mark.slow
 def test_distillation_uses_its_options(run, tmp_path):
     teacher = run() / "checkpoint.pth"
     soft = ["--distillation-type", "soft", "--teacher-model", "alt_gvt_tiny", "--teacher-path", str(teacher)]

@@ -485,6 +485,7 @@ def test_pictures(classifier, segmentor, detector, image_folder, tmp_path):
     assert np.abs(painted - (image + colours) / 2).max() <= 1
 
 
+@pytest.mark.slow
 def test_attention_is_drawn(classifier, image_folder, tmp_path):
     path = image_folder / "val" / CLASSES[0] / "0.JPEG"
     run(classifier, path, "--attention", "--out", tmp_path)

@@ -143,7 +143,7 @@ class Maps(torch.nn.Module):
         (upernet_swin_setting, "eager"),
         (fpn_pvt_setting, "eager"),
         (fpn_pvt_setting, "in_steps"),
-        (fpn_pvt_setting, "traced"),
+        pytest.param(fpn_pvt_setting, "traced", marks=pytest.mark.slow),
         pytest.param(fpn_pvt_setting, "compiled", marks=pytest.mark.slow),
         pytest.param(fpn_pvt_setting, "exported", marks=pytest.mark.slow),
     ],

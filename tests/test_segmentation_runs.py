@@ -260,6 +260,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(ade20k_folder, tmp_path, star
     assert_same_run(tmp_path / "run", tmp_path / "straight", ("checkpoint.pth", "checkpoint_best.pth"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("global_batch", [2, 8])
 def test_another_global_batch_continues_at_the_same_step(global_batch, ade20k_folder, tmp_path, capsys):
     """The run is counted in steps, and so is its schedule."""
