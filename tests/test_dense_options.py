@@ -350,12 +350,14 @@ def test_every_field_of_an_experiment_has_a_test():
         assert not [name for name in elsewhere.values() if f"def {name}(" not in tests]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "field"), [(task, field) for task in FIELDS for field in FIELDS[task]])
 def test_a_field_changes_the_weights(task, field, run_dense):
     before, after = load_weights(run_dense(task)), load_weights(run_dense(task, *FIELDS[task][field]))
     assert set(before) != set(after) or any(before[n].shape != after[n].shape for n in before) or differ(before, after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "field"), [(task, field) for task in FIELDS_BESIDE for field in FIELDS_BESIDE[task]])
 def test_a_field_beside_others_changes_the_weights(task, field, run_dense):
     others, change = FIELDS_BESIDE[task][field]
