@@ -413,7 +413,9 @@ def run_prediction(args: argparse.Namespace, processes: Processes) -> None:
     )
     if args.attention:
         if not isinstance(predictor, Classifier):
-            raise UserError(f"--attention: applies to classifiers, but {weights} is for {predictor.task}; omit it")
+            raise UserError(
+                f"--attention: applies to classifiers, but {weights} is for {predictor.description.task}; omit it"
+            )
         predictor.check_explainable(block_names(args))
     compile_if_asked(predictor.model, args.compile)
     for folder in (args.out, *(Path(file).parent for file in (args.json, args.csv) if file)):
@@ -424,7 +426,7 @@ def run_prediction(args: argparse.Namespace, processes: Processes) -> None:
         if args.json:
             reports.append(stack.enter_context(json_report(args.json)))
         if args.csv:
-            reports.append(stack.enter_context(table_report(args.csv, predictor.task)))
+            reports.append(stack.enter_context(table_report(args.csv, predictor.description.task)))
         predicted = predict_files(args, predictor, images, reports)
     if predicted < len(images):
         raise UserError(f"{len(images) - predicted} of {len(images)} images cannot be predicted; see above")
@@ -492,10 +494,10 @@ def predict_files(
 def write_result(args: argparse.Namespace, predictor: Predictor, result: Result, name: str) -> dict[str, Any]:
     """Log a prediction, write its pictures and its label map, and return it as plain values."""
     choices = {"classification": {"topk": args.topk}, "detection": {"min_score": args.score_thr}}
-    choice = choices.get(predictor.task, {})
+    choice = choices.get(predictor.description.task, {})
     entry = {"path": str(result.source)} | result.to_dict(**choice)
-    figure = COLUMNS[predictor.task][2]
-    listed = ", ".join(f"{row['name']} {row[figure]:.1%}" for row in entry[LISTS[predictor.task]])
+    figure = COLUMNS[predictor.description.task][2]
+    listed = ", ".join(f"{row['name']} {row[figure]:.1%}" for row in entry[LISTS[predictor.description.task]])
     logger.info("%s: %s", result.source, listed or describe_none(args.score_thr))
     if args.out:
         path = Path(args.out, name)

@@ -12,12 +12,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from analysis.data import training_defaults
 from analysis.pictures import save_sheet, write_confusion, write_table
 from core.distributed import Processes
 from core.meters import show_progress
-from core.options import ArgumentParser
 from core.signals import stop_if_requested
-from datasets import IGNORED_TARGET, add_data_options, build_val_loader
+from datasets import IGNORED_TARGET, build_val_loader
 from predict import EVALUATION
 from segmentation.metrics import ConfusionMatrix
 from transforms import to_picture
@@ -64,9 +64,7 @@ def build_loader(options: dict, args: argparse.Namespace, processes: Processes) 
         args: Options of this evaluation.
         processes: The process.
     """
-    parser = ArgumentParser()
-    add_data_options(parser)
-    used = vars(parser.parse_args([])) | EVALUATION | options
+    used = training_defaults() | EVALUATION | options
     names = ("num_workers", "pin_mem", "loader_timeout")
     used |= {name: getattr(args, name) for name in names} | {"batch_size": args.batch_size, "dist_eval": False}
     if args.data_path:

@@ -14,11 +14,12 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from analysis.pictures import save_figure
 from analysis.published import find_published, judge
 from analysis.runs import RunLog, read_run
 from core.distributed import Processes
 from core.options import ArgumentParser
-from utils import UserError, make_folder, require_package
+from utils import require_package
 
 logger = logging.getLogger("twins")
 
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
     if not args.text:
         first = Path(args.runs[0])
         folder = Path(args.out) if args.out else first if first.is_dir() else first.parent
-        save_picture(draw(runs, published), folder)
+        save_figure(draw(runs, published), folder / "curves.png", folder / "curves.svg", dpi=120)
 
 
 # -------------------------------------------------------------------------------------------------------------- text
@@ -135,15 +136,3 @@ def draw_run(axes: Sequence[Any], log: RunLog, in_iterations: bool, **style) -> 
         places = average_parts([unit * place for place in places], MAX_POINTS)
         marker = "." if len(values) < 20 else None
         axis.plot(places, average_parts(values, MAX_POINTS), marker=marker, label=label, **style)
-
-
-def save_picture(figure: Any, folder: Path) -> None:
-    """Write a figure as curves.png and curves.svg."""
-    make_folder(folder)
-    for suffix in ("png", "svg"):
-        path = folder / f"curves.{suffix}"
-        try:
-            figure.savefig(path, dpi=120)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
-    logger.info("wrote %s and %s", folder / "curves.png", folder / "curves.svg")

@@ -12,7 +12,7 @@ in its args.json. Mixup and CutMix, which mix the images of a batch, are not sho
 import argparse
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -98,11 +98,12 @@ def find_panels(args: argparse.Namespace, processes: Processes) -> tuple[Panels,
     args = merge_options(args, options)
     if task == "classification":
         return draw_images(args, processes), (240, 240), 6
+    changes = args.data_path, args.cfg_options
     if task == "segmentation":
-        return draw_labels(args, build_experiment(args, options, SegmentationExperiment), processes), (640, 320), 3
+        return draw_labels(args, build_experiment(options, SegmentationExperiment, *changes), processes), (640, 320), 3
     from detection.configs.recipes import Experiment  # needs pycocotools
 
-    return draw_objects(args, build_experiment(args, options, Experiment), processes), (480, 360), 4
+    return draw_objects(args, build_experiment(options, Experiment, *changes), processes), (480, 360), 4
 
 
 def read_source(source: str) -> dict[str, Any]:
@@ -120,11 +121,11 @@ def merge_options(args: argparse.Namespace, options: dict[str, Any]) -> argparse
     return argparse.Namespace(**({"repeated_aug": False} | training_defaults() | options | given))
 
 
-def build_experiment(args: argparse.Namespace, options: dict[str, Any], kind: type) -> Any:
-    """Return the experiment of a dense task, of the class `kind`, with the changes of the command line."""
-    experiment = change_fields(Description("", options=options).to_experiment(kind), args.cfg_options)
-    if args.data_path:
-        experiment = dataclasses.replace(experiment, data_root=args.data_path)
+def build_experiment(options: dict[str, Any], kind: type, data_path: str | None, changes: Sequence[str] = ()) -> Any:
+    """Return the experiment with the fields `options`, of the class `kind`, on other data and with changed fields."""
+    experiment = change_fields(Description("", options=options).to_experiment(kind), changes)
+    if data_path:
+        experiment = dataclasses.replace(experiment, data_root=data_path)
     return experiment.resolve()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from pycocotools.cocoeval import COCOeval
 
+from analysis.data import build_experiment
 from analysis.pictures import draw_bars, save_figure, write_table
 from core.distributed import Processes
 from core.options import choose_amp
@@ -23,7 +24,7 @@ MAX_CURVES = 12  # classes whose curves are drawn
 
 def analyse_detector(subject, args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     """Evaluate a detector or its results on the validation set; write the files of `write_kind` for boxes and masks."""
-    experiment = subject.to_experiment(Experiment, args)
+    experiment = build_experiment(subject.description.options, Experiment, args.data_path)
     kinds = KINDS[experiment.detector]
     loader = build_eval_loader(args, experiment, processes)
     dataset = loader.dataset

@@ -13,7 +13,6 @@ test.py of a dense task has written by --out take the place of weights, with --c
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from analysis.classification import analyse_classifier
 from analysis.segmentation import analyse_segmentor
@@ -30,7 +29,7 @@ from core.options import (
 from core.predictor import Predictor
 from core.signals import signals_noted
 from dense.experiments import load_experiment
-from predict import find_description, load_predictor
+from predict import load_predictor
 from utils import UserError, require_package
 
 
@@ -41,13 +40,6 @@ class Subject:
     path: Path  # weights or results
     description: Description
     predictor: Predictor | None  # None for results
-
-    def to_experiment(self, kind: type, args: argparse.Namespace) -> Any:
-        """Return the experiment of a dense task, on the data of `--data-path`."""
-        experiment = self.description.to_experiment(kind)
-        if args.data_path:
-            experiment = dataclasses.replace(experiment, data_root=args.data_path)
-        return experiment.resolve()
 
     def check_classes(self, classes: list[str]) -> None:
         """Raise a UserError if the data have other classes than the weights; released weights have no names."""
@@ -112,8 +104,7 @@ def load_subject(args: argparse.Namespace, processes: Processes) -> Subject:
         experiment = load_experiment(args.config)
         options = dataclasses.asdict(experiment)
         return Subject(path, Description(find_task(options), options=options), None)
-    network = {"model": args.model, "config": args.config}
-    device = str(processes.device)
-    predictor = load_predictor(path, **network, ema=args.model_ema, device=device, amp=args.amp)
+    network = {"model": args.model, "config": args.config, "ema": args.model_ema}
+    predictor = load_predictor(path, **network, device=str(processes.device), amp=args.amp)
     compile_if_asked(predictor.model, args.compile)
-    return Subject(path, find_description(path, **network), predictor)
+    return Subject(path, predictor.description, predictor)

@@ -84,18 +84,19 @@ def draw_bars(names: Sequence[str], values: Sequence[float], title: str) -> Any:
     return figure
 
 
-def save_figure(figure: Any, path: Path) -> None:
-    """Write a figure of matplotlib, and log it.
+def save_figure(figure: Any, *paths: Path, dpi: int = 110) -> None:
+    """Write a figure of matplotlib to files of one folder, in the formats of their suffixes, and log it.
 
     Raises:
         UserError: If it cannot be written.
     """
-    make_folder(path.parent)
-    try:
-        figure.savefig(path, dpi=110)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
-    logger.info("wrote %s", path)
+    make_folder(paths[0].parent)
+    for path in paths:
+        try:
+            figure.savefig(path, dpi=dpi)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
+    logger.info("wrote %s", " and ".join(map(str, paths)))
 
 
 def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from analysis.data import build_experiment
 from analysis.pictures import draw_bars, save_figure, save_sheet, write_confusion, write_table
 from core.distributed import Processes
 from dense.training import describe
@@ -23,7 +24,9 @@ TILE, COLUMNS = (960, 320), 2  # of the contact sheet: pixels, images
 
 def analyse_segmentor(subject, args: argparse.Namespace, processes: Processes, folder: Path) -> None:
     """Evaluate a network or label maps on the validation set; write confusion, iou.png, classes.csv and worst.png."""
-    loader = build_eval_loader(args, subject.to_experiment(Experiment, args), processes)
+    loader = build_eval_loader(
+        args, build_experiment(subject.description.options, Experiment, args.data_path), processes
+    )
     dataset = loader.dataset.dataset
     classes = dataset.classes
     subject.check_classes(classes)

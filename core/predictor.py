@@ -85,7 +85,7 @@ class Predictor(ABC):
         amp_dtype: torch.dtype | None = None,
     ):
         self.model = model.eval()
-        self.task = description.task
+        self.description = description
         self.classes = list(description.classes)
         # From an image to the input, without the network, so that data-loading processes can have it.
         self.prepare = partial(prepare_image, to_input=to_input, upright=self.upright)

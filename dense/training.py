@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from core.checkpoint import TrainState
-from core.description import TASKS, Description, read_description
+from core.description import Description, find_task, read_description
 from core.distributed import Processes, parallelise, synchronise_norms
 from core.options import (
     ArgumentParser,
@@ -148,8 +148,7 @@ def as_trained(experiment: Any, path: str, changes: Sequence[str]) -> Any:
     What differs from the training, and what differs from the config without having been set by the user, is logged.
     The training is known for checkpoints of this code alone.
     """
-    task = next(task for option, task in TASKS.items() if hasattr(experiment, option))
-    options = read_description(path, task).options
+    options = read_description(path, find_task(dataclasses.asdict(experiment))).options
     trained = {name: options[name] for name in REMEMBERED_FIELDS if name in options and hasattr(experiment, name)}
     tested = change_fields(dataclasses.replace(experiment, **trained), changes)
     given = {change.partition("=")[0] for change in changes}

@@ -35,6 +35,9 @@ BACKBONES = {
     "alt_gvt_b": "alt_gvt_base",
     "alt_gvt_l": "alt_gvt_large",
 }
+# What a training of a dense task leaves in its folder.
+DENSE_RUN_FILES = {"args.json", "log.txt", "metrics.jsonl", "checkpoint.pth", "checkpoint.1.pth", "checkpoint_best.pth"}
+DENSE_RUN_FILES |= {".lock"}
 LAUNCHERS = {
     "torchrun": ["-m", "torch.distributed.run"],
     "launch": ["-m", "torch.distributed.launch", "--use_env"],

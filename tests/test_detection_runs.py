@@ -23,7 +23,17 @@ from detection import train as train_script
 from detection.configs.recipes import shapes_setting
 from detection.network import TwinsMaskRCNN, build_detector
 from detection.pictures import draw_detections
-from tests.conftest import BACKBONES, ROOT, Run, assert_same_run, fails, read_log, run_bash_in, run_processes
+from tests.conftest import (
+    BACKBONES,
+    DENSE_RUN_FILES,
+    ROOT,
+    Run,
+    assert_same_run,
+    fails,
+    read_log,
+    run_bash_in,
+    run_processes,
+)
 from tests.test_engine import on_processes
 from tests.test_models import DATA
 
@@ -58,16 +68,7 @@ def test_a_training_leaves_what_is_promised(coco_folder, tmp_path):
     result = run_bash("dist_train.sh", MASK, 2, *options)
     assert result.returncode == 0, result.stderr
     output = result.stdout
-    names = {
-        "args.json",
-        "log.txt",
-        "metrics.jsonl",
-        "checkpoint.pth",
-        "checkpoint.1.pth",
-        "checkpoint_best.pth",
-        ".lock",
-    }
-    assert {file.name for file in folder.iterdir()} == names
+    assert {file.name for file in folder.iterdir()} == DENSE_RUN_FILES
     assert "batch: 1 images x 2 processes x 1 accumulated = global batch 2; lr 0.001; 3 steps per epoch" in output
     lines = read_log(folder)
     losses = ("objectness", "rpn_box_reg", "classifier", "box_reg", "mask")

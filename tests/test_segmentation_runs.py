@@ -21,7 +21,17 @@ from segmentation.configs.recipes import Experiment
 from segmentation.data import build_dataset
 from segmentation.network import Segmentor, build_segmentor
 from tests import forks
-from tests.conftest import BACKBONES, ROOT, Run, assert_same_run, fails, read_log, run_bash_in, run_processes
+from tests.conftest import (
+    BACKBONES,
+    DENSE_RUN_FILES,
+    ROOT,
+    Run,
+    assert_same_run,
+    fails,
+    read_log,
+    run_bash_in,
+    run_processes,
+)
 from tests.small_data import ADE20K_SIZES, make_labels, write_ade20k, write_street_scenes
 
 FOLDER = ROOT / "segmentation"
@@ -53,16 +63,7 @@ def test_a_training_leaves_what_is_promised(ade20k_folder, tmp_path):
     result = run_bash("dist_train.sh", UPERNET, 2, *options)
     assert result.returncode == 0, result.stderr
     output = result.stdout
-    names = {
-        "args.json",
-        "log.txt",
-        "metrics.jsonl",
-        "checkpoint.pth",
-        "checkpoint.1.pth",
-        "checkpoint_best.pth",
-        ".lock",
-    }
-    assert {file.name for file in folder.iterdir()} == names
+    assert {file.name for file in folder.iterdir()} == DENSE_RUN_FILES
     assert "batch: 2 images x 2 processes x 1 accumulated = global batch 4; lr 0.001; 3 steps per epoch" in output
     lines = read_log(folder)
     assert [line["epoch"] for line in lines] == [0, 1]
