@@ -117,7 +117,12 @@ class Classifier(Predictor):
         if "input_size" in description.options or isinstance(model, models.Twins):
             transform = build_eval_transform(argparse.Namespace(**(EVALUATION | description.options)))
         else:  # released weights of one of timm's models
-            transform = create_transform(**resolve_data_config(model=model))
+            config = resolve_data_config(model=model)
+            transform = create_transform(**config)
+            sizes = {"input_size": config["input_size"][-1], "eval_crop_ratio": config["crop_pct"]}
+            description = replace(
+                description, mean=config["mean"], std=config["std"], options=description.options | sizes
+            )
         super().__init__(model, description, transform, amp_dtype)
 
     @staticmethod
@@ -195,7 +200,8 @@ def load_predictor(
     if pretrained:
         network = create_classifier(str(weights), pretrained=True)
         kind = Classifier
-        description = Description("classification", name_classes("classification", network.num_classes))
+        classes = name_classes("classification", network.num_classes)
+        description = Description("classification", classes, options={"model": str(weights)})
     else:
         description = find_description(weights, model, config)
         if ema and description.task != "classification":
@@ -325,6 +331,31 @@ def name_file(path: Path, error: Exception) -> str:
     return str(error) if str(path) in str(error) else f"{path}: {error}"
 
 
+def add_network_options(parser: ArgumentParser):
+    """Add the options that name a network, and return their group; `load_named_predictor` reads them."""
+    group = parser.add_argument_group("network")
+    group.add_argument("--pretrained", action="store_true", help="use the published ImageNet weights of --model")
+    group.add_argument("--model", metavar="NAME", help="classifier, for weights without a description")
+    group.add_argument("--config", metavar="FILE", help="experiment, for weights without a description")
+    group.add_argument("--model-ema", action="store_true", help="use the moving average of a classifier's weights")
+    return group
+
+
+def load_named_predictor(args: argparse.Namespace, weights: str | None, processes: Processes) -> Predictor:
+    """Load the network that `add_network_options` names, with its weights; these are None with `--pretrained`."""
+    others = {"device": str(processes.device), "amp": getattr(args, "amp", "off")}
+    if not args.pretrained:
+        return load_predictor(weights, model=args.model, config=args.config, ema=args.model_ema, **others)
+    if not args.model:
+        raise UserError("--pretrained: name the classifier with --model")
+    for option in ("config", "model_ema"):
+        if getattr(args, option):
+            raise UserError(
+                f"--pretrained: the published weights take no --{option.replace('_', '-')}; omit one of them"
+            )
+    return load_predictor(args.model, pretrained=True, **others)
+
+
 def get_parser() -> ArgumentParser:
     """Return the parser of predict.py."""
     usage = "predict.py WEIGHTS IMAGE_OR_FOLDER ... [options]"
@@ -335,12 +366,7 @@ def get_parser() -> ArgumentParser:
         metavar="WEIGHTS IMAGE_OR_FOLDER",
         help="weights (omit them with --pretrained), then images and folders of images; -: paths from standard input",
     )
-    group = parser.add_argument_group("network")
-    group.add_argument("--pretrained", action="store_true", help="use the published ImageNet weights of --model")
-    group.add_argument("--model", metavar="NAME", help="classifier, for weights without a description")
-    group.add_argument("--config", metavar="FILE", help="experiment, for weights without a description")
-    group.add_argument("--model-ema", action="store_true", help="use the moving average of a classifier's weights")
-    add_compute_options(group, amp="off")
+    add_compute_options(add_network_options(parser), amp="off")
     group = parser.add_argument_group("predictions")
     group.add_argument("--out", metavar="FOLDER", help="write a picture of each prediction, and label maps, as PNG")
     group.add_argument("--json", metavar="FILE", help="write the predictions as JSON: a list with an object per image")
@@ -400,17 +426,9 @@ def search_folder(folder: Path, out: str | None) -> list[Path]:
 def run_prediction(args: argparse.Namespace, processes: Processes) -> None:
     """Predict images and write what the options ask for."""
     check_args(args, processes)
-    weights, paths = (args.model, args.paths) if args.pretrained else (args.paths[0], args.paths[1:])
+    weights, paths = (None, args.paths) if args.pretrained else (args.paths[0], args.paths[1:])
     images = find_images(paths, args.out)
-    predictor = load_predictor(
-        weights,
-        pretrained=args.pretrained,
-        model=None if args.pretrained else args.model,
-        config=args.config,
-        ema=args.model_ema,
-        device=str(processes.device),
-        amp=args.amp,
-    )
+    predictor = load_named_predictor(args, weights, processes)
     if args.attention:
         if not isinstance(predictor, Classifier):
             raise UserError(
@@ -436,13 +454,6 @@ def check_args(args: argparse.Namespace, processes: Processes) -> None:
     """Reject options that do not work together, and files that cannot be written."""
     if processes.world_size > 1:
         raise UserError("predict.py runs in one process; start it without a launcher")
-    if args.pretrained and not args.model:
-        raise UserError("--pretrained: name the classifier with --model")
-    for option in ("config", "model_ema"):
-        if args.pretrained and getattr(args, option):
-            raise UserError(
-                f"--pretrained: the published weights take no --{option.replace('_', '-')}; omit one of them"
-            )
     if args.attention and not args.out:
         raise UserError("--attention: there is no folder for its pictures; name it with --out")
     if args.blocks and not args.attention:

@@ -109,17 +109,20 @@ def build_train_transform(args) -> Callable[[Image.Image], "TrainImages"]:
 
 def build_eval_transform(args) -> Callable[[Image.Image], Tensor]:
     """Build the evaluation transform, from a PIL image to a normalised tensor `(3, size, size)`."""
-    # Shapes are drawn at the input size and reach the border, so they are not cropped.
-    crops = args.data_set != "SHAPES" and not _is_small_cifar(args)
-    size = int(args.input_size / args.eval_crop_ratio) if crops else args.input_size
     return transforms.Compose(
         [
-            transforms.Resize(size, interpolation=InterpolationMode.BICUBIC),
+            transforms.Resize(int(args.input_size / crop_ratio(args)), interpolation=InterpolationMode.BICUBIC),
             transforms.CenterCrop(args.input_size),
             transforms.ToTensor(),
             normalise,
         ]
     )
+
+
+def crop_ratio(args) -> float:
+    """Return the ratio of the side of the evaluation's crop to the shorter side of the resized image."""
+    # Shapes are drawn at the input size and reach the border, so they are not cropped.
+    return 1.0 if args.data_set == "SHAPES" or _is_small_cifar(args) else args.eval_crop_ratio
 
 
 def _is_small_cifar(args) -> bool:

@@ -159,7 +159,7 @@ MUTATIONS = [
              ("test_engine.py::test_log_line",)),
     Mutation("the recipe of the epochs of benchmarks", "benchmarks/epochs.py", "options = RECIPE | {option:", "options = {option:",
              ("test_benchmarks.py::test_epochs_of_main_have_the_options_of_timms",)),
-    Mutation("--eval-crop-ratio", "transforms.py", "int(args.input_size / args.eval_crop_ratio) if crops", "int(args.input_size / 0.875) if crops",
+    Mutation("--eval-crop-ratio", "transforms.py", "else args.eval_crop_ratio", "else 0.875",
              ("test_options.py::test_the_evaluated_crop_follows_its_option",)),
     Mutation("copies of repeated augmentation alike", "samplers.py", "yield SampleKey(self.epoch, int(order[index]), copy)", "yield SampleKey(self.epoch, int(order[index]), 0)",
              ("test_samplers.py::test_repeated_augmentation",)),
@@ -221,7 +221,7 @@ MUTATIONS = [
     Mutation("--amp in the evaluation of segmentation", "segmentation/train.py", "build_predictor(model, experiment, choose_amp(args.amp, processes.device))", "build_predictor(model, experiment, None)",
              ("test_segmentation_runs.py::test_mixed_precision_reaches_the_evaluation",)),
     Mutation("overlapping bins of the pyramid pooling", "segmentation/heads.py", "((bins + 1) * side + self.bins - 1) // self.bins", "(bins + 1) * side // self.bins",
-             ("test_dense_export.py::test_pooling_is_torchs[size3-6]",)),
+             ("test_export.py::test_pooling_is_torchs[size3-6]",)),
 
     # Detection.
     Mutation("no flip of detection", "detection/transforms.py", "    if np.random.rand() < 0.5:\n        return image, target\n", "    return image, target\n",
@@ -415,6 +415,24 @@ MUTATIONS = [
              ("test_curves.py::test_the_shortfall_is_named_until_the_run_recovers",)),
     Mutation("means of steps", "analysis/runs.py", "(value * taken - total) / (taken - done_taken)", "value",
              ("test_curves.py::test_losses_of_steps_are_means_since_the_line_before",)),
+
+    # What an export writes and compares.
+    Mutation("tolerance of exports", "export.py", "TOLERANCE = 1e-4", "TOLERANCE = 1e-2",
+             ("test_export.py::test_a_file_that_differs_is_not_written",)),
+    Mutation("exports that are not a number", "export.py", "if not differences[shape] <= TOLERANCE", "if differences[shape] > TOLERANCE",
+             ("test_export.py::test_a_file_that_differs_is_not_written",)),
+    Mutation("exported detections one to one", "export.py", "len(nearest.unique()) < len(boxes)", "False",
+             ("test_export.py::test_detections_are_compared_one_to_one",)),
+    Mutation("masks of exported detections", "export.py", "zip(found[3:], expected[3:], strict=True)", "zip((), ())",
+             ("test_export.py::test_detections_are_compared_one_to_one",)),
+    Mutation("classes of exported detections", "export.py", "distances[found[2] != labels[:, None]] = float(\"inf\")", "pass",
+             ("test_export.py::test_detections_are_compared_one_to_one",)),
+    Mutation("names of classes for timm", "export.py", '{"label_names": list(export.description.classes)}', "{}",
+             ("test_export.py::test_timm_alone_gives_the_logits_of_a_fine_tuned_classifier[pcpvt_tiny-64]",)),
+    Mutation("crop of the evaluation for timm", "export.py", "crop_ratio(argparse.Namespace(**options))", "0.875",
+             ("test_export.py::test_timm_alone_gives_the_logits_of_a_fine_tuned_classifier[pcpvt_tiny-64]",)),
+    Mutation("statistics of exported preprocessing", "export.py", "(images / 255 - self.mean) / self.std", "images / 255",
+             ("test_export.py::test_classifiers_in_onnx_and_pt2[alt_gvt_tiny-onnx]",)),
 
     Mutation("batches of predictions", "predict.py", "args.batch_size if isinstance(predictor, Classifier) else 1", "1",
              ("test_predict.py::test_options_of_computation",)),
