@@ -58,27 +58,25 @@ def train_one_epoch(  # noqa: C901  the whole training step in one place
         step_losses = {}
         for micro_step in range(accumulation):
             batch = to_device(next(batches), settings.device)
-            if not guard.finite:
-                continue  # the other batches of a skipped step are drawn, but not used
             with gradient_sync(model, is_last=micro_step == accumulation - 1):
                 with settings.autocast():
                     losses = compute_losses(model, batch)
                 loss = sum(losses.values())
-                if guard.check(loss, "loss"):
-                    scaler.scale(loss / accumulation).backward()
+                guard.add_loss(loss)
+                scaler.scale(loss / accumulation).backward()
             step_losses = add_losses(step_losses, loss, losses, accumulation)
-        if guard.finite:
-            clip_gradients(state, settings.max_norm, guard)
+        scaler.unscale_(optimizer)
+        is_finite = guard.check(nn.utils.clip_grad_norm_(state.parameters(), settings.max_norm))
         lr = max(group["lr"] for group in optimizer.param_groups)
-        if guard.finite:
+        if is_finite:
             scaler.step(optimizer)
-            scaler.update()
             if state.model_ema is not None:
                 state.model_ema.update(unwrap_model(model))
             meter.add(step_losses, lr)
         else:
             guard.restore_buffers()
             meter.add_skipped()
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         log.end_step(batch, lr)
         if guard.signal or meter.step == steps or settings.saves_at(meter.step):
@@ -89,14 +87,6 @@ def train_one_epoch(  # noqa: C901  the whole training step in one place
         if guard.signal:
             raise Interrupted(guard.signal)
     return meter.averages()
-
-
-def clip_gradients(state: TrainState, max_norm: float, guard: StepGuard) -> None:
-    """Unscale and clip the gradients, and check that they are finite."""
-    state.scaler.unscale_(state.optimizer)
-    norm = nn.utils.clip_grad_norm_(state.parameters(), max_norm)
-    if not state.scaler.is_enabled():  # the scaler itself skips steps with non-finite gradients
-        guard.check(norm, "gradient")
 
 
 def gradient_sync(model: nn.Module, is_last: bool):

@@ -24,12 +24,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import normalize
+from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 
 import models
 from core.description import Description
@@ -168,10 +167,8 @@ def input_size(description: Description) -> tuple[int, int]:
 def draw_images(batch: int, size: tuple[int, int]) -> Tensor:
     """Return random scenes of shapes, uint8 `(batch, 3, height, width)`."""
     height, width = size
-    scenes = [draw_quarters((batch, height, width, index), max(size)) for index in range(batch)]
-    return torch.stack([torch.from_numpy(np.array(scene.image)[:height, :width]) for scene in scenes]).permute(
-        0, 3, 1, 2
-    )
+    scenes = [draw_quarters((batch, height, width, index), max(size)).image for index in range(batch)]
+    return torch.stack([pil_to_tensor(scene)[:, :height, :width] for scene in scenes])
 
 
 # --------------------------------------------------------------------------------------------------------- formats

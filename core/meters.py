@@ -33,6 +33,7 @@ class EpochMeter:
     taken: int = 0  # steps that changed the weights; the sums are over these
     skipped: int = 0  # skipped steps of the epoch
     skipped_in_a_row: int = 0  # consecutive skipped steps up to now, including those of earlier epochs
+    overflows_in_a_row: int = 0  # the same of steps that the scaler of fp16 has skipped
     lr_sum: float = 0.0  # sum of the learning rates
     names: tuple[str, ...] = ()  # of the losses
     sums: Tensor | None = None  # sums of the losses, float64 on their device; None before the first step
@@ -67,7 +68,8 @@ class EpochMeter:
 
     def start_epoch(self) -> None:
         """Reset the meter, except for the number of consecutive skipped steps."""
-        self.load_state_dict({**EpochMeter().state_dict(), "skipped_in_a_row": self.skipped_in_a_row})
+        in_a_row = {name: getattr(self, name) for name in ("skipped_in_a_row", "overflows_in_a_row")}
+        self.load_state_dict(EpochMeter().state_dict() | in_a_row)
 
     @staticmethod
     def merge(states: list[dict[str, Any]]) -> dict[str, Any]:
@@ -94,8 +96,10 @@ class NonFiniteError(SharedError, FloatingPointError):
 class StepGuard:
     """Checks each step on all processes: are loss and gradient finite, has any process received a signal to stop?
 
-    On a GPU each result is read four values later, when it has been computed, so that the check does not wait for
-    the current step. If non-finite steps are skipped there is no delay: the result is needed before the update.
+    The processes agree once in each step. On a GPU the result is read four steps later, when it has been computed, so
+    that the check does not wait for the current step. If non-finite steps are skipped there is no delay: the result is
+    needed before the update. Non-finite gradients of fp16 are no error until `max_overflows` steps in a row have them,
+    because the gradient scaler skips these steps and lowers the loss scale.
     """
 
     def __init__(self, model: nn.Module, epoch: int, meter: EpochMeter, settings: TrainSettings):
@@ -103,15 +107,16 @@ class StepGuard:
         self.epoch = epoch
         self.meter = meter
         self.max_skipped = settings.max_skipped
+        self.max_overflows = settings.max_overflows if settings.amp_dtype == torch.float16 else 0
         self.lag = 4 if settings.device.type == "cuda" and not settings.max_skipped else 0
         self.pending = deque()
-        self.finite = True  # False once a value of the current step is known to be non-finite
+        self.finite_losses: list[Tensor] = []  # of the current step, bool scalars
         self.signal = 0  # number of the signal that any process has received
         self.buffers: list[Tensor] = []
 
     def start_step(self) -> None:
         """Start a step. If steps may be skipped, copy the buffers of the model."""
-        self.finite = True
+        self.finite_losses = []
         self.buffers = [buffer.clone() for buffer in self.model.buffers()] if self.max_skipped else []
 
     def restore_buffers(self) -> None:
@@ -119,14 +124,20 @@ class StepGuard:
         for buffer, before in zip(self.model.buffers(), self.buffers, strict=True):
             buffer.copy_(before)
 
-    def check(self, value: Tensor, what: str) -> bool:
-        """Add a value of the current step. Return False if any value read in this step is not finite."""
-        culprit = torch.where(torch.isfinite(value.detach()), 0, get_rank() + 1)
-        verdict = all_reduce(torch.stack([culprit, torch.full_like(culprit, stop_requested())]), dist.ReduceOp.MAX)
-        self.pending.append((self.meter.step, what, *_to_host(verdict)))
+    def add_loss(self, loss: Tensor) -> None:
+        """Note whether the loss of a batch of the current step is finite."""
+        self.finite_losses.append(torch.isfinite(loss.detach()))
+
+    def check(self, gradient_norm: Tensor) -> bool:
+        """End a step. Return False if it must be skipped because its losses or its gradient are not finite."""
+        culprit = torch.where(torch.stack(self.finite_losses).all(), 0, get_rank() + 1)
+        overflow = ~torch.isfinite(gradient_norm)
+        verdict = torch.stack([culprit, overflow.to(culprit.dtype), torch.full_like(culprit, stop_requested())])
+        self.pending.append((self.meter.step, *_to_host(all_reduce(verdict, dist.ReduceOp.MAX))))
+        finite = True
         while len(self.pending) > self.lag:
-            self.finite &= self._read()
-        return self.finite
+            finite &= self._read()
+        return finite
 
     def finish(self) -> None:
         """Read the remaining results."""
@@ -134,26 +145,37 @@ class StepGuard:
             self._read()
 
     def _read(self) -> bool:
-        """Read the oldest result. Return True if the value was finite, False if its step may be skipped."""
-        step, what, verdict, arrived = self.pending.popleft()
+        """Read the oldest result. Return True if its step was finite, False if it may be skipped."""
+        step, verdict, arrived = self.pending.popleft()
         if arrived is not None:
             arrived.synchronize()
-        culprit, number = verdict.tolist()
+        culprit, overflow, number = verdict.tolist()
         self.signal = max(self.signal, number)
-        if not culprit:
+        if not culprit and self._is_harmless(overflow):
             return True
-        found = f"the {what} is not finite in epoch {self.epoch}, step {step}"
-        if what == "loss":  # the gradient is the mean over all processes
+        found = f"the {'loss' if culprit else 'gradient'} is not finite in epoch {self.epoch}, step {step}"
+        if culprit:  # the gradient is the mean over all processes
             found += f", on process {culprit - 1}"
         if self.meter.skipped_in_a_row < self.max_skipped:
             logger.info("skipped: %s", found)
             return False
-        if self.max_skipped:
-            found += f", after {self.meter.skipped_in_a_row} consecutive skipped steps"
+        if skipped := self.max_skipped or self.meter.overflows_in_a_row:
+            found += f", after {skipped} consecutive skipped steps"
         raise NonFiniteError(
             f"{found}; training has stopped. Try a lower learning rate, a longer warm-up, gradient clipping or "
             "--amp bf16"
         )
+
+    def _is_harmless(self, overflow: bool) -> bool:
+        """Return True for a finite gradient, and for an overflow that the gradient scaler has skipped; count these."""
+        if not overflow:
+            self.meter.overflows_in_a_row = 0
+            return True
+        if self.max_skipped or self.meter.overflows_in_a_row >= self.max_overflows:
+            return False
+        self.meter.overflows_in_a_row += 1
+        self.meter.skipped += 1
+        return True
 
 
 class StepLog:

@@ -214,7 +214,7 @@ def add_training_options(parser: ArgumentParser, kept: str = "without it nothing
         default=10,
         type=POSITIVE_INT,
         metavar="N",
-        help="consecutive skipped steps after which the run stops",
+        help="consecutive skipped steps after which the run stops, also of fp16's gradient scaler",
     )
     group.add_argument(
         "--seed",
@@ -259,6 +259,7 @@ class TrainSettings:
     max_norm: float = math.inf  # maximum gradient norm; infinity to disable clipping
     print_freq: int = 10  # steps between log lines
     max_skipped: int = 0  # consecutive non-finite steps that are skipped before training stops; 0 to stop at the first
+    max_overflows: int = 10  # consecutive steps that the gradient scaler of fp16 skips before training stops
     save_every: int | None = None  # steps between checkpoints within an epoch; None to save at its end only
 
     def autocast(self) -> torch.autocast:
@@ -279,6 +280,7 @@ def train_settings(args: argparse.Namespace, device: torch.device, accumulation:
         max_norm=getattr(args, "clip_grad", 0) or math.inf,
         print_freq=args.print_freq,
         max_skipped=args.max_skipped if args.on_nonfinite == "skip" else 0,
+        max_overflows=args.max_skipped,
         save_every=args.save_every,
     )
 

