@@ -16,10 +16,11 @@ from core.meters import Losses, StepGuard, StepLog, add_losses, show_progress
 from core.options import TrainSettings
 from core.run import Run
 from core.signals import Interrupted, stop_if_requested, stop_requested
+from transforms import to_input
 from utils import UserError
 
 
-def train_one_epoch(  # noqa: C901  the whole training step in one place
+def train_one_epoch(
     model: nn.Module,
     compute_losses: Callable[[nn.Module, Any], Losses],
     data_loader: Iterable,
@@ -108,7 +109,7 @@ def evaluate(
 
     Args:
         model: Classifier, images `(B, 3, H, W)` -> logits `(B, classes)`.
-        data_loader: Batches of `(images, class indices)`.
+        data_loader: Batches of `(images, class indices)`; the images are uint8 or normalised.
         device: Device of the model.
         amp_dtype: Data type of autocast; None to disable mixed precision.
         sharded: True if the loader has only this process's part of the images. The sums are then reduced over all
@@ -129,7 +130,7 @@ def evaluate(
             break
         images, targets = to_device((images, targets), device)
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            logits = model(images)
+            logits = model(to_input(images))
         logits = logits.float()
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]  # (B, 5)
         losses = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")

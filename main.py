@@ -584,7 +584,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; see `core.launch.run_script` for exit codes and errors."""
     args = parse_args(argv)
     when_stopped = RESUMABLE if args.output_dir else ""
-    run_script("main.py", run_evaluation if args.eval else run_training, args, when_stopped)
+    run_script("main.py", run_evaluation if args.eval else run_training, args, when_stopped, one_size=True)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ from detection.pictures import describe_none
 from models.attention import attention_maps, check_blocks, grad_cam
 from segmentation.data import ADE20K_CLASSES, read_classes
 from segmentation.predictor import Segmentation, SegmentationPredictor
-from transforms import build_eval_transform, to_picture
+from transforms import build_eval_transform, to_input, to_picture
 from utils import UserError, make_folder
 
 logger = logging.getLogger("twins")
@@ -133,7 +133,7 @@ class Classifier(Predictor):
     @torch.inference_mode()
     def predict(self, sources: Sequence[Source], inputs: Sequence[Tensor]) -> list[Classification]:
         with self.autocast():
-            logits = self.model(torch.stack(list(inputs)).to(self.device))
+            logits = self.model(to_input(torch.stack(list(inputs)).to(self.device)))
         rows = logits.float().cpu()
         return [Classification(source, self.classes, row) for source, row in zip(sources, rows, strict=True)]
 
@@ -150,7 +150,7 @@ class Classifier(Predictor):
         pixels = self.prepare(result.source)
         best = result.logits.argmax()
         blocks = list(blocks) or [f"blocks.2.{i}" for i in range(len(self.model.blocks[2]))[-2:]]
-        images = pixels[None].to(self.device)
+        images = to_input(pixels[None].to(self.device))
         heat = {f"Grad-CAM of {self.classes[best]}": grad_cam(self.model, images, best[None].to(self.device))}
         heat |= attention_maps(self.model, images, blocks)
         seen = to_picture(pixels)

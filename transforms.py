@@ -108,13 +108,12 @@ def build_train_transform(args) -> Callable[[Image.Image], "TrainImages"]:
 
 
 def build_eval_transform(args) -> Callable[[Image.Image], Tensor]:
-    """Build the evaluation transform, from a PIL image to a normalised tensor `(3, size, size)`."""
+    """Build the evaluation transform, from a PIL image to a tensor `(3, size, size)`, uint8 for a small transfer."""
     return transforms.Compose(
         [
             transforms.Resize(int(args.input_size / crop_ratio(args)), interpolation=InterpolationMode.BICUBIC),
             transforms.CenterCrop(args.input_size),
-            transforms.ToTensor(),
-            normalise,
+            transforms.PILToTensor(),
         ]
     )
 
@@ -147,8 +146,15 @@ def normalise(images: Tensor) -> Tensor:
     return images.div_(std)
 
 
+def to_input(images: Tensor) -> Tensor:
+    """Return images `(..., 3, H, W)`, normalised if they are uint8; others already are."""
+    return normalise(images) if images.dtype == torch.uint8 else images
+
+
 def to_picture(pixels: Tensor) -> Image.Image:
-    """Return a normalised image `(3, H, W)` as a PIL image."""
+    """Return an image `(3, H, W)`, uint8 or normalised, as a PIL image."""
+    if pixels.dtype == torch.uint8:
+        return to_pil_image(pixels)
     mean, std = _make_statistics(pixels.device)
     return to_pil_image((pixels * std + mean).clamp(0, 1))
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks import common
 from benchmarks.common import Row
-from core.distributed import Processes
+from core.distributed import Processes, choose_kernels
 from core.launch import run_script
 from core.meters import peak_memory
 from core.options import POSITIVE_INT, ArgumentParser, add_compute_options, add_process_options, choose_amp
@@ -78,6 +78,7 @@ def build_model(name: str, args: argparse.Namespace) -> nn.Module:
 
 def check_outputs(ours: Subject, peer: Subject) -> float:
     """Return the largest difference between the outputs of two models, as a share of the largest value."""
+    choose_kernels(tf32=False, one_size=True)  # the outputs of TF32 differ by 1e-3
     outputs = [subject.step("inference") for subject in (ours, peer)]
     pairs = [(a.float(), b.float()) for a, b in zip(*outputs, strict=True)]
     error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
@@ -121,6 +122,7 @@ def measure_model(names: Sequence[str], args: argparse.Namespace, device: torch.
     if args.compare:
         subjects[1].model.load_state_dict(subjects[0].model.state_dict())
         counts["difference"] = check_outputs(*subjects)
+        choose_kernels(args.tf32, one_size=True)
     for mode in MODES if args.mode == "both" else [args.mode]:
         what = f"{names[0]}, {mode}"
         steps = [partial(subject.step, mode) for subject in subjects]
@@ -169,7 +171,7 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line; `core.launch.run_script` says how it ends."""
-    run_script("models.py", run, get_parser().parse_args(argv))
+    run_script("models.py", run, get_parser().parse_args(argv), one_size=True)
 
 
 if __name__ == "__main__":

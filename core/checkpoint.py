@@ -99,8 +99,12 @@ class TrainState:
             {key: value for key, value in group.items() if key not in state_keys}
             for group in self.optimizer.param_groups
         ]
+        saved = dict(checkpoint["optimizer"])
+        if "fused" in self.optimizer.defaults:  # it decides where the optimizer puts its step counts when it loads them
+            fused = {"fused": self.optimizer.defaults["fused"]}
+            saved["param_groups"] = [group | fused for group in saved["param_groups"]]
         try:
-            self.optimizer.load_state_dict(checkpoint["optimizer"])
+            self.optimizer.load_state_dict(saved)
         except (KeyError, ValueError) as error:
             raise UserError(
                 f"its optimizer does not fit these options ({error}); use the options of its run"

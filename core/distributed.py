@@ -49,7 +49,6 @@ def init_processes(device: str = "auto", dist_url: str = "env://", patience: flo
     set_up_logging(rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        torch.backends.cudnn.benchmark = True
     if world_size > 1:
         dist.init_process_group(
             "nccl" if chosen.type == "cuda" else "gloo",
@@ -126,7 +125,9 @@ def parallelise(model: nn.Module, processes: Processes) -> nn.Module:
     if processes.world_size == 1:
         return model
     device_ids = [processes.device.index] if processes.device.type == "cuda" else None
-    parallel = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    # `train_one_epoch` copies the buffers at the end of an epoch; they have no effect on the training before.
+    options = {"gradient_as_bucket_view": True, "broadcast_buffers": False}
+    parallel = DistributedDataParallel(model, device_ids=device_ids, **options)
     if processes.device.type == "cpu" and processes.world_size > 2:
         parallel.register_comm_hook(None, _exchange_each_gradient)
     return parallel
@@ -233,6 +234,19 @@ def choose_device(name: str, local_rank: int | None) -> torch.device:
             "start fewer processes on this machine, or use --device cpu"
         )
     return torch.device("cuda", index)
+
+
+def choose_kernels(tf32: bool, one_size: bool) -> None:
+    """Choose how GPUs compute.
+
+    Args:
+        tf32: True to round the factors of fp32 products and convolutions to the 10 bits of TF32, which is faster.
+        one_size: True if almost all batches have the same shape. Only then cuDNN searches for the fastest convolution,
+            and may compute attention: for each new shape it repeats the search and builds a plan of the attention.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    torch.backends.cudnn.benchmark = one_size
+    torch.backends.cuda.enable_cudnn_sdp(one_size)
 
 
 def synchronise_norms(model: nn.Module, processes: Processes) -> nn.Module:

@@ -1,6 +1,7 @@
 """Start and end of a script: processes, exit codes and one-line errors."""
 
 import argparse
+import logging
 import re
 import signal
 import sys
@@ -10,10 +11,12 @@ from typing import NoReturn
 import torch
 
 import utils
-from core.distributed import Processes, SharedError, end_processes, get_rank, init_processes
+from core.distributed import Processes, SharedError, choose_kernels, end_processes, get_rank, init_processes
 from core.signals import Interrupted, kill_children
 from models import TwinsError
 from utils import UserError
+
+logger = logging.getLogger("twins")
 
 LOST = "another process of the run has ended or cannot be reached; see its message. Continue with --auto-resume"
 RESUMABLE = "run the same command with --auto-resume to continue"  # the end of the message of a stopped training
@@ -29,7 +32,11 @@ KNOWN_FAULTS = {
 
 
 def run_script(
-    name: str, run: Callable[[argparse.Namespace, Processes], None], args: argparse.Namespace, when_stopped: str = ""
+    name: str,
+    run: Callable[[argparse.Namespace, Processes], None],
+    args: argparse.Namespace,
+    when_stopped: str = "",
+    one_size: bool = False,
 ) -> None:
     """Run a script on one or several processes.
 
@@ -37,12 +44,16 @@ def run_script(
     that a signal stops ends with exit code 128 plus the number of the signal.
 
     The options are among others those of `add_process_options` and `add_loader_options`. `when_stopped` is the part of
-    the message of a stopped run that says what it has saved and how to continue it.
+    the message of a stopped run that says what it has saved and how to continue it. `choose_kernels` takes `one_size`.
     """
     try:
         # The loader's timeout comes first, so that its message names the cause.
         patience = 600 + args.loader_timeout if args.loader_timeout else 86400
         processes = init_processes(args.device, args.dist_url, patience)
+        if processes.device.type == "cuda":
+            tf32 = getattr(args, "tf32", False)
+            choose_kernels(tf32, one_size)
+            logger.info("TF32 in products and convolutions of fp32: %s", "on" if tf32 else "off")
         if args.deterministic:
             utils.make_deterministic()
         run(args, processes)

@@ -11,6 +11,8 @@ from torch import nn
 from core.launch import one_line
 from utils import UserError
 
+FUSED = ("adam", "adamw")  # with an implementation of one pass over all weights, which is used on GPUs
+
 
 def peak_lr(args: argparse.Namespace, global_batch: int) -> float:
     """Return the peak learning rate, reached at the end of the warm-up."""
@@ -25,6 +27,8 @@ def build_optimizer(args: argparse.Namespace, model: nn.Module, global_batch: in
     if args.opt_betas is not None:
         options["betas"] = tuple(args.opt_betas)
     check_optimizer(args.opt, options)
+    if args.opt in FUSED and next(model.parameters()).is_cuda:
+        options["fused"] = True
     return create_optimizer_v2(model, opt=args.opt, layer_decay=args.layer_decay, **options)
 
 

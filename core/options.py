@@ -148,8 +148,8 @@ def add_loader_options(group, num_workers: int = 10) -> None:
     )
 
 
-def add_compute_options(group, amp: str = "auto") -> None:
-    """Add the options of compilation and mixed precision, by default `amp`; `"published"` is that of an experiment."""
+def add_compute_options(group, amp: str = "auto", tf32: bool = False) -> None:
+    """Add the options of compilation and precision, by default `amp` and `tf32`; `"published"` is an experiment's."""
     published = "published: that of the experiment on a GPU, off on a CPU; " if amp == "published" else ""
     group.add_argument("--compile", action="store_true", help="compile the model with torch.compile")
     group.add_argument(
@@ -159,6 +159,12 @@ def add_compute_options(group, amp: str = "auto") -> None:
         default=amp,
         choices=tuple(dict.fromkeys((amp, "auto", "off", "bf16", "fp16"))),
         help=f"mixed precision; {published}auto: bf16 on GPUs that support it, fp16 on other GPUs, off on a CPU",
+    )
+    group.add_argument(
+        "--tf32",
+        action=argparse.BooleanOptionalAction,
+        default=tf32,
+        help="on a GPU, round the factors of fp32 products and convolutions to TF32: faster, with a precision of 1e-3",
     )
 
 

@@ -85,7 +85,7 @@ def get_train_parser(description: str) -> ArgumentParser:
     )
     add_freeze_option(group)
     group.add_argument("--grad-checkpointing", action="store_true", help="save memory, for about a third more time")
-    add_compute_options(group, amp="published")
+    add_compute_options(group, amp="published", tf32=True)
     add_process_options(parser)
     return parser
 
@@ -241,7 +241,8 @@ def build_state(
     """Build the training state of an experiment, with AdamW, the schedule, and the gradient scaler for fp16."""
     is_fp16 = choose_amp(args.amp, device) == torch.float16
     groups = parameter_groups(model, experiment.weight_decay, experiment.not_decayed)
-    optimizer = torch.optim.AdamW(groups, lr=experiment.lr, betas=(0.9, 0.999))
+    fused = device.type == "cuda"  # one pass over all weights
+    optimizer = torch.optim.AdamW(groups, lr=experiment.lr, betas=(0.9, 0.999), fused=fused)
     return TrainState(
         model=model,
         optimizer=optimizer,

@@ -48,6 +48,7 @@ DENSE_TRAIN = {
     "grad_checkpointing": "test_options_of_a_dense_training",
     "compile": "test_options_of_a_dense_training",
     "amp": "test_mixed_precision_reaches_the_evaluation",
+    "tf32": "test_kernels_of_each_script",
     "device": "test_unknown_device",
     "dist_url": "test_processes_use_the_given_rendezvous",
     "local_rank": "test_training_on_two_processes",

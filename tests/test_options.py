@@ -65,6 +65,7 @@ CHANGES_BESIDE = {
 }
 # Options that another test covers, by the name of that test.
 ELSEWHERE = {
+    "tf32": "test_kernels_of_each_script",
     "recipe": "test_recipes_are_defaults_that_options_override",
     "model": "test_other_models_and_options_train",
     "pretrained": "test_bad_arguments_end_with_one_line",

