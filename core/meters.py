@@ -24,6 +24,8 @@ from core.signals import stop_requested
 logger = logging.getLogger("twins")
 Losses = dict[str, Tensor]
 
+MAX_WAITING = 0.1  # share of the time spent waiting for data; above it there is a warning
+
 
 @dataclass
 class EpochMeter:
@@ -190,6 +192,7 @@ class StepLog:
         self.first_step = meter.step
         self.start = self.window_start = time.perf_counter()
         self.window_waiting = 0.0
+        self.waiting: list[float] = []  # share of the time of each line that was spent waiting for data
         self.window_images = self.images = 0
 
     def timed(self, data_loader: Iterable) -> Iterator:
@@ -217,10 +220,11 @@ class StepLog:
         loss = means.get("loss", math.nan)
         now = time.perf_counter()
         elapsed = max(now - self.window_start, 1e-9)
+        self.waiting.append(self.window_waiting / elapsed)
         eta = timedelta(seconds=int((now - self.start) / (done - self.first_step) * (self.steps - done)))
         logger.info(
             f"epoch {self.epoch} [{done:>{len(str(self.steps))}}/{self.steps}]  loss {loss:.4f}  lr {lr:.4g}  "
-            f"{self.window_images / elapsed:.0f} images/s  waiting for data {self.window_waiting / elapsed:.0%}  "
+            f"{self.window_images / elapsed:.0f} images/s  waiting for data {self.waiting[-1]:.0%}  "
             f"eta {eta}, run {self.run.remaining_time(self.steps)}  "
             f"peak memory {peak_memory(self.settings.device) / 2**20:.0f} MiB"
         )
@@ -229,6 +233,12 @@ class StepLog:
         self.window_start, self.window_waiting, self.window_images = now, 0.0, 0
         if done == self.steps:
             logger.info("epoch %d: %d images in %.2f s", self.epoch, self.images, now - self.start)
+            # Not the first line, since the loader has just started then, and not the last one, which can be short.
+            if len(self.waiting) > 2 and min(self.waiting[1:-1]) > MAX_WAITING:
+                logger.warning(
+                    "warning: %.0f %% of the time or more was spent waiting for data; raise --num_workers",
+                    100 * min(self.waiting[1:-1]),
+                )
 
 
 def show_progress(batches: Collection, what: str, seconds: float = 20.0) -> Iterator:

@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import signal
+import time
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -306,6 +307,24 @@ def test_an_epoch_of_skipped_steps_has_no_loss(model):
     for images, _ in batches:
         images[0, 0, 0, 0] = float("nan")
     assert train(model, batches, max_skipped=2) == {}
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.05])
+def test_waiting_for_data_in_most_of_an_epoch_is_a_warning(seconds, model, caplog):
+    class Batches(list):
+        def __iter__(self):
+            for batch in super().__iter__():
+                time.sleep(seconds)
+                yield batch
+
+    def losses(model, batch):
+        time.sleep(0.05)
+        return {"loss": model.head.bias.sum()}
+
+    with caplog.at_level("INFO", logger="twins"):
+        train(model, Batches(make_batches(5, 1)), losses, print_freq=1)
+    warned = "of the time or more was spent waiting for data; raise --num_workers" in caplog.text
+    assert warned == (seconds > 0)
 
 
 def test_checkpoints_are_saved_between_steps_and_at_the_end(model):
