@@ -161,18 +161,20 @@ def test_optimizers_of_dense_tasks_are_fused_on_gpus():
     assert not state.optimizer.defaults["fused"]
 
 
+def build_plain_state(model, fused: bool) -> TrainState:  # noqa: F811
+    """Build the state of a training with AdamW and a constant learning rate, in its first epoch of two steps."""
+    optimizer = AdamW(model.parameters(), lr=0.1, fused=fused)
+    sampler = argparse.Namespace(global_batch=4, steps=2, nearest_step=lambda step, batch: step)
+    schedule = argparse.Namespace(step_update=lambda step: None, step=lambda epoch: None, state_dict=dict)
+    return TrainState(model, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=False), sampler)
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_an_optimizer_takes_the_state_of_another_implementation(fused, model, monkeypatch, tmp_path):  # noqa: F811
     """It must know its implementation when it loads the step counts, which fused ones keep on the GPU."""
 
-    def build(fused: bool) -> TrainState:
-        optimizer = AdamW(model.parameters(), lr=0.1, fused=fused)
-        sampler = argparse.Namespace(global_batch=4, steps=2, nearest_step=lambda step, batch: step)
-        schedule = argparse.Namespace(step_update=lambda step: None, step=lambda epoch: None, state_dict=dict)
-        return TrainState(model, optimizer, schedule, torch.amp.GradScaler("cpu", enabled=False), sampler)
-
     cross_entropy(model, make_batches(1, 2)[0])["loss"].backward()
-    old = build(not fused)
+    old = build_plain_state(model, not fused)
     old.optimizer.step()
     seen = []
 
@@ -181,7 +183,7 @@ def test_an_optimizer_takes_the_state_of_another_implementation(fused, model, mo
         wrapped(self, state)
 
     monkeypatch.setattr(AdamW, "load_state_dict", load)
-    new = build(fused)
+    new = build_plain_state(model, fused)
     new.load_training(old.to_checkpoint({}, {}), seed=0)
     assert seen == [fused]
     assert new.optimizer.param_groups[0]["fused"] is fused
