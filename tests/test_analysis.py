@@ -25,7 +25,7 @@ from core.options import ArgumentParser, add_loader_options, add_process_options
 from datasets import build_train_loader, build_val_loader
 from detection import test as detection_test
 from segmentation import test as segmentation_test
-from tests.conftest import ROOT, TINY, fails
+from tests.helpers import ROOT, TINY, fails
 from tests.test_detection_runs import MASK
 from tests.test_detection_runs import SMALL as SMALL_DETECTOR
 from tests.test_options import options_of

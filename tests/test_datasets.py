@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from datasets import IGNORED_TARGET, BadImageError, EvalSet, TrainSet, build_dataset
 from main import get_args_parser
 from samplers import SampleKey, TrainSampler
-from tests.conftest import damage_jpeg
+from tests.helpers import damage_jpeg
 from transforms import collate_train_images
 from utils import UserError, restored_generators, seed_generators
 

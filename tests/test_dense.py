@@ -16,7 +16,7 @@ from dense.networks import build_backbone
 from dense.optimisation import IterationSchedule, build_scaler, linear_warmup, parameter_groups
 from dense.training import build_experiment, build_state, get_test_parser, get_train_parser
 from segmentation.configs.recipes import Experiment
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from utils import UserError
 
 

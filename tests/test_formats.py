@@ -21,7 +21,7 @@ from detection import train as detection_train
 from segmentation import data as segmentation_data
 from segmentation import test as segmentation_test
 from segmentation import train as segmentation_train
-from tests.conftest import ROOT, assert_equal, fails, read_log
+from tests.helpers import ROOT, assert_equal, fails, read_log
 from utils import get_random_state, versions
 
 DATA = ROOT / "tests/data"

@@ -3,7 +3,7 @@
 import ast
 from functools import cache
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 MAX_MODULE_LINES = 600  # without get_args_parser
 MAX_FUNCTION_LINES = 70

@@ -12,7 +12,7 @@ import main
 from core.launch import find_cause, one_line, run_script
 from core.options import NON_NEGATIVE, POSITIVE
 from models import TwinsError
-from tests.conftest import ROOT, run_processes
+from tests.helpers import ROOT, run_processes
 from utils import UserError
 
 ARGS = argparse.Namespace(device="cpu", dist_url="env://", loader_timeout=0, deterministic=False, traceback=False)

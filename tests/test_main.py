@@ -24,7 +24,7 @@ from main import (
 )
 from samplers import TrainSampler
 from tests import forks
-from tests.conftest import (
+from tests.helpers import (
     LAUNCHERS,
     ROOT,
     TINY,

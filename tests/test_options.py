@@ -17,7 +17,7 @@ from core.run_folder import RunFolder
 from datasets import build_dataset, build_train_loader, build_val_loader
 from main import build_optimizer, build_scheduler, build_trained_model, get_args_parser
 from models import Twins
-from tests.conftest import ROOT, TINY, assert_equal
+from tests.helpers import ROOT, TINY, assert_equal
 
 pytestmark = pytest.mark.usefixtures("small_sets")
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from detection.network import build_detector
 from models.layers import LocallyGroupedAttention
 from segmentation import train as segmentation_train
 from segmentation.network import build_segmentor
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from tests.test_models import DATA
 
 TABLE = json.loads((DATA / "published_recipes.json").read_text())

@@ -21,7 +21,7 @@ from segmentation.configs.recipes import Experiment
 from segmentation.data import build_dataset
 from segmentation.network import Segmentor, build_segmentor
 from tests import forks
-from tests.conftest import (
+from tests.helpers import (
     BACKBONES,
     DENSE_RUN_FILES,
     ROOT,

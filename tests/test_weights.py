@@ -12,7 +12,7 @@ import timm
 import torch
 
 from models import TwinsError, load_weights, read_weights
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 
 @pytest.fixture(scope="module")
