@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -119,11 +121,26 @@ def detector(coco_folder, tmp_path_factory) -> Path:
     return train_dense("detection", MASK, options, tmp_path_factory.mktemp("detector"), coco_folder)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Use one thread: sums depend on the number of threads, and the tests compare runs bit for bit."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Build networks on the meta device, without drawing their weights, which would take most of the time."""
+    with torch.device("meta"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("models.twins.trunc_normal_", lambda weight, std: weight)
+        yield
+
+
 @pytest.fixture
 def run_in_process(capsys):
     """Function that runs main.py in this process, on one thread, and returns the output and the error (or None)."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums depend on the number of threads, and the tests compare runs bit for bit
 
     def run(*args) -> tuple[str, str | None]:
         try:
@@ -134,23 +151,20 @@ def run_in_process(capsys):
         out, err = capsys.readouterr()
         return out, err if code else None
 
-    yield run
-    torch.set_num_threads(threads)
+    with one_thread():
+        yield run
 
 
 @pytest.fixture(scope="module")
 def small_sets():
-    """Use few shapes, and one thread, so that equal runs are equal bit for bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
+    """Use few shapes, and one thread."""
+    with one_thread(), pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.SHAPES_TRAIN", 8)
         patch.setattr("datasets.SHAPES_VAL", 4)
         for module in ("segmentation.data", "detection.data"):
             patch.setattr(f"{module}.SHAPES_TRAIN", 8)
             patch.setattr(f"{module}.SHAPES_VAL", 2)
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

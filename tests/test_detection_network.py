@@ -10,6 +10,7 @@ from detection.configs.recipes import Experiment
 from detection.network import build_detector
 from detection.weights import load_detector
 from tests import golden_rule
+from tests.helpers import on_meta
 from tests.test_models import DATA, PARAMETERS
 
 KINDS = ("retinanet", "mask_rcnn")
@@ -193,6 +194,6 @@ COUNTS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameter_counts(kind):
     for name, expected in zip(PARAMETERS, COUNTS[kind], strict=True):
-        with torch.device("meta"):
+        with on_meta():
             count = sum(parameter.numel() for parameter in build(kind, name).parameters())
         assert (count - 4357 * (kind == "mask_rcnn")) / 1e6 == pytest.approx(expected, abs=0.006), name

@@ -16,6 +16,7 @@ from segmentation.metrics import ConfusionMatrix
 from segmentation.network import build_segmentor, pixel_cross_entropy, predict
 from segmentation.weights import load_segmentor
 from tests import golden_rule
+from tests.helpers import on_meta
 from tests.test_engine import on_processes
 from tests.test_models import DATA, PARAMETERS
 
@@ -188,7 +189,7 @@ def test_losses_equal_the_originals(golden):
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_counts(name):
     """The published ones less the classifier of 1000 classes and its norm, and with the norms between SVT's stages."""
-    with torch.device("meta"):
+    with on_meta():
         model = build_segmentor(upernet_swin_setting(name), 150, pretrained=False)
     dims = model.backbone.embed_dims
     classifier = dims[-1] * 1000 + 1000 + 2 * dims[-1]
