@@ -138,6 +138,10 @@ def run():
     return run
 
 
+def load_weights(folder) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoint.pth", weights_only=True)["model"]
+
+
 def differ(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return any(not torch.equal(a[name], b[name]) for name in a)
 
@@ -155,7 +159,7 @@ def test_every_option_has_a_test():
 def test_the_same_options_give_the_same_weights(run, tmp_path):
     """Otherwise the tests below would pass for options without any effect."""
     main.main([*BASE, "--output_dir", str(tmp_path)])
-    assert_equal(dict(run()), dict(torch.load(tmp_path / "checkpoint.pth", weights_only=True)["model"]))
+    assert_equal(dict(run()), dict(load_weights(tmp_path)))
 
 
 @pytest.mark.parametrize("option", CHANGES)
