@@ -61,14 +61,10 @@ def load_network(
     finetune: bool = False,
     convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> models.LoadReport:
-    """Load the weights of a whole network, our own or released ones, strictly.
+    """Load the weights of a whole network of some `kind`, our own or released ones, strictly.
 
-    Args:
-        model: The network.
-        path: File of the weights.
-        kind: Kind of the network, used in messages.
-        finetune: True to keep the initial weights of heads for other classes.
-        convert: Function that returns the weights of a file with our names.
+    With `finetune`, heads for other classes keep their initial weights. `convert` is a function that returns the
+    weights of a file with our names.
 
     Raises:
         TwinsError: If the file cannot be read or does not fit the network, which is then unchanged.
