@@ -30,7 +30,9 @@ class Golden:
         state = golden_rule.state_from_shapes(self.facts["state"])
         path = folder / "released.pth"
         torch.save({"meta": {}, "state_dict": {name: torch.from_numpy(value) for name, value in state.items()}}, path)
-        self.model = build(kind)
+        with on_meta():
+            self.model = build(kind)
+        self.model.to_empty(device="cpu")
         self.report = load_detector(self.model, path)
         self.model.eval()
 
