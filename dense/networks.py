@@ -19,13 +19,10 @@ UNUSED = ("backbone.norm.", "backbone.head.")  # the classifier, which the relea
 
 
 def build_backbone(name: str, pretrained: str, **kwargs) -> nn.Module:
-    """Build a Twins model without its classifier.
+    """Build a Twins model without its classifier; `kwargs` are arguments of the model.
 
-    Args:
-        name: Name of a model of `models/twins.py`. Twins-SVT models get norms between their stages, as in the
-            original's dense networks.
-        pretrained: File of ImageNet weights, `"hub"` for the published ones, or `""` for random weights.
-        **kwargs: Arguments of the model.
+    Twins-SVT models get norms between their stages, as in the original's dense networks. `pretrained` is a file of
+    ImageNet weights, `"hub"` for the published ones, or `""` for random weights.
 
     Raises:
         UserError: If there is no such model, or the published weights cannot be loaded.
