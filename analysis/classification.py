@@ -57,13 +57,7 @@ def analyse_classifier(subject, args: argparse.Namespace, processes: Processes, 
 
 
 def build_loader(options: dict, args: argparse.Namespace, processes: Processes) -> DataLoader:
-    """Build the loader of the validation set.
-
-    Args:
-        options: Options of the training, as far as they are known.
-        args: Options of this evaluation.
-        processes: The process.
-    """
+    """Build the loader of the validation set from the known options of the training and those of this evaluation."""
     used = training_defaults() | EVALUATION | options
     names = ("num_workers", "pin_mem", "loader_timeout")
     used |= {name: getattr(args, name) for name in names} | {"batch_size": args.batch_size, "dist_eval": False}
@@ -75,9 +69,7 @@ def build_loader(options: dict, args: argparse.Namespace, processes: Processes) 
 def class_figures(counts: Tensor, classes: Sequence[str]) -> list[tuple[str, int, float, float, float]]:
     """Return the name, number of images, precision, recall and F1 of each class, 0 where nothing is counted.
 
-    Args:
-        counts: Images by true and predicted class `(classes, classes)`.
-        classes: Names of the classes.
+    `counts` are the images by true and predicted class `(classes, classes)`.
     """
     counts = counts.double()
     hits, true, predicted = counts.diag(), counts.sum(dim=1), counts.sum(dim=0)

@@ -55,9 +55,6 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
         save_figure(draw(runs, published), folder / "curves.png", folder / "curves.svg", dpi=120)
 
 
-# -------------------------------------------------------------------------------------------------------------- text
-
-
 def make_table(runs: Sequence[RunLog]) -> str:
     """Return a table of the runs: completed epochs, latest loss, best accuracy, and the accuracy by epoch in blocks."""
     rows = [("run", "epochs", "loss", "best accuracy", "by epoch")]
@@ -89,9 +86,6 @@ def average_parts(values: list[float], parts: int) -> list[float]:
     """Return the means of equal parts of a series, at most so many; the series itself if it is short."""
     size = max(1, -(-len(values) // parts))  # rounded up
     return [mean(values[start : start + size]) for start in range(0, len(values), size)]
-
-
-# ----------------------------------------------------------------------------------------------------------- picture
 
 
 def draw(runs: Sequence[RunLog], published: Sequence[RunLog | None]) -> Any:

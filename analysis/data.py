@@ -30,7 +30,6 @@ from datasets import add_data_options, build_train_loader
 from dense.experiments import change_fields, load_experiment
 from segmentation import train as segmentation_train
 from segmentation.configs.recipes import Experiment as SegmentationExperiment
-from segmentation.data import IGNORED_LABEL
 from segmentation.pictures import draw_overlay
 from transforms import add_augmentation_options, to_picture
 from utils import UserError, make_folder
@@ -145,7 +144,7 @@ def draw_labels(args: argparse.Namespace, experiment: Any, processes: Processes)
     for images, labels in loader:
         for image, own in zip(images, labels, strict=True):
             pixels = pil_to_tensor(to_picture(image))
-            yield "", draw_overlay(pixels, {"labels": own}, dataset.classes, dataset.colours, IGNORED_LABEL)
+            yield "", draw_overlay(pixels, {"labels": own}, dataset.classes, dataset.colours)
 
 
 def draw_objects(args: argparse.Namespace, experiment: Any, processes: Processes) -> Panels:

@@ -14,7 +14,7 @@ from analysis.pictures import draw_bars, save_figure, write_table
 from core.distributed import Processes
 from core.options import choose_amp
 from detection.configs.recipes import Experiment
-from detection.metrics import evaluate_kind, find_objects, read_results
+from detection.metrics import evaluate_kind, find_objects, mean_precision, read_results
 from detection.train import KINDS, build_eval_loader
 
 logger = logging.getLogger("twins")
@@ -42,22 +42,18 @@ def analyse_detector(subject, args: argparse.Namespace, processes: Processes, fo
 
 
 def write_kind(evaluation: COCOeval, classes: list[str], folder: Path, kind: str) -> None:
-    """Write KIND_classes.csv, KIND_ap.png, KIND_curves.csv and KIND_curves.png for boxes or masks.
+    """Write KIND_classes.csv, KIND_ap.png, KIND_curves.csv and KIND_curves.png for `kind`, `"bbox"` or `"segm"`.
 
-    Args:
-        evaluation: Evaluation by pycocotools; its precisions are of shape `(IoU, recall, class, size, limit)`.
-        classes: Names of the classes.
-        folder: Folder of the files.
-        kind: `"bbox"` or `"segm"`.
+    The precisions of the evaluation are of shape `(IoU, recall, class, size, limit)`.
     """
     precision = np.where(evaluation.eval["precision"] > -1, evaluation.eval["precision"], np.nan)[..., -1]
     parts = {"AP": precision[:, :, :, 0], "AP50": precision[:1, :, :, 0], "AP75": precision[5:6, :, :, 0]}
     parts |= {f"AP{size}": precision[:, :, :, i] for i, size in enumerate("sml", start=1)}
-    figures = {name: [_mean(part[:, :, k]) for k in range(len(classes))] for name, part in parts.items()}
+    figures = {name: [mean_precision(part[:, :, k]) for k in range(len(classes))] for name, part in parts.items()}
     write_table(folder / f"{kind}_classes.csv", ("class", *figures), zip(classes, *figures.values(), strict=True))
     save_figure(draw_bars(classes, [100 * ap for ap in figures["AP"]], f"{kind} AP in %"), folder / f"{kind}_ap.png")
     recalls = evaluation.params.recThrs.tolist()
-    means = [[_mean(parts[name][:, i]) for i in range(len(recalls))] for name in ("AP50", "AP75", "AP")]
+    means = [[mean_precision(parts[name][:, i]) for i in range(len(recalls))] for name in ("AP50", "AP75", "AP")]
     by_class = precision[0, :, :, 0].T.tolist()  # at IoU 0.5
     names = ("IoU 0.50", "IoU 0.75", "IoU 0.50 to 0.95")
     rows = zip(recalls, *means, *by_class, strict=True)
@@ -66,12 +62,6 @@ def write_kind(evaluation: COCOeval, classes: list[str], folder: Path, kind: str
     if len(classes) <= MAX_CURVES:
         panels.append(("classes at IoU 0.5", classes, by_class))
     save_figure(draw_curves(recalls, panels), folder / f"{kind}_curves.png")
-
-
-def _mean(values: np.ndarray) -> float:
-    """Return the mean of the defined values; NaN if there are none."""
-    defined = values[~np.isnan(values)]
-    return defined.mean().item() if defined.size else float("nan")
 
 
 def draw_curves(recalls: Sequence[float], panels: Sequence[tuple[str, Sequence[str], Sequence[Any]]]) -> Any:

@@ -90,11 +90,7 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
 
 
 def load_subject(args: argparse.Namespace, processes: Processes) -> Subject:
-    """Load the network of weights; results need none.
-
-    Raises:
-        UserError: If results are given without their experiment, or what `load_predictor` raises.
-    """
+    """Load the network of weights; results need none, but a UserError is raised if their experiment is not given."""
     path = Path(args.weights)
     if (path / "args.json").exists():
         raise UserError(f"{path}: is the folder of a run; name a checkpoint in it, such as {path}/checkpoint_best.pth")

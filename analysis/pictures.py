@@ -20,13 +20,10 @@ MAX_NAMES = 40  # classes of a matrix whose names are written
 MAX_NUMBERS = 20  # classes of a matrix whose values are written
 
 
-def make_sheet(panels: Sequence[tuple[str, Image.Image]], tile: tuple[int, int], columns: int) -> Image.Image:
-    """Return images with their captions in rows.
+def save_sheet(panels: Sequence[tuple[str, Image.Image]], tile: tuple[int, int], columns: int, path: Path) -> None:
+    """Write images with their captions, so many per row, to a PNG file, and log it.
 
-    Args:
-        panels: Captions and images.
-        tile: Width and height to which each image is fitted, in pixels.
-        columns: Images per row.
+    `tile` is the width and height to which each image is fitted, in pixels.
     """
     rows = []
     for start in range(0, len(panels), columns):
@@ -37,12 +34,7 @@ def make_sheet(panels: Sequence[tuple[str, Image.Image]], tile: tuple[int, int],
     for row in rows:
         sheet.paste(row, (0, top))
         top += row.height
-    return sheet
-
-
-def save_sheet(panels: Sequence[tuple[str, Image.Image]], tile: tuple[int, int], columns: int, path: Path) -> None:
-    """Write the sheet of `make_sheet` to a PNG file, and log it."""
-    save_png(make_sheet(panels, tile, columns), path.with_suffix(""))
+    save_png(sheet, path.with_suffix(""))
     logger.info("wrote %s: %d images", path, len(panels))
 
 
@@ -85,11 +77,7 @@ def draw_bars(names: Sequence[str], values: Sequence[float], title: str) -> Any:
 
 
 def save_figure(figure: Any, *paths: Path, dpi: int = 110) -> None:
-    """Write a figure of matplotlib to files of one folder, in the formats of their suffixes, and log it.
-
-    Raises:
-        UserError: If it cannot be written.
-    """
+    """Write a figure to files of one folder, in the formats of their suffixes, and log it; a UserError if it fails."""
     make_folder(paths[0].parent)
     for path in paths:
         try:

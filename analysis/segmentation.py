@@ -12,7 +12,6 @@ from analysis.pictures import draw_bars, save_figure, save_sheet, write_confusio
 from core.distributed import Processes
 from dense.training import describe
 from segmentation.configs.recipes import Experiment
-from segmentation.data import IGNORED_LABEL
 from segmentation.metrics import ConfusionMatrix, build_reader, evaluate
 from segmentation.pictures import draw_overlay
 from segmentation.train import build_eval_loader
@@ -32,11 +31,11 @@ def analyse_segmentor(subject, args: argparse.Namespace, processes: Processes, f
     subject.check_classes(classes)
     worst = []
 
-    def keep_worst(index: int, prediction: Tensor) -> None:
+    def keep_worst(index: int, prediction: Tensor, labels: Tensor) -> None:
         own = ConfusionMatrix(len(classes))
-        own.update(prediction, dataset[index][1])
+        own.update(prediction, labels)
         if own.counts.any():
-            worst.append((own.summary()["mIoU"], index, prediction))
+            worst.append((own.summary()["mIoU"], index, {"prediction": prediction, "labels": labels}))
             worst[:] = heapq.nsmallest(args.worst, worst, key=lambda image: image[0])
 
     if subject.predictor:
@@ -51,9 +50,7 @@ def analyse_segmentor(subject, args: argparse.Namespace, processes: Processes, f
     write_table(folder / "classes.csv", ("class", *figures), rows)
     save_figure(draw_bars(classes, (100 * figures["IoU"]).tolist(), "IoU in %"), folder / "iou.png")
     panels = []
-    for miou, index, prediction in worst:
-        image, labels = dataset[index]
-        maps = {"prediction": prediction, "labels": labels}
-        overlay = draw_overlay(image, maps, classes, dataset.colours, IGNORED_LABEL)
+    for miou, index, maps in worst:
+        overlay = draw_overlay(dataset[index][0], maps, classes, dataset.colours)
         panels.append((f"{dataset.name(index)}: mIoU {miou:.1%}", overlay))
     save_sheet(panels, TILE, COLUMNS, folder / "worst.png")

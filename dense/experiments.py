@@ -39,12 +39,10 @@ Side = Annotated[int, Limit(f"at least {MIN_INPUT_SIZE} pixels", lambda value: v
 
 
 def load_experiment(path: str | Path, changes: Sequence[str] = (), kind: type | None = None) -> Any:
-    """Load the experiment of a file and change some of its fields.
+    """Load the experiment of a Python file that defines `config`, which is executed, and change some of its fields.
 
-    Args:
-        path: Python file that defines `config`; it is executed.
-        changes: Texts `key=value`, with the value as in Python; the quotes around a string may be omitted.
-        kind: Class that the experiment must have; None for any.
+    Changes are texts `key=value`, with the value as in Python; the quotes around a string may be omitted. `kind` is the
+    class that the experiment must have; None for any.
 
     Raises:
         UserError: If the file holds no experiment, or a change names an unknown field or an invalid value.

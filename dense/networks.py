@@ -19,13 +19,10 @@ UNUSED = ("backbone.norm.", "backbone.head.")  # the classifier, which the relea
 
 
 def build_backbone(name: str, pretrained: str, **kwargs) -> nn.Module:
-    """Build a Twins model without its classifier.
+    """Build a Twins model without its classifier; `kwargs` are arguments of the model.
 
-    Args:
-        name: Name of a model of `models/twins.py`. Twins-SVT models get norms between their stages, as in the
-            original's dense networks.
-        pretrained: File of ImageNet weights, `"hub"` for the published ones, or `""` for random weights.
-        **kwargs: Arguments of the model.
+    Twins-SVT models get norms between their stages, as in the original's dense networks. `pretrained` is a file of
+    ImageNet weights, `"hub"` for the published ones, or `""` for random weights.
 
     Raises:
         UserError: If there is no such model, or the published weights cannot be loaded.
@@ -61,14 +58,10 @@ def load_network(
     finetune: bool = False,
     convert: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
 ) -> models.LoadReport:
-    """Load the weights of a whole network, our own or released ones, strictly.
+    """Load the weights of a whole network of some `kind`, our own or released ones, strictly.
 
-    Args:
-        model: The network.
-        path: File of the weights.
-        kind: Kind of the network, used in messages.
-        finetune: True to keep the initial weights of heads for other classes.
-        convert: Function that returns the weights of a file with our names.
+    With `finetune`, heads for other classes keep their initial weights. `convert` is a function that returns the
+    weights of a file with our names.
 
     Raises:
         TwinsError: If the file cannot be read or does not fit the network, which is then unchanged.

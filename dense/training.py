@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from core.checkpoint import TrainState
-from core.description import Description, find_task, read_description
+from core.description import Description, check_same_classes, find_task, read_description
 from core.distributed import Processes, parallelise, synchronise_norms
 from core.options import (
     ArgumentParser,
@@ -46,9 +46,10 @@ REMEMBERED_FIELDS = (
     "ignored_label",
 )
 # fmt: on
-
-
-# -------------------------------------------------------------------------------------------------------- scripts
+ON_ERRORS = (  # the end of the descriptions of the scripts
+    "On bad input the script prints one line that names it and exits with a non-zero code; --traceback shows the "
+    "traceback."
+)
 
 
 class ExperimentParser(ArgumentParser):
@@ -102,7 +103,7 @@ def get_test_parser(description: str) -> ArgumentParser:
 def _config_parser(script: str, arguments: str, description: str) -> ArgumentParser:
     """Return the parser of a script with the options of an experiment."""
     usage = f"bash dist_{script}.sh {arguments} [options]"
-    parser = ExperimentParser(prog=f"{script}.py", usage=usage, description=description)
+    parser = ExperimentParser(prog=f"{script}.py", usage=usage, description=f"{description}\n{ON_ERRORS}\n")
     parser.add_argument("config", metavar="CONFIG", help="experiment file in configs/")
     group = parser.add_argument_group("experiment")
     group.add_argument("--data-root", metavar="FOLDER", help="folder of the data set")
@@ -156,6 +157,19 @@ def as_trained(experiment: Any, path: str, changes: Sequence[str]) -> Any:
     for difference in differences(tested, trained, "checkpoint") + differences(tested, kept, "config"):
         logger.info("note: %s", difference)
     return tested
+
+
+def prepare_test(
+    args: argparse.Namespace, model: nn.Module, load: Callable, classes: Sequence[str], device: torch.device
+) -> None:
+    """Load the weights of a test by `load(model, path)`, and move the network to a device.
+
+    Raises a UserError if the classes of the data are not those of the weights.
+    """
+    logger.info("%s", load(model, args.checkpoint))
+    check_same_classes(args.checkpoint, read_description(args.checkpoint).classes, classes)
+    accelerate(model).to(device)
+    compile_if_asked(model, args.compile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -260,6 +274,12 @@ def compute_losses(model: nn.Module, batch: tuple) -> dict[str, Tensor]:
 def process_batch(experiment: Any, processes: Processes) -> int:
     """Return the number of images per process per batch: `batch_size`, or less if many processes share a step."""
     return min(experiment.batch_size, max(1, experiment.global_batch // processes.world_size))
+
+
+def sampling(args: argparse.Namespace, experiment: Any, processes: Processes) -> dict[str, int]:
+    """Return the arguments of the sampler of a training set that both tasks share."""
+    place = {"world_size": processes.world_size, "rank": processes.rank}
+    return place | {"global_batch": experiment.global_batch, "seed": args.seed}
 
 
 def describe(figures: dict[str, float]) -> str:

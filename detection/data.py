@@ -289,9 +289,6 @@ def index_annotations(content: dict) -> COCO:
     return coco
 
 
-# -------------------------------------------------------------------------------------------------------- batches
-
-
 def collate(samples: Sequence[Sample]) -> tuple[list[Tensor], list[Target]]:
     """Return a batch in the form that torchvision's detectors take: a list of images and a list of targets."""
     images, targets = zip(*samples, strict=True)

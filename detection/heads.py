@@ -25,9 +25,6 @@ MASK_THRESHOLD = 0.5
 Target = dict[str, Tensor]
 
 
-# ----------------------------------------------------------------------------------------------- anchors and matching
-
-
 class Anchors(AnchorGenerator):
     """Differs from torchvision: sizes are not rounded, strides are fixed, and anchors are float32 whatever the maps.
 
@@ -123,9 +120,6 @@ def suppress(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float) -
         return batched_nms(boxes, scores, classes, threshold)
     side = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max() + 1  # the zero is for images without boxes
     return nms(boxes + (classes * side)[:, None], scores, threshold)
-
-
-# ----------------------------------------------------------------------------------------------- heads of Mask R-CNN
 
 
 class ProposalHead(RPNHead):

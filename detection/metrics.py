@@ -148,11 +148,13 @@ def _per_class(truth: COCO, evaluation: COCOeval, kind: str) -> str:
     width = max(12, *map(len, names))
     rows = [f"{f'{kind}, class':<{width}}  {'AP':>6}  {'AP50':>6}"]
     for i, name in enumerate(names):
-        rows.append(f"{name:<{width}}  {_percent(precision[:, :, i]):>6}  {_percent(precision[0, :, i]):>6}")
+        means = (mean_precision(part) for part in (precision[:, :, i], precision[0, :, i]))
+        ap, ap50 = (f"{100 * mean:.2f}" if mean == mean else "-" for mean in means)
+        rows.append(f"{name:<{width}}  {ap:>6}  {ap50:>6}")
     return "\n".join(rows)
 
 
-def _percent(precision: np.ndarray) -> str:
-    """Return the mean of the defined precisions in percent, `-` if there are none."""
+def mean_precision(precision: np.ndarray) -> float:
+    """Return the mean of the precisions that are defined, which are not -1 or NaN; NaN if there are none."""
     defined = precision[precision > -1]
-    return f"{100 * defined.mean():.2f}" if defined.size else "-"
+    return defined.mean().item() if defined.size else float("nan")

@@ -37,9 +37,6 @@ def build_detector(experiment: Experiment, num_classes: int, pretrained: bool) -
     return network(body, num_classes, experiment)
 
 
-# -------------------------------------------------------------------------------------------- backbone and pyramid
-
-
 class TwinsFPN(nn.Module):
     """A Twins backbone and a feature pyramid: images `(B, 3, H, W)` -> maps `(B, channels, H / s, W / s)`.
 
@@ -169,9 +166,6 @@ def paste_masks_at_once(masks: Tensor, boxes: Tensor, height: int, width: int) -
     return weights[0] @ masks.float() @ weights[1].transpose(1, 2) >= heads.MASK_THRESHOLD
 
 
-# ------------------------------------------------------------------------------------------------------ RetinaNet
-
-
 class CompiledBackbone:
     """A detector whose `compile` compiles the backbone only: the other parts work on lists of varying sizes."""
 
@@ -247,9 +241,6 @@ class TwinsRetinaNet(CompiledBackbone, RetinaNet):
         boxes, scores = boxes[candidates], scores[candidates, labels]
         keep = heads.suppress(boxes, scores, labels, self.nms_thresh)[: self.detections_per_img]
         return {"boxes": boxes[keep], "scores": scores[keep], "labels": labels[keep]}
-
-
-# ----------------------------------------------------------------------------------------------------- Mask R-CNN
 
 
 class TwinsMaskRCNN(CompiledBackbone, GeneralizedRCNN):

@@ -5,8 +5,6 @@
     bash dist_test.sh configs/mask_rcnn_alt_gvt_tiny_shapes.py results.json 1
 
 The last evaluates results that --out has written, without the network.
-
-On bad input the script prints one line that names it and exits with a non-zero code; --traceback shows the traceback.
 """
 
 import argparse
@@ -22,13 +20,12 @@ if __name__ == "__main__":  # instead of this folder, whose file names would sha
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from core.description import check_same_classes, read_description
 from core.distributed import Processes, on_main
 from core.images import draw_captions, save_png
 from core.launch import run_script
-from core.options import SHARE, ArgumentParser, choose_amp, compile_if_asked
+from core.options import SHARE, ArgumentParser, choose_amp
 from core.signals import signals_noted
-from dense.training import build_experiment, describe, get_test_parser
+from dense.training import build_experiment, describe, get_test_parser, prepare_test
 from detection.augmented import AugmentedDetector
 from detection.configs.recipes import Experiment
 from detection.metrics import find_objects, read_results, summarise, write_results
@@ -36,7 +33,6 @@ from detection.network import build_detector
 from detection.pictures import describe_none, draw_detections, keep_above
 from detection.train import KINDS, build_eval_loader
 from detection.weights import load_detector
-from models.cpu import accelerate
 from utils import UserError, make_folder
 
 logger = logging.getLogger("twins")
@@ -108,10 +104,7 @@ def detect(
     """Return the results of the network in COCO's format, in the main process."""
     dataset = loader.dataset
     model = build_detector(experiment, len(dataset.classes), pretrained=False)
-    logger.info("%s", load_detector(model, args.checkpoint))
-    check_same_classes(args.checkpoint, read_description(args.checkpoint).classes, dataset.classes)
-    accelerate(model).to(processes.device)
-    compile_if_asked(model, args.compile)
+    prepare_test(args, model, load_detector, dataset.classes, processes.device)
     if args.aug_test:
         model = AugmentedDetector(model, experiment.test_scales or [experiment.scale])
     show = build_painter(dataset, args.show_dir, args.show_score_thr) if args.show_dir else None

@@ -1,9 +1,7 @@
 """Train a detector of configs/; evaluate it and save a checkpoint after each epoch.
 
-    bash dist_train.sh configs/mask_rcnn_alt_gvt_s_fpn_1x_coco_pvt_setting.py 8
-    bash dist_train.sh configs/mask_rcnn_alt_gvt_tiny_shapes.py 1
-
-On bad input the script prints one line that names it and exits with a non-zero code; --traceback shows the traceback.
+bash dist_train.sh configs/mask_rcnn_alt_gvt_s_fpn_1x_coco_pvt_setting.py 8
+bash dist_train.sh configs/mask_rcnn_alt_gvt_tiny_shapes.py 1
 """
 
 import argparse
@@ -24,7 +22,7 @@ from core.distributed import Processes
 from core.launch import RESUMABLE, run_script
 from core.options import choose_amp, loader_options
 from dense.optimisation import linear_warmup
-from dense.training import Task, describe, get_train_parser, process_batch, run_training
+from dense.training import Task, describe, get_train_parser, process_batch, run_training, sampling
 from detection.configs.recipes import Experiment
 from detection.data import GroupedBatches, build_dataset, collate
 from detection.metrics import find_objects, summarise
@@ -42,14 +40,8 @@ def build_train_loader(args: argparse.Namespace, experiment: Experiment, process
     """Build the loader of the training set."""
     dataset = build_dataset(experiment, "train")
     augment = many_scales if experiment.many_scales else partial(one_scale, scale=experiment.scale)
-    batches = GroupedBatches(
-        dataset.sizes,
-        batch_size=process_batch(experiment, processes),
-        global_batch=experiment.global_batch,
-        world_size=processes.world_size,
-        rank=processes.rank,
-        seed=args.seed,
-    )
+    batch_size = process_batch(experiment, processes)
+    batches = GroupedBatches(dataset.sizes, batch_size=batch_size, **sampling(args, experiment, processes))
     views = SeededSet(dataset, args.seed, augment)
     return DataLoader(views, batch_sampler=batches, collate_fn=collate, **loader_options(args, processes.device))
 

@@ -72,12 +72,12 @@ def evaluate(
     data_loader: Iterable,
     device: torch.device,
     num_classes: int,
-    on_prediction: Callable[[int, Tensor], None] | None = None,
+    on_prediction: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> ConfusionMatrix:
     """Evaluate the predictions of images; each image is counted exactly once.
 
     Each process has its own loader of `EvalViews`, and the counts are those of all processes. `on_prediction` is called
-    with the index of each image and its predicted classes, on the CPU.
+    with the index of each image, its predicted classes and its labels, on the CPU.
 
     Raises:
         Interrupted: On all processes, if any process received a signal to stop; the others finish their part.
@@ -89,7 +89,7 @@ def evaluate(
         prediction = predict_image(index, images, tuple(labels.shape))
         matrix.update(prediction.to(device), labels.to(device, non_blocking=True))
         if on_prediction is not None:
-            on_prediction(index, prediction.cpu())
+            on_prediction(index, prediction.cpu(), labels)
     stop_if_requested(device)
     all_reduce(matrix.counts)
     return matrix

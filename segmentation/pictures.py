@@ -9,24 +9,20 @@ from torchvision.transforms.v2.functional import to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
 from core.images import GAP, draw_captions, enlarge, load_font, plain_text
+from segmentation.data import IGNORED_LABEL
 
 OPACITY = 0.5  # of the colours
 
 
 def draw_overlay(
-    image: Tensor,
-    maps: Mapping[str, Tensor],
-    classes: Sequence[str],
-    colours: Sequence[tuple[int, ...]],
-    ignored: int,
+    image: Tensor, maps: Mapping[str, Tensor], classes: Sequence[str], colours: Sequence[tuple[int, ...]]
 ) -> Image.Image:
     """Draw an RGB image, uint8 `(3, H, W)`, beside it the image under each label map, and a legend of the classes.
 
-    The maps are integers `(H, W)` by their titles; pixels with the label `ignored` stay as they are. `colours` are the
-    RGB colours of the classes.
+    The maps are integers `(H, W)` by their titles. `colours` are the RGB colours of the classes.
     """
     present = torch.cat([labels.unique().long() for labels in maps.values()]).unique().tolist()
-    shown = [label for label in present if label != ignored]
+    shown = [label for label in present if label != IGNORED_LABEL]
     panels = {"image": image} | {title: _paint(image, labels, shown, colours) for title, labels in maps.items()}
     pictures = [(title, enlarge(to_pil_image(panel))) for title, panel in panels.items()]
     names = [(plain_text(classes[label]), tuple(colours[label])) for label in shown]

@@ -14,7 +14,6 @@ from core.description import Description
 from core.images import make_colours
 from core.predictor import Predictor, Result, Source, open_image
 from segmentation.configs.recipes import Experiment
-from segmentation.data import IGNORED_LABEL
 from segmentation.network import Segmentor, build_predictor, build_segmentor
 from segmentation.pictures import draw_overlay
 from segmentation.transforms import evaluation_inputs
@@ -37,7 +36,7 @@ class Segmentation(Result):
     def draw(self) -> Image.Image:
         """Return a picture of the image, the classes in colours over the image, and a legend."""
         image = pil_to_tensor(open_image(self.source, upright=True))
-        return draw_overlay(image, {"prediction": self.labels}, self.classes, self.colours, IGNORED_LABEL)
+        return draw_overlay(image, {"prediction": self.labels}, self.classes, self.colours)
 
 
 def to_input(image: Image.Image, scale: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:

@@ -5,8 +5,6 @@
     bash dist_test.sh configs/upernet_alt_gvt_tiny_shapes.py predictions 1
 
 The last evaluates predictions that --out has written, without the network.
-
-On bad input the script prints one line that names it and exits with a non-zero code; --traceback shows the traceback.
 """
 
 import argparse
@@ -23,16 +21,13 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from core.description import check_same_classes, read_description
 from core.distributed import Processes
 from core.images import save_png
 from core.launch import run_script
-from core.options import ArgumentParser, choose_amp, compile_if_asked
+from core.options import ArgumentParser, choose_amp
 from core.signals import signals_noted
-from dense.training import build_experiment, describe, get_test_parser
-from models.cpu import accelerate
+from dense.training import build_experiment, describe, get_test_parser, prepare_test
 from segmentation.configs.recipes import Experiment
-from segmentation.data import IGNORED_LABEL
 from segmentation.metrics import build_reader, evaluate
 from segmentation.network import build_predictor, build_segmentor
 from segmentation.pictures import draw_overlay
@@ -85,10 +80,7 @@ def run_test(args: argparse.Namespace, processes: Processes) -> None:
         predict_image = build_reader(Path(args.checkpoint), dataset)
     else:
         model = build_segmentor(experiment, len(classes), pretrained=False)
-        logger.info("%s", load_segmentor(model, args.checkpoint))
-        check_same_classes(args.checkpoint, read_description(args.checkpoint).classes, classes)
-        accelerate(model).to(processes.device)
-        compile_if_asked(model, args.compile)
+        prepare_test(args, model, load_segmentor, classes, processes.device)
         amp_dtype = choose_amp(args.amp, processes.device)
         predict_image = build_predictor(model, experiment, amp_dtype, flip=args.aug_test)
     write = build_writer(dataset, args.out, args.show_dir)
@@ -100,19 +92,18 @@ def run_test(args: argparse.Namespace, processes: Processes) -> None:
         logger.info("%s\n%s", matrix.table(classes), describe(matrix.summary()))
 
 
-def build_writer(dataset: Dataset, out: str | None, show_dir: str | None) -> Callable[[int, Tensor], None]:
+def build_writer(dataset: Dataset, out: str | None, show_dir: str | None) -> Callable[[int, Tensor, Tensor], None]:
     """Return a function that writes the prediction of an image to the folders that are given."""
     for folder in filter(None, (out, show_dir)):
         make_folder(Path(folder))
 
-    def write(index: int, prediction: Tensor) -> None:
+    def write(index: int, prediction: Tensor, labels: Tensor) -> None:
         if out:
-            labels = prediction.numpy().astype(np.uint8) + dataset.first_label
-            save_png(Image.fromarray(labels), Path(out) / dataset.name(index))
+            stored = prediction.numpy().astype(np.uint8) + dataset.first_label
+            save_png(Image.fromarray(stored), Path(out) / dataset.name(index))
         if show_dir:
-            image, labels = dataset[index]
             maps = {"prediction": prediction, "labels": labels}
-            overlay = draw_overlay(image, maps, dataset.classes, dataset.colours, IGNORED_LABEL)
+            overlay = draw_overlay(dataset[index][0], maps, dataset.classes, dataset.colours)
             save_png(overlay, Path(show_dir) / dataset.name(index))
 
     return write

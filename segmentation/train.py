@@ -1,9 +1,7 @@
 """Train a segmentation network of configs/; evaluate it and save a checkpoint after each interval.
 
-    bash dist_train.sh configs/upernet_pcpvt_l_512x512_160k_ade20k_swin_setting.py 8
-    bash dist_train.sh configs/upernet_alt_gvt_tiny_shapes.py 1
-
-On bad input the script prints one line that names it and exits with a non-zero code; --traceback shows the traceback.
+bash dist_train.sh configs/upernet_pcpvt_l_512x512_160k_ade20k_swin_setting.py 8
+bash dist_train.sh configs/upernet_alt_gvt_tiny_shapes.py 1
 """
 
 import argparse
@@ -23,7 +21,7 @@ from core.distributed import Processes
 from core.launch import RESUMABLE, run_script
 from core.options import choose_amp, loader_options
 from dense.optimisation import linear_warmup
-from dense.training import Task, describe, get_train_parser, process_batch, run_training
+from dense.training import Task, describe, get_train_parser, process_batch, run_training, sampling
 from models.twins import MIN_INPUT_SIZE
 from samplers import EndlessSampler, SeededSet
 from segmentation.configs.recipes import Experiment
@@ -42,17 +40,9 @@ def build_train_loader(args: argparse.Namespace, experiment: Experiment, process
     dataset = build_dataset(experiment, "train")
     crop = partial(augment, scale=experiment.scale, scale_range=experiment.scale_range, crop_size=experiment.crop_size)
     views = SeededSet(dataset, args.seed, crop)
-    sampler = EndlessSampler(
-        len(views),
-        steps=experiment.interval,
-        global_batch=experiment.global_batch,
-        world_size=processes.world_size,
-        rank=processes.rank,
-        seed=args.seed,
-    )
-    loading = loader_options(args, processes.device)
+    sampler = EndlessSampler(len(views), steps=experiment.interval, **sampling(args, experiment, processes))
     batch_size = process_batch(experiment, processes)
-    return DataLoader(views, batch_size=batch_size, sampler=sampler, **loading)
+    return DataLoader(views, batch_size=batch_size, sampler=sampler, **loader_options(args, processes.device))
 
 
 def build_eval_loader(

@@ -19,13 +19,13 @@ import analyze
 import main as main_script
 from analysis import data, evaluate
 from analysis.classification import class_figures, describe_worst
-from analysis.pictures import draw_bars, draw_matrix, make_sheet
+from analysis.pictures import draw_bars, draw_matrix, save_sheet
 from core.distributed import Processes
 from core.options import ArgumentParser, add_loader_options, add_process_options
 from datasets import build_train_loader, build_val_loader
 from detection import test as detection_test
 from segmentation import test as segmentation_test
-from tests.conftest import ROOT, TINY, fails
+from tests.helpers import ROOT, TINY, fails
 from tests.test_detection_runs import MASK
 from tests.test_detection_runs import SMALL as SMALL_DETECTOR
 from tests.test_options import options_of
@@ -381,9 +381,10 @@ def test_figures_of_matplotlib():
     assert [label.get_text() for label in axis.get_yticklabels()] == ["b", "a", "b"]
 
 
-def test_sheets_have_rows():
+def test_sheets_have_rows(tmp_path):
     panels = [("", Image.new("RGB", (30, 30), colour)) for colour in ("red", "green", "blue")]
-    sheet = make_sheet(panels, (40, 40), 2)
+    save_sheet(panels, (40, 40), 2, tmp_path / "sheet.png")
+    sheet = Image.open(tmp_path / "sheet.png")
     pixels = np.asarray(sheet)
     assert tuple(pixels[20, 20]) == (255, 0, 0)
     assert tuple(pixels[20, 48 + 20]) == (0, 128, 0)

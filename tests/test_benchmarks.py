@@ -14,7 +14,7 @@ from core.distributed import Processes
 from datasets import build_train_loader
 from main import get_args_parser, parse_args
 from tests import forks
-from tests.conftest import ROOT, fails
+from tests.helpers import ROOT, fails
 
 SMALL = ["--device", "cpu", "--turns", "2", "--batch-size", "2", "--input-size", "64", "64"]
 DETECTION_CONFIG = ROOT / "detection/configs/retinanet_pcpvt_s_fpn_1x_coco_pvt_setting.py"

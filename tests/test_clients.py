@@ -22,7 +22,7 @@ import models.cpu
 from models.complexity import count_module_macs
 from tests import client_workers, test_timm_interface
 from tests.clients_page import PAGE
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from tests.test_models import TINY, image
 
 SIZES = [(1, 64, 96), (2, 96, 128), (1, 160, 160), (1, 96, 224), (3, 224, 224), (1, 225, 230), (1, 256, 256)]

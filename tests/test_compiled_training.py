@@ -8,7 +8,7 @@ import main
 from core.run import Run
 from detection import train as detection_train
 from segmentation import train as segmentation_train
-from tests.conftest import ROOT, TINY
+from tests.helpers import ROOT, TINY
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("small_sets")]
 SHAPES = [*TINY, "--data-set", "SHAPES", "--epochs", "3", "--drop-path", "0.1"]

@@ -11,7 +11,7 @@ from core.checkpoint import TrainState
 from core.meters import EpochMeter
 from core.options import TrainSettings
 from engine import train_one_epoch
-from tests.conftest import TINY, assert_equal, read_log
+from tests.helpers import TINY, assert_equal, read_log
 from tests.test_engine import Saves, Schedule, cross_entropy, make_batches
 from tests.test_gpu_settings import build_plain_state, overflow_in
 

@@ -17,7 +17,7 @@ from analysis.runs import RunLog, read_run
 from core.options import ArgumentParser
 from core.recipes import PUBLISHED
 from dense.experiments import load_experiment
-from tests.conftest import BACKBONES, ROOT, fails, read_log
+from tests.helpers import BACKBONES, ROOT, fails, read_log
 from tests.test_dense_options import TASKS
 from tests.test_options import BASE, options_of
 from utils import UserError

@@ -16,7 +16,7 @@ from dense.networks import build_backbone
 from dense.optimisation import IterationSchedule, build_scaler, linear_warmup, parameter_groups
 from dense.training import build_experiment, build_state, get_test_parser, get_train_parser
 from segmentation.configs.recipes import Experiment
-from tests.conftest import ROOT
+from tests.helpers import ROOT, on_meta
 from utils import UserError
 
 
@@ -280,7 +280,7 @@ def test_an_unknown_backbone_is_refused():
 
 @pytest.mark.parametrize("name", ["pcpvt_small", "alt_gvt_small"])
 def test_norms_and_positional_encodings_are_not_decayed(name):
-    with torch.device("meta"):
+    with on_meta():
         backbone = build_backbone(name, "")
     groups = parameter_groups(backbone, 0.01, ("norm", "pos_block"))
     names = {id(parameter): name for name, parameter in backbone.named_parameters()}

@@ -19,7 +19,7 @@ from models import cpu
 from segmentation import test as segmentation_test
 from segmentation import train as segmentation_train
 from segmentation.configs.recipes import Experiment as SegmentationExperiment
-from tests.conftest import ROOT, read_log
+from tests.helpers import ROOT, read_log
 from tests.test_options import BASE, CPU, differ, load_weights, options_of
 
 pytestmark = pytest.mark.usefixtures("small_sets")

@@ -10,6 +10,7 @@ from detection.configs.recipes import Experiment
 from detection.network import build_detector
 from detection.weights import load_detector
 from tests import golden_rule
+from tests.helpers import on_meta
 from tests.test_models import DATA, PARAMETERS
 
 KINDS = ("retinanet", "mask_rcnn")
@@ -29,7 +30,9 @@ class Golden:
         state = golden_rule.state_from_shapes(self.facts["state"])
         path = folder / "released.pth"
         torch.save({"meta": {}, "state_dict": {name: torch.from_numpy(value) for name, value in state.items()}}, path)
-        self.model = build(kind)
+        with on_meta():
+            self.model = build(kind)
+        self.model.to_empty(device="cpu")
         self.report = load_detector(self.model, path)
         self.model.eval()
 
@@ -193,6 +196,6 @@ COUNTS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_parameter_counts(kind):
     for name, expected in zip(PARAMETERS, COUNTS[kind], strict=True):
-        with torch.device("meta"):
+        with on_meta():
             count = sum(parameter.numel() for parameter in build(kind, name).parameters())
         assert (count - 4357 * (kind == "mask_rcnn")) / 1e6 == pytest.approx(expected, abs=0.006), name

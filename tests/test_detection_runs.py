@@ -23,7 +23,7 @@ from detection import train as train_script
 from detection.configs.recipes import shapes_setting
 from detection.network import TwinsMaskRCNN, build_detector
 from detection.pictures import draw_detections
-from tests.conftest import (
+from tests.helpers import (
     BACKBONES,
     DENSE_RUN_FILES,
     ROOT,

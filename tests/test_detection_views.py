@@ -12,7 +12,7 @@ from detection import augmented
 from detection import test as test_script
 from detection.augmented import AugmentedDetector
 from detection.network import Transform, build_detector
-from tests.conftest import fails
+from tests.helpers import fails
 from tests.test_detection_runs import FOLDER, MASK, RETINA, SMALL, TINY
 
 

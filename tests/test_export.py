@@ -23,7 +23,7 @@ from detection.network import build_detector, paste_masks, paste_masks_at_once
 from predict import add_network_options, load_predictor
 from segmentation.heads import AveragePool
 from segmentation.network import build_segmentor
-from tests.conftest import ROOT, TINY, fails
+from tests.helpers import ROOT, TINY, fails
 from tests.test_options import options_of
 from transforms import STATISTICS
 

@@ -4,9 +4,11 @@
 so that the files are small. `format_1.json` has the options of the runs and the log of the earlier code after resuming.
 """
 
+import io
 import json
 import lzma
 import re
+from functools import cache
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from detection import train as detection_train
 from segmentation import data as segmentation_data
 from segmentation import test as segmentation_test
 from segmentation import train as segmentation_train
-from tests.conftest import ROOT, assert_equal, fails, read_log
+from tests.helpers import ROOT, assert_equal, fails, read_log
 from utils import get_random_state, versions
 
 DATA = ROOT / "tests/data"
@@ -40,11 +42,23 @@ def small_sets(monkeypatch):
         monkeypatch.setattr(module, "SHAPES_VAL", 6)
 
 
+@cache
+def unpack(task: str) -> bytes:
+    """Return the content of the file of a task's checkpoint."""
+    return lzma.decompress((DATA / f"format_1_{task}.pth.xz").read_bytes())
+
+
+@cache
+def load_old(task: str) -> dict:
+    """Return the checkpoint of a task."""
+    return torch.load(io.BytesIO(unpack(task)), weights_only=True)
+
+
 @pytest.fixture
 def checkpoint(request, tmp_path):
     """Return the name of a task, the unpacked file of its checkpoint, and the options of its run."""
     path = tmp_path / "old.pth"
-    path.write_bytes(lzma.decompress((DATA / f"format_1_{request.param}.pth.xz").read_bytes()))
+    path.write_bytes(unpack(request.param))
     options = RUNS[request.param]["options"]
     return request.param, path, [str(ROOT / options[0]), *options[1:]] if request.param != "classification" else options
 
@@ -58,7 +72,7 @@ def insert(options: list[str], *others) -> list[str]:
 @pytest.fixture
 def tolerance(checkpoint) -> float:
     """Other versions of the libraries draw and augment slightly other images, and so do other processors."""
-    written = torch.load(checkpoint[1], weights_only=True)["versions"]
+    written = load_old(checkpoint[0])["versions"]
     names = ("torch", "torchvision", "timm", "numpy", "pillow")
     return 0.02 if all(written[name] == versions()[name] for name in names) else 0.3
 
@@ -69,7 +83,7 @@ def test_old_checkpoints_are_restored(checkpoint, tmp_path, monkeypatch, capsys)
     runs = []
     monkeypatch.setattr(Run, "epochs", lambda self, *_: runs.append(self) or iter(()))
     SCRIPTS[task].main(insert(options, "--resume", path, "--output_dir", tmp_path / "run"))
-    state, content = runs[0].state, torch.load(path, weights_only=True)
+    state, content = runs[0].state, load_old(task)
     assert_equal(dict(state.model.state_dict()), dict(content["model"]))
     assert_equal(state.optimizer.state_dict()["state"], content["optimizer"]["state"])
     if task == "classification":
@@ -98,8 +112,9 @@ def test_old_checkpoints_resume(checkpoint, tolerance, tmp_path):
 @pytest.mark.parametrize("checkpoint", SCRIPTS, indirect=True)
 def test_newer_checkpoints_are_refused(checkpoint, tmp_path, capsys):
     task, path, options = checkpoint
-    content = torch.load(path, weights_only=True)
-    del content["meters"]  # a newer format may have other keys
+    content = {
+        key: value for key, value in load_old(task).items() if key != "meters"
+    }  # a newer format may have other keys
     for version in (FORMAT + 1, "new"):
         torch.save({**content, "format": version}, path)
         line = fails(capsys, SCRIPTS[task], *insert(options, "--resume", path, "--output_dir", tmp_path / "run"))
@@ -115,7 +130,7 @@ def test_checkpoints_of_another_task_are_refused(checkpoint, tmp_path, capsys):
         options = options if other == "classification" else [str(ROOT / options[0]), *options[1:]]
         options = [option for option in options if option != "--model-ema"]
         if task == "classification":
-            torch.save({**torch.load(path, weights_only=True), "model_ema": None}, path)
+            torch.save({**load_old(task), "model_ema": None}, path)
         line = fails(capsys, SCRIPTS[other], *insert(options, "--resume", path, "--output_dir", tmp_path / "run"))
         assert "old.pth: is a checkpoint of another task, which has no option" in line
 

@@ -7,7 +7,7 @@ import timm
 import torch
 
 import models  # noqa: F401  registers the models
-from tests.conftest import ROOT, TINY
+from tests.helpers import ROOT, TINY
 from tests.test_dense_options import TASKS
 
 

@@ -22,7 +22,7 @@ from detection import test as detection_test
 from detection import train as detection_train
 from segmentation import test as segmentation_test
 from segmentation import train as segmentation_train
-from tests.conftest import ROOT, TINY, assert_equal, fails
+from tests.helpers import ROOT, TINY, assert_equal, fails
 from tests.test_engine import cross_entropy, make_batches, model, train  # noqa: F401  model is a fixture
 from utils import UserError
 

@@ -3,7 +3,7 @@
 import ast
 from functools import cache
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 MAX_MODULE_LINES = 600  # without get_args_parser
 MAX_FUNCTION_LINES = 70
@@ -42,6 +42,7 @@ def parse(module) -> ast.Module:
     return ast.parse((ROOT / module).read_text())
 
 
+@cache
 def absolute_imports(module) -> set[str]:
     """Return the names that a file imports absolutely, including imports inside functions."""
     names = set()
@@ -53,6 +54,7 @@ def absolute_imports(module) -> set[str]:
     return names
 
 
+@cache
 def relative_imports(module) -> set[str]:
     """Return the names that a file imports relatively, as absolute names."""
     names = set()

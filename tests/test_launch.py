@@ -12,7 +12,7 @@ import main
 from core.launch import find_cause, one_line, run_script
 from core.options import NON_NEGATIVE, POSITIVE
 from models import TwinsError
-from tests.conftest import ROOT, run_processes
+from tests.helpers import ROOT, run_processes
 from utils import UserError
 
 ARGS = argparse.Namespace(device="cpu", dist_url="env://", loader_timeout=0, deterministic=False, traceback=False)
@@ -58,28 +58,31 @@ class Broken(torch.utils.data.Dataset):
         raise self.error
 
 
+def load_broken(error: Exception) -> Exception:
+    """Return the error of a loader whose process raises an error."""
+    batches = iter(DataLoader(Broken(error), num_workers=1))
+    with pytest.raises(type(error)) as raised:
+        next(batches)
+    batches._shutdown_workers()  # a later collection of garbage would wait 5 seconds for the process
+    return raised.value
+
+
 @pytest.mark.parametrize("error", [UserError("a.jpg: cut short; copy it again"), ValueError("internal")])
 def test_errors_of_data_loading_processes(error):
-    with pytest.raises(type(error)) as raised:
-        list(DataLoader(Broken(error), num_workers=1))
-    assert find_cause(raised.value) == (str(error) if isinstance(error, UserError) else None)
+    assert find_cause(load_broken(error)) == (str(error) if isinstance(error, UserError) else None)
 
 
 def test_messages_of_several_lines_become_one_line():
     assert one_line(ValueError("first line\n  second line")) == "first line second line"
     assert one_line(ValueError()) == "ValueError"
-    with pytest.raises(UserError) as raised:
-        list(DataLoader(Broken(UserError("a.json: bad:\nline 3")), num_workers=1))
-    assert one_line(raised.value) == "a.json: bad: line 3"
+    assert one_line(load_broken(UserError("a.json: bad:\nline 3"))) == "a.json: bad: line 3"
 
 
 @pytest.mark.slow
 def test_the_cause_of_an_error_in_a_data_loading_process_is_not_its_message():
     error = UserError("a.jpg: cut short")
     error.__cause__ = OSError("truncated: 3 bytes")
-    with pytest.raises(UserError) as raised:
-        list(DataLoader(Broken(error), num_workers=1))
-    assert one_line(raised.value) == "a.jpg: cut short"
+    assert one_line(load_broken(error)) == "a.jpg: cut short"
 
 
 @pytest.mark.parametrize("kind", [POSITIVE, NON_NEGATIVE])

@@ -1,8 +1,10 @@
 """Tests of main.py: launchers, training, resuming, evaluation, schedules, recipes and bad input."""
 
+import io
 import json
 import re
 import shutil
+from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from main import (
 )
 from samplers import TrainSampler
 from tests import forks
-from tests.conftest import (
+from tests.helpers import (
     LAUNCHERS,
     ROOT,
     TINY,
@@ -32,6 +34,8 @@ from tests.conftest import (
     damage_jpeg,
     free_port,
     launch,
+    on_meta,
+    one_thread,
     read_log,
     read_size,
     run_processes,
@@ -54,13 +58,13 @@ def final_lines(output: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def trained(image_folder, tmp_path_factory):
-    """Run of two epochs on JPEG files in a separate process, with most options on; its folder, output and options."""
+    """Run of two epochs on JPEG files with most options on; its folder, output and options."""
     folder = tmp_path_factory.mktemp("trained")
     options = ["--data-path", image_folder, "--epochs", 2, "--output_dir", folder, "--model-ema", "--repeated-aug"]
     options += ["--num_workers", "2", "--global-batch", "8", "--layer-decay", "0.8"]
-    result = forks.run(["main.py", *TINY, *options])
-    assert result.returncode == 0, result.stderr
-    return folder, result.stdout, options
+    with one_thread(), redirect_stdout(io.StringIO()) as output:
+        main.main([*TINY, *map(str, options)])
+    return folder, output.getvalue(), options
 
 
 def test_training_writes_its_files(trained):
@@ -309,7 +313,7 @@ def test_schedule_equals_the_published_logs(name):
     published = json.loads((DATA / "published_lr.json").read_text())[name]
     recipe = PUBLISHED[name]
     args = parse("--model", name, "--warmup-epochs", recipe.get("warmup_epochs", 5))
-    with torch.device("meta"):
+    with on_meta():
         model = timm.create_model(name)
     optimizer = build_optimizer(args, model, recipe["global_batch"])
     schedule = build_scheduler(args, optimizer, 625)

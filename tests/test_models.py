@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import models  # noqa: F401  registers our models
 from models.complexity import count_macs
 from models.layers import WINDOW_PADDINGS, LocallyGroupedAttention
 from tests import golden_rule
+from tests.helpers import on_meta
 
 DATA = Path(__file__).parent / "data"
 PARAMETERS = {
@@ -53,24 +55,34 @@ def test_equals_the_original(name):
     manifest = json.loads((DATA / "golden_classification.json").read_text())
     golden_name = name if name in manifest["inputs"] else f"{name}_v0"
     given = manifest["inputs"][golden_name]
-    model = timm.create_model(name).eval()
+    with on_meta():
+        model = timm.create_model(name).eval()
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     state = {key: torch.from_numpy(value) for key, value in golden_rule.state_from_shapes(shapes).items()}
-    model.load_state_dict(state)
+    model.load_state_dict(state, assign=True)
     images = golden_rule.image(given["height"], given["width"], given["seed"], given["batch"])
     logits = model(torch.from_numpy(images)).numpy()
     expected = np.load(DATA / "golden_classification.npz")[golden_name]
     np.testing.assert_allclose(logits, expected, **manifest["tolerance"]["logits"])
 
 
+@lru_cache(maxsize=2)
+@torch.inference_mode(False)
+def beside_timms(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Return our model and that of timm, with the same weights."""
+    with on_meta():
+        ours = timm.create_model(name, window_padding="zero")
+    theirs = timm.create_model(TIMM_NAMES[name])
+    ours.load_state_dict(theirs.state_dict(), strict=True, assign=True)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    return ours, theirs
+
+
 @pytest.mark.parametrize("name", SIX)
 @torch.inference_mode()
 def test_equals_timm(name):
-    ours = timm.create_model(name, window_padding="zero").eval()
-    theirs = timm.create_model(TIMM_NAMES[name]).eval()
+    ours, theirs = (model.eval() for model in beside_timms(name))
     assert sum(parameter.numel() for parameter in ours.parameters()) == PARAMETERS[name]
-    theirs.load_state_dict(ours.state_dict(), strict=True)
-    ours.load_state_dict(theirs.state_dict(), strict=True)
     for size in ((1, 224, 224), (1, 250, 333), (2, 96, 160)):
         images = image(*size)
         torch.testing.assert_close(ours(images), theirs(images), atol=1e-5, rtol=0)
@@ -78,10 +90,9 @@ def test_equals_timm(name):
 
 @pytest.mark.parametrize("name", ["pcpvt_small", "alt_gvt_small"])
 def test_gradients_equal_those_of_timm(name):
-    ours, theirs = timm.create_model(name, window_padding="zero"), timm.create_model(TIMM_NAMES[name])
-    theirs.load_state_dict(ours.state_dict())
+    ours, theirs = beside_timms(name)
     for model in (ours, theirs):
-        model(image(2, 96, 160)).square().sum().backward()
+        model.train()(image(2, 96, 160)).square().sum().backward()
     expected = dict(theirs.named_parameters())
     for key, parameter in ours.named_parameters():
         error = (parameter.grad - expected[key].grad).norm() / expected[key].grad.norm()
@@ -90,7 +101,8 @@ def test_gradients_equal_those_of_timm(name):
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_multiply_accumulates(name):
-    macs = count_macs(name)
+    with on_meta():
+        macs = count_macs(name)
     assert [macs.layers / 1e9, macs.total / 1e9] == pytest.approx(MACS[name], abs=1e-3)
 
 
@@ -227,7 +239,7 @@ def test_pretrained_loads_from_a_file(tmp_path):
 
 @pytest.mark.parametrize("size", ["small", "base", "large"])
 def test_names_of_the_original(size):
-    with torch.device("meta"), pytest.warns(UserWarning, match="deprecated"):
+    with on_meta(), pytest.warns(UserWarning, match="deprecated"):
         model = timm.create_model(f"pcpvt_{size}_v0")
     assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[f"pcpvt_{size}"]
 

@@ -2,7 +2,7 @@
 
 import argparse
 import copy
-from functools import cache
+from functools import lru_cache
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from core.run_folder import RunFolder
 from datasets import build_dataset, build_train_loader, build_val_loader
 from main import build_optimizer, build_scheduler, build_trained_model, get_args_parser
 from models import Twins
-from tests.conftest import ROOT, TINY, assert_equal
+from tests.helpers import ROOT, TINY, assert_equal
 
 pytestmark = pytest.mark.usefixtures("small_sets")
 CPU = torch.device("cpu")
@@ -122,20 +122,25 @@ def parse(*argv) -> argparse.Namespace:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Return a function that trains with options of main.py and returns the folder of the run."""
+def run():
+    """Return a function that trains with options of main.py and returns the weights, those of the EMA if there is one.
 
-    @cache
-    def run(*options):
-        folder = tmp_path_factory.mktemp("run")
-        main.main([*BASE, "--output_dir", str(folder), *options])
-        return folder
+    They are those of the checkpoint, but without its file.
+    """
+
+    @lru_cache(maxsize=4)
+    def run(*options) -> dict[str, torch.Tensor]:
+        states, build_state = [], main.build_state
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(main, "build_state", lambda *args: states.append(build_state(*args)) or states[0])
+            main.main([*BASE, *options])
+        return (states[0].model_ema.module if states[0].model_ema else states[0].model).state_dict()
 
     return run
 
 
-def load_weights(folder, key: str = "model") -> dict[str, torch.Tensor]:
-    return torch.load(folder / "checkpoint.pth", weights_only=True)[key]
+def load_weights(folder) -> dict[str, torch.Tensor]:
+    return torch.load(folder / "checkpoint.pth", weights_only=True)["model"]
 
 
 def differ(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -155,18 +160,18 @@ def test_every_option_has_a_test():
 def test_the_same_options_give_the_same_weights(run, tmp_path):
     """Otherwise the tests below would pass for options without any effect."""
     main.main([*BASE, "--output_dir", str(tmp_path)])
-    assert_equal(load_weights(run()), load_weights(tmp_path))
+    assert_equal(dict(run()), dict(load_weights(tmp_path)))
 
 
 @pytest.mark.parametrize("option", CHANGES)
 def test_an_option_changes_the_weights(option, run):
-    assert differ(load_weights(run()), load_weights(run(*CHANGES[option])))
+    assert differ(run(), run(*CHANGES[option]))
 
 
 @pytest.mark.parametrize("option", CHANGES_BESIDE)
 def test_an_option_beside_others_changes_the_weights(option, run):
     others, change = CHANGES_BESIDE[option]
-    assert differ(load_weights(run(*others)), load_weights(run(*others, *change)))
+    assert differ(run(*others), run(*others, *change))
 
 
 def test_the_learning_rate_follows_the_batch():
@@ -239,10 +244,8 @@ def test_mixed_precision_reaches_the_evaluation(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_decay_of_the_moving_average(run):
-    plain, averages = load_weights(run("--model-ema")), []
-    for decay in ("0", "0.5", "1"):
-        averages.append(load_weights(run("--model-ema", "--model-ema-decay", decay), "model_ema"))
-    assert not differ(averages[0], plain)
+    averages = [run("--model-ema", "--model-ema-decay", decay) for decay in ("0", "0.5", "1")]
+    assert not differ(averages[0], run())
     assert differ(averages[1], averages[0])
     assert differ(averages[2], averages[1])
 
@@ -342,11 +345,12 @@ def test_stepped_schedules_decay_at_their_epochs():
 
 @pytest.mark.slow
 def test_distillation_uses_its_options(run, tmp_path):
-    teacher = run() / "checkpoint.pth"
+    main.main([*BASE, "--output_dir", str(tmp_path)])
+    teacher = tmp_path / "checkpoint.pth"
     soft = ["--distillation-type", "soft", "--teacher-model", "alt_gvt_tiny", "--teacher-path", str(teacher)]
-    plain = load_weights(run(*soft))
+    plain = run(*soft)
     for change in (["--distillation-alpha", "0.9"], ["--distillation-tau", "3"], ["--distillation-type", "hard"]):
-        assert differ(plain, load_weights(run(*soft, *change)))
+        assert differ(plain, run(*soft, *change))
 
 
 def test_the_evaluated_crop_follows_its_option(image_folder):
@@ -376,9 +380,10 @@ def test_checkpoints_are_written_within_an_epoch(monkeypatch, tmp_path):
     assert steps == [1, 2, 3, 4, 0]  # within the epoch, and after the evaluation
 
 
-def test_the_number_of_kept_checkpoints_follows_its_option(run):
+def test_the_number_of_kept_checkpoints_follows_its_option(tmp_path):
     for keep, names in ((1, {"checkpoint.pth"}), (3, {"checkpoint.pth", "checkpoint.1.pth", "checkpoint.2.pth"})):
-        folder = run("--epochs", "2", "--keep", str(keep))
+        folder = tmp_path / str(keep)
+        main.main([*BASE, "--output_dir", str(folder), "--epochs", "2", "--keep", str(keep)])
         assert {file.name for file in folder.glob("checkpoint*.pth")} - {"checkpoint_best.pth"} == names
 
 

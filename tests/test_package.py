@@ -8,7 +8,7 @@ from importlib.metadata import distributions, version
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 
 SOURCES = ("pyproject.toml", "LICENSE", "models")  # all that the installation reads
 

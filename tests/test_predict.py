@@ -25,7 +25,7 @@ from detection import test as detection_test
 from predict import load_predictor
 from segmentation import data as segmentation_data
 from segmentation import test as segmentation_test
-from tests.conftest import ROOT, TINY, damage_jpeg, fails, train_dense
+from tests.helpers import ROOT, TINY, damage_jpeg, fails, train_dense
 from tests.test_detection_runs import MASK, RETINA
 from tests.test_detection_runs import SMALL as SMALL_DETECTOR
 from tests.test_options import options_of

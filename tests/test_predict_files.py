@@ -12,7 +12,7 @@ from PIL import Image
 import predict
 from core import shapes
 from predict import load_predictor
-from tests.conftest import ROOT, fails, run_bash_in
+from tests.helpers import ROOT, fails, run_bash_in
 from tests.test_predict import one_thread, run  # noqa: F401  a fixture
 
 

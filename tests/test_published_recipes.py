@@ -16,7 +16,7 @@ from detection.network import build_detector
 from models.layers import LocallyGroupedAttention
 from segmentation import train as segmentation_train
 from segmentation.network import build_segmentor
-from tests.conftest import ROOT
+from tests.helpers import ROOT, on_meta
 from tests.test_models import DATA
 
 TABLE = json.loads((DATA / "published_recipes.json").read_text())
@@ -100,7 +100,7 @@ def test_learning_rates_are_the_published_ones(task, name):
 def test_networks_are_the_published_ones(task, name):
     _, experiment = load(get_train_parser(""), task, name)
     recipe = TABLE[task][name]
-    with torch.device("meta"):
+    with on_meta():
         if task == "segmentation":
             model = build_segmentor(experiment, 150, pretrained=False)
         else:

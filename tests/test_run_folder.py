@@ -11,7 +11,7 @@ import torch
 
 from core import run_folder
 from core.run_folder import RunFolder
-from tests.conftest import ROOT
+from tests.helpers import ROOT
 from utils import UserError, make_folder, save_checkpoint, write_atomically
 
 

@@ -24,7 +24,7 @@ from segmentation.transforms import (
     resize_labels,
     scale_levels,
 )
-from tests.conftest import damage_jpeg
+from tests.helpers import damage_jpeg
 from tests.small_data import ADE20K_SIZES, make_labels, write_ade20k, write_noise, write_street_scenes
 from tests.test_models import DATA
 from utils import UserError

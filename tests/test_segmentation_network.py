@@ -16,6 +16,7 @@ from segmentation.metrics import ConfusionMatrix
 from segmentation.network import build_segmentor, pixel_cross_entropy, predict
 from segmentation.weights import load_segmentor
 from tests import golden_rule
+from tests.helpers import on_meta
 from tests.test_engine import on_processes
 from tests.test_models import DATA, PARAMETERS
 
@@ -38,7 +39,9 @@ SETTINGS = {"upernet": upernet_swin_setting, "fpn": fpn_pvt_setting}
 def golden(request, tmp_path_factory):
     """A network with the golden weights, loaded from a file as the original's library writes it."""
     kind = request.param
-    model = build_segmentor(SETTINGS[kind]("pcpvt_small"), 150, pretrained=False)
+    with on_meta():
+        model = build_segmentor(SETTINGS[kind]("pcpvt_small"), 150, pretrained=False)
+    model.to_empty(device="cpu")
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()} | GOLDEN["state"][kind]
     state = {name: torch.from_numpy(value) for name, value in golden_rule.state_from_shapes(shapes).items()}
     path = tmp_path_factory.mktemp(kind) / "released.pth"
@@ -90,17 +93,24 @@ def test_outputs_equal_the_originals(golden):
     kind, model, arrays = golden
     given = GOLDEN["inputs"]["eval"]
     images = torch.from_numpy(golden_rule.image(given["height"], given["width"], given["seed"]))
-    maps = model.backbone.forward_intermediates(images, intermediates_only=True)
+    seen = {}  # inputs and outputs of the neck and the decode head
+    hooks = [
+        part.register_forward_hook(lambda part, inputs, output: seen.update({part: (*inputs, output)}))
+        for part in (model.neck, model.decode_head)
+    ]
+    classes = predict(model, [images], (given["height"], given["width"]))
+    for hook in hooks:
+        hook.remove()
+    maps, neck_maps = seen[model.neck]
     for stage in range(4):
         assert_golden(maps[stage], f"stage{stage}", arrays)
         if kind == "fpn":
-            assert_golden(model.neck(maps)[stage], f"fpn_neck{stage}", arrays)
+            assert_golden(neck_maps[stage], f"fpn_neck{stage}", arrays)
     if kind == "upernet":
         assert_golden(model.auxiliary_head(maps), "upernet_aux_logits", arrays)
-    logits = model.decode_head(model.neck(maps))
+    _, logits = seen[model.decode_head]
     assert_golden(logits, f"{kind}_logits", arrays)
     np.testing.assert_allclose(logits.mean((0, 2, 3)), arrays[f"{kind}_class_mean"], atol=1e-4, rtol=1e-4)
-    classes = predict(model, [images], (given["height"], given["width"]))
     assert (classes.numpy() != arrays[f"{kind}_argmax"]).mean() <= 0.001
 
 
@@ -152,7 +162,9 @@ def test_maps_with_padding_on_one_side_equal_the_originals(setting, way):
     """The padding of the released Twins-SVT weights: stages padded on both sides, on one, and not at all."""
     manifest = json.loads((DATA / "golden_segmentation_sizes.json").read_text())
     given, arrays = manifest["inputs"]["eval"], np.load(DATA / "golden_segmentation_sizes.npz")
-    model = build_segmentor(setting("alt_gvt_small"), 150, pretrained=False).backbone.eval()
+    with on_meta():
+        model = build_segmentor(setting("alt_gvt_small"), 150, pretrained=False).backbone.eval()
+    model.to_empty(device="cpu")
     state = golden_rule.state_from_shapes(manifest["state"]["backbone"])
     tensors = {name.removeprefix("backbone."): torch.from_numpy(value) for name, value in state.items()}
     assert not model.load_state_dict(tensors, strict=False).missing_keys
@@ -188,7 +200,7 @@ def test_losses_equal_the_originals(golden):
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_counts(name):
     """The published ones less the classifier of 1000 classes and its norm, and with the norms between SVT's stages."""
-    with torch.device("meta"):
+    with on_meta():
         model = build_segmentor(upernet_swin_setting(name), 150, pretrained=False)
     dims = model.backbone.embed_dims
     classifier = dims[-1] * 1000 + 1000 + 2 * dims[-1]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from core.distributed import Processes, synchronise_norms
 from dense.experiments import load_experiment
-from dense.training import build_experiment, get_train_parser, log_norms
+from dense.training import build_experiment, get_train_parser, log_norms, log_warmup
 from segmentation import data as segmentation_data
 from segmentation import test as test_script
 from segmentation import train as train_script
@@ -21,7 +21,7 @@ from segmentation.configs.recipes import Experiment
 from segmentation.data import build_dataset
 from segmentation.network import Segmentor, build_segmentor
 from tests import forks
-from tests.conftest import (
+from tests.helpers import (
     BACKBONES,
     DENSE_RUN_FILES,
     ROOT,
@@ -286,14 +286,15 @@ def test_another_global_batch_continues_at_the_same_step(global_batch, ade20k_fo
     assert [line["epoch"] for line in read_log(tmp_path)] == [0, 1]
 
 
-@pytest.mark.parametrize(("length", "is_long"), [(0, False), (1, False), (2, True)])
-def test_long_warm_ups_are_announced(length, is_long, ade20k_folder, tmp_path, capsys):
+def test_long_warm_ups_are_announced(ade20k_folder, tmp_path, capsys, caplog):
     command = [FOLDER / UPERNET, *TINY, "--data-root", ade20k_folder, "--work-dir", tmp_path, "--cfg-options", *SMALL]
-    train_script.main(
-        [str(arg) for arg in (*command, f"warmup_iterations={length}", "iterations=6", "eval_interval=6")]
-    )
-    warning = f"warning: the warm-up takes {length} of 6 iterations; shorten it with --cfg-options warmup_iterations=0"
-    assert (warning in capsys.readouterr().out) == is_long
+    train_script.main([str(arg) for arg in (*command, "warmup_iterations=2", "iterations=6", "eval_interval=6")])
+    warning = "warning: the warm-up takes 2 of 6 iterations; shorten it with --cfg-options warmup_iterations=0"
+    assert warning in capsys.readouterr().out
+    for length, is_long in ((0, False), (1, False), (2, True)):
+        caplog.clear()
+        log_warmup(length, 6)
+        assert (f"the warm-up takes {length} of 6" in caplog.text) == is_long
 
 
 def test_mixed_precision_reaches_the_evaluation(ade20k_folder, tmp_path, monkeypatch):

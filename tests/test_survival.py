@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests import forks
-from tests.conftest import ROOT, TINY, Run, assert_same_run, read_log, run_processes
+from tests.helpers import ROOT, TINY, Run, assert_same_run, read_log, run_processes
 
 pytestmark = pytest.mark.slow
 

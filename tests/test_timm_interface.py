@@ -16,6 +16,7 @@ from torchvision.models.feature_extraction import create_feature_extractor, get_
 
 import models
 from models import twins
+from tests.helpers import on_meta
 from tests.test_models import TINY, image
 
 SLOW = [pytest.param(name, marks=[] if name in TINY else pytest.mark.slow) for name in models.list_models()]
@@ -33,7 +34,7 @@ def create(name: str, **kwargs) -> torch.nn.Module:
 @pytest.mark.parametrize("name", SLOW)
 def test_default_configuration(name):
     """`create_model`: the default configuration, and shapes without pooling or head"""
-    with torch.device("meta"):
+    with on_meta():
         model = create(name).eval()
     config = model.default_cfg
     assert {f"{config['first_conv']}.weight", f"{config['classifier']}.weight"} < set(model.state_dict())
@@ -44,7 +45,7 @@ def test_default_configuration(name):
     assert model.forward_head(tokens, pre_logits=True).shape == (1, model.head_hidden_size)
     for kwargs, shape in (({}, tokens.mean((1, 2)).shape), ({"global_pool": ""}, tokens.shape)):
         model.reset_classifier(0, **kwargs)
-        with torch.device("meta"):
+        with on_meta():
             headless = create(name, num_classes=0, **kwargs)
         assert model(images).shape == headless(images).shape == shape
     assert model.to(torch.bfloat16)(images.bfloat16()).dtype == torch.bfloat16
