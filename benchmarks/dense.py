@@ -5,6 +5,7 @@
         segmentation/configs/upernet_alt_gvt_s_512x512_160k_ade20k_swin_setting.py
     python -m benchmarks.dense detection                    # counts of the detectors at 800x1280
     python -m benchmarks.dense detection --memory           # memory of backbones in training at 800x1333
+    python -m benchmarks.dense detection --time detection/configs/retinanet_alt_gvt_s_fpn_1x_coco_pvt_setting.py
 """
 
 import argparse
@@ -12,6 +13,7 @@ import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -27,11 +29,13 @@ from core.options import ArgumentParser, add_process_options
 from core.recipes import PUBLISHED
 from dense.experiments import load_experiment
 from dense.networks import build_backbone
+from detection.configs.recipes import Experiment as DetectionExperiment
 from detection.configs.recipes import mask_rcnn_1x_pvt_setting, retinanet_1x_pvt_setting
 from detection.network import build_detector
+from engine import to_device
 from models.complexity import count_module_macs, count_module_parameters
 from models.cpu import accelerate
-from segmentation.configs.recipes import Experiment
+from segmentation.configs.recipes import Experiment as SegmentationExperiment
 from segmentation.network import build_segmentor
 from utils import UserError
 
@@ -54,17 +58,35 @@ def count_segmentors() -> Iterator[Row]:
         yield row | {"published": published, "G at 512x2048": counts[1]}
 
 
-def measure_segmentor(mode: str, experiment: Experiment, device: torch.device) -> Row:
-    """Return the median time of a step of `"training"` or `"inference"` in fp32, and the peak memory."""
-    model = build_segmentor(experiment, ADE20K_CLASSES, pretrained=False)
-    model = accelerate(model).to(device, memory_format=torch.channels_last)
+def build_segmentation(experiment: SegmentationExperiment, mode: str) -> tuple[nn.Module, Tensor, Tensor]:
+    """Return a network, images and labels: two crops in training, one image in inference."""
     shape = (2, 512, 512) if mode == "training" else (1, 512, 2048)  # one crop is too few for BatchNorm
-    images = torch.randn(shape[0], 3, *shape[1:], device=device)
-    labels = torch.randint(ADE20K_CLASSES, shape, device=device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-5)
+    labels = torch.randint(ADE20K_CLASSES, shape)
+    return build_segmentor(experiment, ADE20K_CLASSES, pretrained=False), torch.randn(shape[0], 3, *shape[1:]), labels
+
+
+def build_detection(experiment: DetectionExperiment, mode: str) -> tuple[nn.Module, list[Tensor], list[dict]]:
+    """Return a detector, images of 800x1333, two in training and one in inference, and seven objects in each."""
+    images = [torch.rand(3, 800, 1333) for _ in range(2 if mode == "training" else 1)]
+    corners = torch.rand(7, 2) * torch.tensor([1000.0, 500.0])
+    masks = torch.zeros(7, 800, 1333, dtype=torch.uint8)
+    for mask, (x, y) in zip(masks, corners.int().tolist(), strict=True):
+        mask[y : y + 200, x : x + 300] = 1
+    boxes = torch.cat([corners, corners + torch.tensor([300.0, 200.0])], dim=1)
+    target = {"boxes": boxes, "labels": torch.arange(7), "masks": masks}
+    return build_detector(experiment, COCO_CLASSES, pretrained=False), images, [target] * len(images)
+
+
+def measure_network(mode: str, experiment: Any, device: torch.device) -> Row:
+    """Return the median time of a step of `"training"` or `"inference"` in fp32, and the peak memory."""
+    build = build_segmentation if isinstance(experiment, SegmentationExperiment) else build_detection
+    model, images, targets = build(experiment, mode)
+    model = accelerate(model).to(device, memory_format=torch.channels_last)
+    images, targets = to_device((images, targets), device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=6e-5, fused=device.type == "cuda")
 
     def train() -> None:
-        sum(model.train()(images, labels).values()).backward()
+        sum(model.train()(images, targets).values()).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -73,7 +95,7 @@ def measure_segmentor(mode: str, experiment: Experiment, device: torch.device) -
         model.eval()(images)
 
     (times,) = common.time_in_turns([train if mode == "training" else infer], 4, device, mode)
-    step = f"{mode}, {shape[0]} x {shape[1]}x{shape[2]}"
+    step = f"{mode}, {len(images)} x {'x'.join(map(str, images[0].shape[1:]))}"
     return {"step": step, "seconds": statistics.median(times), "peak MiB": peak_memory(device) / 2**20}
 
 
@@ -127,10 +149,10 @@ def measure_backbone_memory(name: str, device: torch.device, accelerated: bool =
 
 def get_parser() -> ArgumentParser:
     """Return the parser."""
-    usage = "python -m benchmarks.dense {segmentation [--time CONFIG] | detection [--memory]} [options]"
+    usage = "python -m benchmarks.dense {segmentation | detection} [--time CONFIG | --memory] [options]"
     parser = ArgumentParser(prog="dense.py", usage=usage, description=__doc__)
     parser.add_argument("task", choices=("segmentation", "detection"), help="networks to count or to measure")
-    parser.add_argument("--time", metavar="CONFIG", help="segmentation: time and memory of this experiment's network")
+    parser.add_argument("--time", metavar="CONFIG", help="time and memory of a step of this experiment's network")
     parser.add_argument("--memory", action="store_true", help="detection: memory of backbones, and of timm's")
     add_process_options(parser)
     parser.set_defaults(loader_timeout=0)  # for `run_script`
@@ -140,12 +162,13 @@ def get_parser() -> ArgumentParser:
 def run(args: argparse.Namespace, processes: Processes) -> None:
     """Print the counts, or what is measured."""
     measure = common.run_in_new_process
-    if (args.task == "detection" and args.time) or (args.task == "segmentation" and args.memory):
-        raise UserError(f"--time is for segmentation and --memory for detection, not for {args.task}; leave it out")
+    if args.memory and (args.task == "segmentation" or args.time):
+        raise UserError("--memory: measures backbones of detection, and nothing else; leave it or the others out")
     if args.time:
-        experiment = load_experiment(args.time, kind=Experiment)
+        kind = SegmentationExperiment if args.task == "segmentation" else DetectionExperiment
+        experiment = load_experiment(args.time, kind=kind)
         modes = ("training", "inference")
-        common.print_table(measure(measure_segmentor, mode, experiment, processes.device) for mode in modes)
+        common.print_table(measure(measure_network, mode, experiment, processes.device) for mode in modes)
     elif args.memory:
         memory = {name: measure(measure_backbone_memory, name, processes.device) for name in MEASURED_BACKBONES}
         common.print_table({"backbone": name, "MiB": used / 2**20} for name, used in memory.items())

@@ -17,7 +17,7 @@ from datasets import IGNORED_TARGET, BadImageError, EvalSet, TrainSet, build_dat
 from main import get_args_parser
 from samplers import SampleKey, TrainSampler
 from tests.helpers import damage_jpeg
-from transforms import collate_train_images
+from transforms import collate_train_images, to_input
 from utils import UserError, restored_generators, seed_generators
 
 
@@ -132,7 +132,7 @@ def test_cifar(tmp_path, monkeypatch):
     assert label == labels[4]
     pixels = images[4].reshape(3, 32, 32) / np.float32(255)
     mean, std = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], np.float32)[:, :, None, None]
-    np.testing.assert_allclose(image.numpy(), (pixels - mean) / std, atol=1e-5)
+    np.testing.assert_allclose(to_input(image).numpy(), (pixels - mean) / std, atol=1e-5)
     args.data_path = str(folder)
     with pytest.raises(ValueError, match="does not contain a complete CIFAR-100; download it with python -c"):
         build_dataset(False, args)
