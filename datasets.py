@@ -54,7 +54,6 @@ def add_data_options(group) -> None:
     group.add_argument(
         "--nb-classes",
         type=POSITIVE_INT,
-        metavar="N",
         help="expected number of classes, checked against the data (default: not checked)",
     )
     group.add_argument(

@@ -31,7 +31,10 @@ from core.options import (
     NON_NEGATIVE,
     POSITIVE,
     POSITIVE_INT,
+    PROBABILITY,
+    RATE,
     SHARE,
+    SWITCH,
     ArgumentParser,
     add_compute_options,
     add_freeze_option,
@@ -83,25 +86,15 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
         metavar="PIXELS",
         help="side length of the images in pixels, at least 32",
     )
-    group.add_argument(
-        "--drop",
-        default=0.0,
-        type=number(float, 0, 0.99),
-        metavar="RATE",
-        help="dropout rate before the head, 0 to 0.99",
-    )
+    group.add_argument("--drop", default=0.0, type=RATE, help="dropout rate before the head, 0 to 0.99")
     group.add_argument(
         "--drop-path",
         default=0.1,
-        type=number(float, 0, 0.99),
-        metavar="RATE",
+        type=RATE,
         help="stochastic depth rate of the last block, 0 to 0.99; the paper uses 0.2, 0.3 and 0.5 for S, B and L",
     )
     group.add_argument(
-        "--model-ema",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="maintain, evaluate and save an exponential moving average (EMA) of the weights",
+        "--model-ema", **SWITCH, help="maintain, evaluate and save an exponential moving average (EMA) of the weights"
     )
     group.add_argument(
         "--model-ema-decay", default=0.99996, type=SHARE, metavar="RATE", help="decay of the EMA per step, 0 to 1"
@@ -114,14 +107,13 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
     add_compute_options(group)
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch-size", default=64, type=POSITIVE_INT, metavar="N", help="images per process per batch")
+    group.add_argument("--batch-size", default=64, type=POSITIVE_INT, help="images per process per batch")
     group.add_argument(
         "--global-batch",
         type=POSITIVE_INT,
-        metavar="N",
         help="images per step over all processes, by gradient accumulation if needed (default: one batch per process)",
     )
-    group.add_argument("--epochs", default=300, type=POSITIVE_INT, metavar="N", help="passes over the training set")
+    group.add_argument("--epochs", default=300, type=POSITIVE_INT, help="passes over the training set")
     group.add_argument(
         "--opt", default="adamw", metavar="NAME", help="timm optimizer, such as adamw, lamb, sgd or lion"
     )
@@ -167,12 +159,7 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
         type=POSITIVE,
         help="peak learning rate for a global batch of 512, scaled linearly with the global batch",
     )
-    group.add_argument(
-        "--unscale-lr",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="use --lr as it is, without scaling by the global batch",
-    )
+    group.add_argument("--unscale-lr", **SWITCH, help="use --lr as it is, without scaling by the global batch")
     group.add_argument(
         "--sched",
         default="cosine",
@@ -181,8 +168,7 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
     )
     group.add_argument(
         "--sched-on-updates",
-        action=argparse.BooleanOptionalAction,
-        default=False,
+        **SWITCH,
         help="set the learning rate before each step instead of after each epoch; the options of the schedule stay in "
         "epochs",
     )
@@ -192,7 +178,7 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
     group.add_argument(
         "--min-lr", default=1e-5, type=NON_NEGATIVE, metavar="LR", help="learning rate at the end of the schedule"
     )
-    group.add_argument("--warmup-epochs", default=5, type=COUNT, metavar="N", help="epochs of linear warm-up")
+    group.add_argument("--warmup-epochs", default=5, type=COUNT, help="epochs of linear warm-up")
     group.add_argument(
         "--decay-epochs", default=30, type=POSITIVE, metavar="N", help="epochs between decays of the step schedule"
     )
@@ -201,7 +187,6 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
         default=[90, 180, 270],
         type=POSITIVE_INT,
         nargs="+",
-        metavar="N",
         help="epochs of the decays of the multistep schedule, in ascending order",
     )
     group.add_argument(
@@ -235,13 +220,10 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
 
     group = parser.add_argument_group("augmentation")
     add_augmentation_options(group)
-    group.add_argument(
-        "--smoothing", default=0.1, type=number(float, 0, 0.99), metavar="RATE", help="label smoothing, 0 to 0.99"
-    )
+    group.add_argument("--smoothing", default=0.1, type=RATE, help="label smoothing, 0 to 0.99")
     group.add_argument(
         "--repeated-aug",
-        action=argparse.BooleanOptionalAction,
-        default=False,
+        **SWITCH,
         help="repeated augmentation: use each image three times in a row, with different augmentations",
     )
 
@@ -258,14 +240,11 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
         help="range of the side length that CutMix pastes, as a fraction of the image side, 0 to 1; enables CutMix and "
         "replaces --cutmix",
     )
-    group.add_argument(
-        "--mixup-prob", default=1.0, type=SHARE, metavar="P", help="probability of mixup or CutMix, 0 to 1"
-    )
+    group.add_argument("--mixup-prob", default=1.0, type=PROBABILITY, help="probability of mixup or CutMix, 0 to 1")
     group.add_argument(
         "--mixup-switch-prob",
         default=0.5,
-        type=SHARE,
-        metavar="P",
+        type=PROBABILITY,
         help="probability of CutMix instead of mixup if both are on, 0 to 1",
     )
     group.add_argument(
@@ -309,10 +288,7 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
     group = add_training_options(parser)
     group.add_argument("--eval", action="store_true", help="evaluate the weights of --resume, without training")
     group.add_argument(
-        "--dist-eval",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="split the evaluation between the processes; the metrics do not change",
+        "--dist-eval", **SWITCH, help="split the evaluation between the processes; the metrics do not change"
     )
     add_process_options(parser)
     return parser

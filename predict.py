@@ -345,7 +345,7 @@ def get_parser() -> ArgumentParser:
     group.add_argument("--out", metavar="FOLDER", help="write a picture of each prediction, and label maps, as PNG")
     group.add_argument("--json", metavar="FILE", help="write the predictions as JSON: a list with an object per image")
     group.add_argument("--csv", metavar="FILE", help="write the predictions as a table")
-    group.add_argument("--topk", type=POSITIVE_INT, default=5, metavar="N", help="listed classes of a classifier")
+    group.add_argument("--topk", type=POSITIVE_INT, default=5, help="listed classes of a classifier")
     group.add_argument(
         "--score-thr",
         type=SHARE,
@@ -353,7 +353,7 @@ def get_parser() -> ArgumentParser:
         metavar="SCORE",
         help="minimum score of an object; a network itself keeps those above its score_threshold, by default 0.05",
     )
-    group.add_argument("--batch-size", type=POSITIVE_INT, default=8, metavar="N", help="images of a classifier's batch")
+    group.add_argument("--batch-size", type=POSITIVE_INT, default=8, help="images of a classifier's batch")
     group.add_argument(
         "--attention",
         action="store_true",

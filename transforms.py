@@ -22,7 +22,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import to_pil_image
 
-from core.options import NON_NEGATIVE, POSITIVE_INT, SHARE, number
+from core.options import FRACTION, NON_NEGATIVE, POSITIVE_INT, PROBABILITY
 from utils import UserError
 
 STATISTICS = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -35,7 +35,7 @@ def add_augmentation_options(group) -> None:
     group.add_argument(
         "--scale",
         default=[0.08, 1.0],
-        type=number(float, 0, 1, above=True),
+        type=FRACTION,
         nargs=2,
         metavar=("MIN", "MAX"),
         help="range of the fraction of the image area that a random crop covers",
@@ -60,14 +60,14 @@ def add_augmentation_options(group) -> None:
         choices=("random", "bilinear", "bicubic"),
         help="interpolation of the random crops",
     )
-    group.add_argument("--reprob", default=0.25, type=SHARE, metavar="P", help="probability of random erasing, 0 to 1")
+    group.add_argument("--reprob", default=0.25, type=PROBABILITY, help="probability of random erasing, 0 to 1")
     group.add_argument(
         "--remode",
         default="pixel",
         choices=("const", "rand", "pixel"),
         help="filling of erased areas: zeros, one random colour, or a random colour per pixel",
     )
-    group.add_argument("--recount", default=1, type=POSITIVE_INT, metavar="N", help="maximum number of erased areas")
+    group.add_argument("--recount", default=1, type=POSITIVE_INT, help="maximum number of erased areas")
 
 
 def add_eval_crop_option(group) -> None:
@@ -75,7 +75,7 @@ def add_eval_crop_option(group) -> None:
     group.add_argument(
         "--eval-crop-ratio",
         default=0.875,
-        type=number(float, 0, 1, above=True),
+        type=FRACTION,
         metavar="RATIO",
         help="ratio of the side of the centre crop to the shorter side of the resized image, in evaluation",
     )
