@@ -8,8 +8,8 @@
 Bad input ends with a one-line error message and a non-zero exit code; --traceback shows the full traceback.
 """
 
-import argparse
 import logging
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 
 import timm
@@ -50,7 +50,7 @@ from core.options import (
 from core.recipes import RECIPES, differences, get_recipe, note_precision, note_published, note_recipe
 from core.run import Run, choose_accumulation, describe_batch
 from core.run_folder import BEST_CHECKPOINT, BEST_EMA_CHECKPOINT
-from datasets import IGNORED_TARGET, add_data_options, build_train_loader, build_val_loader
+from datasets import add_data_options, build_train_loader, build_val_loader
 from engine import evaluate, train_one_epoch
 from losses import DISTILLATION_TYPES, DistillationLoss, choose_criterion
 from models.twins import MIN_INPUT_SIZE
@@ -294,7 +294,7 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
     return parser
 
 
-def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
+def check_args(parser: ArgumentParser, args: Namespace) -> None:
     """Reject combinations of arguments that cannot work."""
     if uses_mixup(args) and args.batch_size % 2 and not args.eval:
         parser.error(
@@ -317,7 +317,7 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"--{option.replace('_', '-')} {fault}")
 
 
-def check_ranges(parser: ArgumentParser, args: argparse.Namespace) -> None:
+def check_ranges(parser: ArgumentParser, args: Namespace) -> None:
     """Reject ranges and milestones that are not in ascending order."""
     for option in ("scale", "cutmix_minmax", "lr_noise"):
         limits = getattr(args, option) or []
@@ -331,7 +331,7 @@ def check_ranges(parser: ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--decay-milestones {' '.join(map(str, args.decay_milestones))}: give them in ascending order")
 
 
-def uses_mixup(args: argparse.Namespace) -> bool:
+def uses_mixup(args: Namespace) -> bool:
     """Return True if mixup or CutMix is on, which makes targets soft."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
@@ -354,7 +354,7 @@ def build_model(name: str, nb_classes: int, **kwargs) -> nn.Module:
         ) from error
 
 
-def build_compute_losses(args: argparse.Namespace, nb_classes: int, device: torch.device) -> Callable:
+def build_compute_losses(args: Namespace, nb_classes: int, device: torch.device) -> Callable:
     """Build the function that computes the losses of a batch: mixup, the forward pass, criterion and distillation."""
     criterion = choose_criterion(soft_targets=uses_mixup(args), smoothing=args.smoothing)
     mixup = None
@@ -388,7 +388,7 @@ def build_compute_losses(args: argparse.Namespace, nb_classes: int, device: torc
     return compute_losses
 
 
-def build_state(args: argparse.Namespace, model: nn.Module, sampler: TrainSampler, device: torch.device) -> TrainState:
+def build_state(args: Namespace, model: nn.Module, sampler: TrainSampler, device: torch.device) -> TrainState:
     """Build the training state: optimizer, schedule, gradient scaler and moving average of the model."""
     optimizer = build_optimizer(args, model, sampler.global_batch)
     return TrainState(
@@ -401,7 +401,7 @@ def build_state(args: argparse.Namespace, model: nn.Module, sampler: TrainSample
     )
 
 
-def check_input_size(args: argparse.Namespace, model: nn.Module) -> None:
+def check_input_size(args: Namespace, model: nn.Module) -> None:
     """Reject an image size that does not fit a timm model of fixed input size."""
     config = getattr(model, "pretrained_cfg", {})
     size = config.get("input_size", (3, args.input_size))[-1]
@@ -409,14 +409,14 @@ def check_input_size(args: argparse.Namespace, model: nn.Module) -> None:
         raise UserError(f"--input-size {args.input_size}: {args.model} takes images of {size} pixels; pass that size")
 
 
-def check_classes(args: argparse.Namespace, classes: Sequence[str]) -> int:
+def check_classes(args: Namespace, classes: Sequence[str]) -> int:
     """Return the number of classes of the data; a UserError if `--nb-classes` is another one."""
     if args.nb_classes not in (None, len(classes)):
         raise UserError(f"--nb-classes {args.nb_classes}: the data have {len(classes)} classes; omit the option")
     return len(classes)
 
 
-def run_evaluation(args: argparse.Namespace, processes: Processes) -> None:
+def run_evaluation(args: Namespace, processes: Processes) -> None:
     """Evaluate the weights of --resume, --finetune or --pretrained on the validation set."""
     path = args.resume or args.finetune
     if not path and not args.pretrained:
@@ -425,8 +425,9 @@ def run_evaluation(args: argparse.Namespace, processes: Processes) -> None:
     classes = val_loader.dataset.dataset.classes
     nb_classes = check_classes(args, classes)
     if path:
-        check_same_classes(path, read_description(path).classes, classes)
-        for difference in differences(args, remembered_options(path), "checkpoint"):
+        description = read_description(path)
+        check_same_classes(path, description.classes, classes)
+        for difference in differences(args, remembered_options(description), "checkpoint"):
             logger.info("note: %s", difference)
     model = build_model(args.model, nb_classes, pretrained=args.pretrained)
     if path:
@@ -445,7 +446,7 @@ def run_evaluation(args: argparse.Namespace, processes: Processes) -> None:
     evaluate_model(args, processes, model, val_loader)
 
 
-def run_training(args: argparse.Namespace, processes: Processes) -> None:
+def run_training(args: Namespace, processes: Processes) -> None:
     """Train; evaluate after each epoch and save the newest and the best checkpoints."""
     with Run(vars(args)) as run:
         device = processes.device
@@ -472,7 +473,7 @@ def run_training(args: argparse.Namespace, processes: Processes) -> None:
             run.finish_epoch(train_stats, evaluate_state(args, processes, state, val_loader))
 
 
-def build_trained_model(args: argparse.Namespace, nb_classes: int, new: bool) -> nn.Module:
+def build_trained_model(args: Namespace, nb_classes: int, new: bool) -> nn.Module:
     """Build the model to train; in a new run, load its initial weights."""
     drops = {"drop_rate": args.drop, "drop_path_rate": args.drop_path}
     drops = {name: rate for name, rate in drops.items() if rate > 0}  # some timm models do not accept them
@@ -494,19 +495,18 @@ def build_trained_model(args: argparse.Namespace, nb_classes: int, new: bool) ->
 
 
 def evaluate_model(
-    args: argparse.Namespace, processes: Processes, model: nn.Module, val_loader: DataLoader, what: str = "network"
+    args: Namespace, processes: Processes, model: nn.Module, val_loader: DataLoader, what: str = "network"
 ) -> dict[str, float]:
     """Evaluate a model and log the metrics in the two lines of the original."""
     amp_dtype = choose_amp(args.amp, processes.device)
-    options = {"amp_dtype": amp_dtype, "sharded": args.dist_eval, "ignore_index": IGNORED_TARGET}
-    stats = evaluate(model, val_loader, processes.device, **options)
+    stats = evaluate(model, val_loader, processes.device, amp_dtype=amp_dtype, sharded=args.dist_eval)
     logger.info("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats))
     logger.info("Accuracy of the %s on the %d test images: %.1f%%", what, stats["images"], stats["acc1"])
     return stats
 
 
 def evaluate_state(
-    args: argparse.Namespace, processes: Processes, state: TrainState, val_loader: DataLoader
+    args: Namespace, processes: Processes, state: TrainState, val_loader: DataLoader
 ) -> dict[str, float]:
     """Evaluate the model and its moving average, if there is one; return the metrics as test_* and test_ema_*."""
     evaluated = [("test", "network", state.model)]
@@ -519,9 +519,7 @@ def evaluate_state(
     return figures
 
 
-def announce(
-    args: argparse.Namespace, processes: Processes, state: TrainState, nb_classes: int, accumulation: int
-) -> None:
+def announce(args: Namespace, processes: Processes, state: TrainState, nb_classes: int, accumulation: int) -> None:
     """Log the model, the batch sizes, and the differences from the recipe and from the published one."""
     global_batch = state.sampler.global_batch
     amp_dtype = choose_amp(args.amp, processes.device) or torch.float32
@@ -538,7 +536,7 @@ def announce(
         logger.info("%s", note)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Parse the options twice: the second time the values of the recipe and of an evaluated training are defaults."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
@@ -547,7 +545,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if args.recipe:
             parser.set_defaults(**get_recipe(args.recipe, args.model))
         if args.eval and weights:
-            parser.set_defaults(**remembered_options(weights))
+            parser.set_defaults(**remembered_options(read_description(weights, "classification")))
     except ValueError as error:  # a UserError or TwinsError
         parser.error(str(error))
     args = parser.parse_args(argv)

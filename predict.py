@@ -62,7 +62,7 @@ from models.attention import attention_maps, check_blocks, grad_cam
 from segmentation.data import ADE20K_CLASSES, read_classes
 from segmentation.predictor import Segmentation, SegmentationPredictor
 from transforms import build_eval_transform, to_picture
-from utils import UserError, make_folder
+from utils import UserError, make_folder, require_package
 
 logger = logging.getLogger("twins")
 
@@ -105,10 +105,7 @@ class Classification(Result):
 
 
 class Classifier(Predictor):
-    """Predictor of classes, with a classifier of timm's interface.
-
-    Its description has the options of main.py that shape the input, by default those of `EVALUATION`.
-    """
+    """Predictor of classes, with a classifier of timm's interface."""
 
     upright = False  # as in training, and as torchvision reads folders of images
     load = staticmethod(models.load_weights)
@@ -122,7 +119,6 @@ class Classifier(Predictor):
 
     @staticmethod
     def build(description: Description) -> nn.Module:
-        """Build the classifier of a description."""
         return create_classifier(description.options["model"], num_classes=len(description.classes))
 
     @torch.inference_mode()
@@ -214,12 +210,9 @@ def find_predictor(weights: str | Path, task: str) -> type[Predictor]:
         return Classifier
     if task == "segmentation":
         return SegmentationPredictor
-    try:
-        from detection.predictor import DetectionPredictor
-    except ImportError as error:
-        raise UserError(
-            f"{weights}: detection needs pycocotools ({error}); install it: pip install pycocotools"
-        ) from error
+    require_package("pycocotools", f"{weights}: detection")
+    from detection.predictor import DetectionPredictor
+
     return DetectionPredictor
 
 
@@ -370,10 +363,7 @@ def get_parser() -> ArgumentParser:
 
 
 def find_images(paths: Iterable[str], out: str | None = None) -> list[Path]:
-    """Return the image files of paths: files, folders, and `-` for paths from standard input.
-
-    Pictures in the folder `out` are left out. A folder without images is a UserError.
-    """
+    """Return the image files of paths, files or folders (`-`: from standard input), but for those in `out`."""
     images = []
     for path in paths:
         lines = [line.rstrip("\r\n") for line in sys.stdin] if path == "-" else [path]

@@ -253,19 +253,31 @@ def adapt_policy(policy: Callable) -> None:
         operation.aug_fn = OPERATIONS.get(operation.name, operation.aug_fn)
 
 
-def shear(image: Image.Image, factor: float, **options) -> Image.Image:
-    """Shift each row to the left by `factor` times its distance from the top."""
-    return _shift_rows(image, factor, 0, **options)
+def shear(
+    image: Image.Image,
+    slope: float,
+    offset: float = 0.0,
+    *,
+    fillcolor: Colour | None,
+    resample: Image.Resampling | Sequence[Image.Resampling],
+) -> Image.Image:
+    """Shift row i to the left by `slope * (i + 0.5) + offset` pixels."""
+    if isinstance(resample, (list, tuple)):
+        resample = random.choice(resample)  # as timm does
+    if resample == Image.Resampling.BICUBIC and image.mode == "RGB" and fillcolor is not None:
+        return move_rows(image, slope * (np.arange(image.height) + 0.5) + offset, fillcolor)
+    matrix = (1, slope, offset, 0, 1, 0)
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=fillcolor)
 
 
 def translate(image: Image.Image, pixels: float, **options) -> Image.Image:
     """Shift an image to the left."""
-    return _shift_rows(image, 0, pixels, **options)
+    return shear(image, 0, pixels, **options)
 
 
 def translate_rel(image: Image.Image, share: float, **options) -> Image.Image:
     """Shift an image to the left by a share of its width."""
-    return _shift_rows(image, 0, share * image.width, **options)
+    return shear(image, 0, share * image.width, **options)
 
 
 def on_columns(operation: Callable, image: Image.Image, amount: float, **options) -> Image.Image:
@@ -290,22 +302,6 @@ OPERATIONS = {
     "PosterizeIncreasing": posterize,
     "PosterizeOriginal": posterize,
 }
-
-
-def _shift_rows(
-    image: Image.Image,
-    slope: float,
-    offset: float,
-    fillcolor: Colour | None,
-    resample: Image.Resampling | Sequence[Image.Resampling],
-) -> Image.Image:
-    """Shift row i to the left by `slope * (i + 0.5) + offset` pixels."""
-    if isinstance(resample, (list, tuple)):
-        resample = random.choice(resample)  # as timm does
-    if resample == Image.Resampling.BICUBIC and image.mode == "RGB" and fillcolor is not None:
-        return move_rows(image, slope * (np.arange(image.height) + 0.5) + offset, fillcolor)
-    matrix = (1, slope, offset, 0, 1, 0)
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=fillcolor)
 
 
 def move_rows(image: Image.Image, shifts: np.ndarray, fill: Colour) -> Image.Image:

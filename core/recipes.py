@@ -20,26 +20,14 @@ PUBLISHED = {
 }
 PUBLISHED_PRECISION = torch.float16  # of autocast, in training and in the evaluation of the published accuracies
 # The tiny model on the embedded shapes; it takes two to three minutes on two CPU cores.
+# fmt: off
 SHAPES = {
-    "model": "alt_gvt_tiny",
-    "data_set": "SHAPES",
-    "input_size": 64,
-    "epochs": 5,
-    "batch_size": 32,
-    "lr": 1.2e-3,
-    "unscale_lr": True,
-    "warmup_epochs": 0,
-    "sched_on_updates": True,
-    "drop_path": 0.0,
-    "mixup": 0.0,
-    "cutmix": 0.0,
-    "smoothing": 0.0,
-    "aa": "none",
-    "color_jitter": 0.0,
-    "reprob": 0.0,
-    "scale": [1.0, 1.0],
-    "print_freq": 50,
+    "model": "alt_gvt_tiny", "data_set": "SHAPES", "input_size": 64,
+    "epochs": 5, "batch_size": 32, "lr": 1.2e-3, "unscale_lr": True, "warmup_epochs": 0, "sched_on_updates": True,
+    "drop_path": 0.0, "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0,
+    "aa": "none", "color_jitter": 0.0, "reprob": 0.0, "scale": [1.0, 1.0], "print_freq": 50,
 }
+# fmt: on
 RECIPES = ("published", "shapes")
 # Options that are not compared with the published recipe: they do not change what is trained, or the recipe contains
 # them in another form, as `batch_size` in `global_batch`.

@@ -149,9 +149,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return _multiply(x, weight, bias)
 
 
-@linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+linear.register_fake(lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]))
 
 
 @torch.library.custom_op(f"{__package__}::linear_backward", mutates_args=(), device_types="cpu")
@@ -161,9 +159,9 @@ def linear_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Te
     return _multiply(grad, weight.t()), _multiply_tokens(grad, x), grad.sum(0)
 
 
-@linear_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), torch.empty_like(weight), weight.new_empty(weight.shape[0])
+linear_backward.register_fake(
+    lambda grad, x, weight: (x.new_empty(x.shape), torch.empty_like(weight), weight.new_empty(weight.shape[0]))
+)
 
 
 def _differentiate_linear(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,9 +186,7 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     return concatenate([_multiply(_multiply(part, weight1, bias1, "gelu"), weight2, bias2) for part in parts])
 
 
-@mlp.register_fake
-def _(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight2.shape[0])
+mlp.register_fake(lambda x, weight1, bias1, weight2, bias2: x.new_empty(x.shape[0], weight2.shape[0]))
 
 
 @torch.library.custom_op(f"{__package__}::mlp_training", mutates_args=(), device_types="cpu")
