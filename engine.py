@@ -122,8 +122,7 @@ def evaluate(
         data_loader: Batches of `(images, class indices)`. Images with the target `IGNORED_TARGET` do not count.
         device: Device of the model.
         amp_dtype: Data type of autocast; None to disable mixed precision.
-        sharded: True if the loader has only this process's part of the images. The sums are then reduced over all
-            processes.
+        sharded: True if the loader has only this process's part of the images; the sums are then reduced.
 
     Returns:
         `acc1` and `acc5` in percent, the mean cross-entropy `loss`, and the number of `images`.

@@ -210,9 +210,6 @@ def collate_train_images(samples: Sequence[tuple[TrainImages, int]]) -> tuple[Tr
     return TrainImages(pixels, erased, values), targets
 
 
-# ---------------------------------------------------------------------------------------------------------- crops
-
-
 class RandomCrop(RandomResizedCropAndInterpolation):
     """timm's random crop of a PIL image, resized by torch in a quarter of Pillow's time.
 

@@ -36,8 +36,7 @@ def run_script(
     Bad input and known faults end with a one-line message and exit code 1, internal errors with their traceback. A run
     that a signal stops ends with exit code 128 plus the number of the signal.
 
-    The options are among others those of `add_process_options` and `add_loader_options`. `when_stopped` is the part of
-    the message of a stopped run that says what it has saved and how to continue it.
+    `args` has the options of processes and loaders. `when_stopped` ends the message of a stopped run: what is saved.
     """
     try:
         # The loader's timeout comes first, so that its message names the cause.

@@ -21,9 +21,6 @@ from utils import UserError
 logger = logging.getLogger("twins")
 
 
-# ------------------------------------------------------------------------------------------------------- the parser
-
-
 class ArgumentParser(argparse.ArgumentParser):
     """Parser with one-line errors, whose options may be written with hyphens or underscores."""
 
@@ -112,9 +109,6 @@ def find_fault(model: str) -> str:
     if timm.is_model(get_arch_name(model)):
         return ""
     return f"{model!r} is unknown{nearest(model, timm.list_models(), cutoff=0.4)}"
-
-
-# --------------------------------------------------------------------------------------------------- common options
 
 
 def add_process_options(parser: ArgumentParser) -> None:

@@ -140,9 +140,6 @@ def _multiply_tokens(left: Tensor, right: Tensor) -> Tensor:
     return _multiply(right.t(), left.t()).t().contiguous()
 
 
-# ---------------------------------------------------------------------------------------------------------- linear
-
-
 @torch.library.custom_op(f"{__package__}::linear", mutates_args=(), device_types="cpu")
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return `x @ weight.T + bias`, `(tokens, in) -> (tokens, out)`."""
@@ -174,9 +171,6 @@ def _differentiate_linear(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 linear.register_autograd(
     _differentiate_linear, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs[:2])
 )
-
-
-# ------------------------------------------------------------------------------------------------------------- MLP
 
 
 @torch.library.custom_op(f"{__package__}::mlp", mutates_args=(), device_types="cpu")
@@ -255,8 +249,6 @@ def _split(x: Tensor, hidden: int) -> tuple[Tensor, ...]:
     """Split tokens `(tokens, C)` into parts whose hidden layer of `hidden` channels fits into the cache."""
     return x.split(max(1, PART_BYTES // (hidden * x.element_size())))
 
-
-# --------------------------------------------------------------------------------------------------------- counting
 
 # For a FlopCounterMode around the backward pass alone. It counts the forward pass by torch's operations.
 _operators = getattr(torch.ops, __package__)  # named by the package: two copies in one process stay apart

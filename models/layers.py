@@ -56,10 +56,7 @@ class PositionalEncodingGenerator(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries to keys and values, by torch's fused function or, if timm disables it, in steps.
-
-    `attn_drop` is the dropout rate of the attention weights.
-    """
+    """Multi-head attention of queries to keys and values, by torch's fused function or, if timm disables it, stepwise."""
 
     def __init__(self, num_heads: int, attn_drop: float):
         super().__init__()
