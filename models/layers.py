@@ -56,7 +56,7 @@ class PositionalEncodingGenerator(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries to keys and values, by torch's fused function or, if timm disables it, stepwise."""
+    """Multi-head attention of queries to keys and values: torch's fused function or, if timm disables it, in steps."""
 
     def __init__(self, num_heads: int, attn_drop: float):
         super().__init__()
