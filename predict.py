@@ -14,10 +14,10 @@ for a classifier, --config for an experiment of segmentation/configs or detectio
     result.draw().save("prediction.png")
 """
 
-import argparse
 import logging
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -112,7 +112,7 @@ class Classifier(Predictor):
 
     def __init__(self, model: nn.Module, description: Description, amp_dtype: torch.dtype | None = None):
         if "input_size" in description.options or isinstance(model, models.Twins):
-            transform = build_eval_transform(argparse.Namespace(**(EVALUATION | description.options)))
+            transform = build_eval_transform(Namespace(**(EVALUATION | description.options)))
         else:  # released weights of one of timm's models
             transform = create_transform(**resolve_data_config(model=model))
         super().__init__(model, description, transform, amp_dtype)
@@ -387,7 +387,7 @@ def search_folder(folder: Path, out: str | None) -> list[Path]:
     return images
 
 
-def run_prediction(args: argparse.Namespace, processes: Processes) -> None:
+def run_prediction(args: Namespace, processes: Processes) -> None:
     """Predict images and write what the options ask for."""
     check_args(args, processes)
     weights, paths = (args.model, args.paths) if args.pretrained else (args.paths[0], args.paths[1:])
@@ -422,7 +422,7 @@ def run_prediction(args: argparse.Namespace, processes: Processes) -> None:
         raise UserError(f"{len(images) - predicted} of {len(images)} images cannot be predicted; see above")
 
 
-def check_args(args: argparse.Namespace, processes: Processes) -> None:
+def check_args(args: Namespace, processes: Processes) -> None:
     """Reject options that do not work together, and files that cannot be written."""
     if processes.world_size > 1:
         raise UserError("predict.py runs in one process; start it without a launcher")
@@ -445,14 +445,12 @@ def check_args(args: argparse.Namespace, processes: Processes) -> None:
         raise UserError(f"--json {args.json}: is also the file of --csv; name two files")
 
 
-def block_names(args: argparse.Namespace) -> list[str]:
+def block_names(args: Namespace) -> list[str]:
     """Return the names of `--blocks`."""
     return [name.strip() for name in (args.blocks or "").split(",") if name.strip()]
 
 
-def predict_files(
-    args: argparse.Namespace, predictor: Predictor, images: Sequence[Path], reports: Sequence[Report]
-) -> int:
+def predict_files(args: Namespace, predictor: Predictor, images: Sequence[Path], reports: Sequence[Report]) -> int:
     """Predict image files, write the predictions, and return their number. Bad files are logged."""
     batch_size = args.batch_size if isinstance(predictor, Classifier) else 1
     loading = loader_options(args, predictor.device)
@@ -481,7 +479,7 @@ def predict_files(
     return predicted
 
 
-def write_result(args: argparse.Namespace, predictor: Predictor, result: Result, name: str) -> dict[str, Any]:
+def write_result(args: Namespace, predictor: Predictor, result: Result, name: str) -> dict[str, Any]:
     """Log a prediction, write its pictures and its label map, and return it as plain values."""
     choices = {"classification": {"topk": args.topk}, "detection": {"min_score": args.score_thr}}
     choice = choices.get(predictor.description.task, {})

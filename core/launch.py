@@ -1,9 +1,9 @@
 """Start and end of a script: processes, exit codes and one-line errors."""
 
-import argparse
 import re
 import signal
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -28,9 +28,7 @@ KNOWN_FAULTS = {
 }
 
 
-def run_script(
-    name: str, run: Callable[[argparse.Namespace, Processes], None], args: argparse.Namespace, when_stopped: str = ""
-) -> None:
+def run_script(name: str, run: Callable[[Namespace, Processes], None], args: Namespace, when_stopped: str = "") -> None:
     """Run a script on one or several processes.
 
     Bad input and known faults end with a one-line message and exit code 1, internal errors with their traceback. A run
