@@ -54,7 +54,6 @@ def add_data_options(group) -> None:
     group.add_argument(
         "--nb-classes",
         type=POSITIVE_INT,
-        metavar="N",
         help="expected number of classes, checked against the data (default: not checked)",
     )
     group.add_argument(
@@ -67,7 +66,7 @@ def add_data_options(group) -> None:
 
 def build_train_loader(args: argparse.Namespace, processes: Processes, global_batch: int) -> DataLoader:
     """Build the loader of the training set."""
-    dataset = TrainSet(build_dataset(True, args), args.seed, args.bad_image)
+    dataset = TrainSet(build_dataset(True, args), args.seed, bad_image=args.bad_image)
     sampler = TrainSampler(
         len(dataset),
         global_batch=global_batch,
@@ -113,15 +112,14 @@ def data_root(args) -> Path:
     return Path(args.data_path)
 
 
+@dataclass
 class TrainSet(SeededSet):
     """A training set indexed by `SampleKey`, whose augmentation depends on (seed, epoch, index, copy) alone.
 
     With `bad_image="skip"` the next readable image replaces an image that cannot be decoded.
     """
 
-    def __init__(self, dataset: Dataset, seed: int, bad_image: str = "raise"):
-        super().__init__(dataset, seed)
-        self.bad_image = bad_image
+    bad_image: str = "raise"
 
     def get(self, key: SampleKey) -> tuple[TrainImages, int]:
         for offset in range(len(self)):

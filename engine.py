@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map_only
 
 from core.checkpoint import TrainState
 from core.distributed import all_reduce, broadcast_buffers
@@ -16,6 +17,7 @@ from core.meters import Losses, StepGuard, StepLog, add_losses, show_progress
 from core.options import TrainSettings
 from core.run import Run
 from core.signals import Interrupted, stop_if_requested, stop_requested
+from datasets import IGNORED_TARGET
 from transforms import to_input
 from utils import UserError
 
@@ -103,18 +105,16 @@ def evaluate(
     *,
     amp_dtype: torch.dtype | None = None,
     sharded: bool = False,
-    ignore_index: int = -1,
 ) -> dict[str, float]:
     """Evaluate a classifier. Each image counts exactly once.
 
     Args:
         model: Classifier, images `(B, 3, H, W)` -> logits `(B, classes)`.
-        data_loader: Batches of `(images, class indices)`; the images are uint8 or normalised.
+        data_loader: Batches of `(images, class indices)`; the images are uint8 or normalised. Images with the target
+            `IGNORED_TARGET` do not count.
         device: Device of the model.
         amp_dtype: Data type of autocast; None to disable mixed precision.
-        sharded: True if the loader has only this process's part of the images. The sums are then reduced over all
-            processes.
-        ignore_index: Target of images that do not count.
+        sharded: True if the loader has only this process's part of the images; the sums are then reduced.
 
     Returns:
         `acc1` and `acc5` in percent, the mean cross-entropy `loss`, and the number of `images`.
@@ -133,8 +133,8 @@ def evaluate(
             logits = model(to_input(images))
         logits = logits.float()
         hits = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]  # (B, 5)
-        losses = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="none")
-        counts = hits[:, 0].sum(), hits.sum(), losses.double().sum(), (targets != ignore_index).sum()
+        losses = F.cross_entropy(logits, targets, ignore_index=IGNORED_TARGET, reduction="none")
+        counts = hits[:, 0].sum(), hits.sum(), losses.double().sum(), (targets != IGNORED_TARGET).sum()
         sums += torch.stack([count.double() for count in counts])
     stop_if_requested(device)
     if sharded:
@@ -152,12 +152,4 @@ def evaluate(
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """Move the tensors of nested lists, tuples and dicts to a device."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        values = [to_device(value, device) for value in batch]
-        # A named tuple takes its fields as separate arguments.
-        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
-    return batch
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device, non_blocking=True), batch)

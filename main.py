@@ -8,8 +8,8 @@
 Bad input ends with a one-line error message and a non-zero exit code; --traceback shows the full traceback.
 """
 
-import argparse
 import logging
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 
 import timm
@@ -31,7 +31,10 @@ from core.options import (
     NON_NEGATIVE,
     POSITIVE,
     POSITIVE_INT,
+    PROBABILITY,
+    RATE,
     SHARE,
+    SWITCH,
     ArgumentParser,
     add_compute_options,
     add_freeze_option,
@@ -47,7 +50,7 @@ from core.options import (
 from core.recipes import RECIPES, differences, get_recipe, note_precision, note_published, note_recipe
 from core.run import Run, choose_accumulation, describe_batch
 from core.run_folder import BEST_CHECKPOINT, BEST_EMA_CHECKPOINT
-from datasets import IGNORED_TARGET, add_data_options, build_train_loader, build_val_loader
+from datasets import add_data_options, build_train_loader, build_val_loader
 from engine import evaluate, train_one_epoch
 from losses import DISTILLATION_TYPES, DistillationLoss, choose_criterion
 from models.twins import MIN_INPUT_SIZE
@@ -83,25 +86,15 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
         metavar="PIXELS",
         help="side length of the images in pixels, at least 32",
     )
-    group.add_argument(
-        "--drop",
-        default=0.0,
-        type=number(float, 0, 0.99),
-        metavar="RATE",
-        help="dropout rate before the head, 0 to 0.99",
-    )
+    group.add_argument("--drop", default=0.0, type=RATE, help="dropout rate before the head, 0 to 0.99")
     group.add_argument(
         "--drop-path",
         default=0.1,
-        type=number(float, 0, 0.99),
-        metavar="RATE",
+        type=RATE,
         help="stochastic depth rate of the last block, 0 to 0.99; the paper uses 0.2, 0.3 and 0.5 for S, B and L",
     )
     group.add_argument(
-        "--model-ema",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="maintain, evaluate and save an exponential moving average (EMA) of the weights",
+        "--model-ema", **SWITCH, help="maintain, evaluate and save an exponential moving average (EMA) of the weights"
     )
     group.add_argument(
         "--model-ema-decay", default=0.99996, type=SHARE, metavar="RATE", help="decay of the EMA per step, 0 to 1"
@@ -114,14 +107,13 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
     add_compute_options(group)
 
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--batch-size", default=64, type=POSITIVE_INT, metavar="N", help="images per process per batch")
+    group.add_argument("--batch-size", default=64, type=POSITIVE_INT, help="images per process per batch")
     group.add_argument(
         "--global-batch",
         type=POSITIVE_INT,
-        metavar="N",
         help="images per step over all processes, by gradient accumulation if needed (default: one batch per process)",
     )
-    group.add_argument("--epochs", default=300, type=POSITIVE_INT, metavar="N", help="passes over the training set")
+    group.add_argument("--epochs", default=300, type=POSITIVE_INT, help="passes over the training set")
     group.add_argument(
         "--opt", default="adamw", metavar="NAME", help="timm optimizer, such as adamw, lamb, sgd or lion"
     )
@@ -167,12 +159,7 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
         type=POSITIVE,
         help="peak learning rate for a global batch of 512, scaled linearly with the global batch",
     )
-    group.add_argument(
-        "--unscale-lr",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="use --lr as it is, without scaling by the global batch",
-    )
+    group.add_argument("--unscale-lr", **SWITCH, help="use --lr as it is, without scaling by the global batch")
     group.add_argument(
         "--sched",
         default="cosine",
@@ -181,8 +168,7 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
     )
     group.add_argument(
         "--sched-on-updates",
-        action=argparse.BooleanOptionalAction,
-        default=False,
+        **SWITCH,
         help="set the learning rate before each step instead of after each epoch; the options of the schedule stay in "
         "epochs",
     )
@@ -192,7 +178,7 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
     group.add_argument(
         "--min-lr", default=1e-5, type=NON_NEGATIVE, metavar="LR", help="learning rate at the end of the schedule"
     )
-    group.add_argument("--warmup-epochs", default=5, type=COUNT, metavar="N", help="epochs of linear warm-up")
+    group.add_argument("--warmup-epochs", default=5, type=COUNT, help="epochs of linear warm-up")
     group.add_argument(
         "--decay-epochs", default=30, type=POSITIVE, metavar="N", help="epochs between decays of the step schedule"
     )
@@ -201,7 +187,6 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
         default=[90, 180, 270],
         type=POSITIVE_INT,
         nargs="+",
-        metavar="N",
         help="epochs of the decays of the multistep schedule, in ascending order",
     )
     group.add_argument(
@@ -235,13 +220,10 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
 
     group = parser.add_argument_group("augmentation")
     add_augmentation_options(group)
-    group.add_argument(
-        "--smoothing", default=0.1, type=number(float, 0, 0.99), metavar="RATE", help="label smoothing, 0 to 0.99"
-    )
+    group.add_argument("--smoothing", default=0.1, type=RATE, help="label smoothing, 0 to 0.99")
     group.add_argument(
         "--repeated-aug",
-        action=argparse.BooleanOptionalAction,
-        default=False,
+        **SWITCH,
         help="repeated augmentation: use each image three times in a row, with different augmentations",
     )
 
@@ -258,14 +240,11 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
         help="range of the side length that CutMix pastes, as a fraction of the image side, 0 to 1; enables CutMix and "
         "replaces --cutmix",
     )
-    group.add_argument(
-        "--mixup-prob", default=1.0, type=SHARE, metavar="P", help="probability of mixup or CutMix, 0 to 1"
-    )
+    group.add_argument("--mixup-prob", default=1.0, type=PROBABILITY, help="probability of mixup or CutMix, 0 to 1")
     group.add_argument(
         "--mixup-switch-prob",
         default=0.5,
-        type=SHARE,
-        metavar="P",
+        type=PROBABILITY,
         help="probability of CutMix instead of mixup if both are on, 0 to 1",
     )
     group.add_argument(
@@ -309,16 +288,13 @@ def get_args_parser() -> ArgumentParser:  # noqa: PLR0915  one statement per opt
     group = add_training_options(parser)
     group.add_argument("--eval", action="store_true", help="evaluate the weights of --resume, without training")
     group.add_argument(
-        "--dist-eval",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="split the evaluation between the processes; the metrics do not change",
+        "--dist-eval", **SWITCH, help="split the evaluation between the processes; the metrics do not change"
     )
     add_process_options(parser)
     return parser
 
 
-def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
+def check_args(parser: ArgumentParser, args: Namespace) -> None:
     """Reject combinations of arguments that cannot work."""
     if uses_mixup(args) and args.batch_size % 2 and not args.eval:
         parser.error(
@@ -341,7 +317,7 @@ def check_args(parser: ArgumentParser, args: argparse.Namespace) -> None:
             parser.error(f"--{option.replace('_', '-')} {fault}")
 
 
-def check_ranges(parser: ArgumentParser, args: argparse.Namespace) -> None:
+def check_ranges(parser: ArgumentParser, args: Namespace) -> None:
     """Reject ranges and milestones that are not in ascending order."""
     for option in ("scale", "cutmix_minmax", "lr_noise"):
         limits = getattr(args, option) or []
@@ -355,7 +331,7 @@ def check_ranges(parser: ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--decay-milestones {' '.join(map(str, args.decay_milestones))}: give them in ascending order")
 
 
-def uses_mixup(args: argparse.Namespace) -> bool:
+def uses_mixup(args: Namespace) -> bool:
     """Return True if mixup or CutMix is on, which makes targets soft."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
@@ -378,7 +354,7 @@ def build_model(name: str, nb_classes: int, **kwargs) -> nn.Module:
         ) from error
 
 
-def build_compute_losses(args: argparse.Namespace, nb_classes: int, device: torch.device) -> Callable:
+def build_compute_losses(args: Namespace, nb_classes: int, device: torch.device) -> Callable:
     """Build the function that computes the losses of a batch: mixup, the forward pass, criterion and distillation."""
     criterion = choose_criterion(soft_targets=uses_mixup(args), smoothing=args.smoothing)
     mixup = None
@@ -412,7 +388,7 @@ def build_compute_losses(args: argparse.Namespace, nb_classes: int, device: torc
     return compute_losses
 
 
-def build_state(args: argparse.Namespace, model: nn.Module, sampler: TrainSampler, device: torch.device) -> TrainState:
+def build_state(args: Namespace, model: nn.Module, sampler: TrainSampler, device: torch.device) -> TrainState:
     """Build the training state: optimizer, schedule, gradient scaler and moving average of the model."""
     optimizer = build_optimizer(args, model, sampler.global_batch)
     return TrainState(
@@ -425,7 +401,7 @@ def build_state(args: argparse.Namespace, model: nn.Module, sampler: TrainSample
     )
 
 
-def check_input_size(args: argparse.Namespace, model: nn.Module) -> None:
+def check_input_size(args: Namespace, model: nn.Module) -> None:
     """Reject an image size that does not fit a timm model of fixed input size."""
     config = getattr(model, "pretrained_cfg", {})
     size = config.get("input_size", (3, args.input_size))[-1]
@@ -433,14 +409,14 @@ def check_input_size(args: argparse.Namespace, model: nn.Module) -> None:
         raise UserError(f"--input-size {args.input_size}: {args.model} takes images of {size} pixels; pass that size")
 
 
-def check_classes(args: argparse.Namespace, classes: Sequence[str]) -> int:
+def check_classes(args: Namespace, classes: Sequence[str]) -> int:
     """Return the number of classes of the data; a UserError if `--nb-classes` is another one."""
     if args.nb_classes not in (None, len(classes)):
         raise UserError(f"--nb-classes {args.nb_classes}: the data have {len(classes)} classes; omit the option")
     return len(classes)
 
 
-def run_evaluation(args: argparse.Namespace, processes: Processes) -> None:
+def run_evaluation(args: Namespace, processes: Processes) -> None:
     """Evaluate the weights of --resume, --finetune or --pretrained on the validation set."""
     path = args.resume or args.finetune
     if not path and not args.pretrained:
@@ -449,8 +425,9 @@ def run_evaluation(args: argparse.Namespace, processes: Processes) -> None:
     classes = val_loader.dataset.dataset.classes
     nb_classes = check_classes(args, classes)
     if path:
-        check_same_classes(path, read_description(path).classes, classes)
-        for difference in differences(args, remembered_options(path), "checkpoint"):
+        description = read_description(path)
+        check_same_classes(path, description.classes, classes)
+        for difference in differences(args, remembered_options(description), "checkpoint"):
             logger.info("note: %s", difference)
     model = build_model(args.model, nb_classes, pretrained=args.pretrained)
     if path:
@@ -469,7 +446,7 @@ def run_evaluation(args: argparse.Namespace, processes: Processes) -> None:
     evaluate_model(args, processes, model, val_loader)
 
 
-def run_training(args: argparse.Namespace, processes: Processes) -> None:
+def run_training(args: Namespace, processes: Processes) -> None:
     """Train; evaluate after each epoch and save the newest and the best checkpoints."""
     with Run(vars(args)) as run:
         device = processes.device
@@ -496,7 +473,7 @@ def run_training(args: argparse.Namespace, processes: Processes) -> None:
             run.finish_epoch(train_stats, evaluate_state(args, processes, state, val_loader))
 
 
-def build_trained_model(args: argparse.Namespace, nb_classes: int, new: bool) -> nn.Module:
+def build_trained_model(args: Namespace, nb_classes: int, new: bool) -> nn.Module:
     """Build the model to train; in a new run, load its initial weights."""
     drops = {"drop_rate": args.drop, "drop_path_rate": args.drop_path}
     drops = {name: rate for name, rate in drops.items() if rate > 0}  # some timm models do not accept them
@@ -518,19 +495,18 @@ def build_trained_model(args: argparse.Namespace, nb_classes: int, new: bool) ->
 
 
 def evaluate_model(
-    args: argparse.Namespace, processes: Processes, model: nn.Module, val_loader: DataLoader, what: str = "network"
+    args: Namespace, processes: Processes, model: nn.Module, val_loader: DataLoader, what: str = "network"
 ) -> dict[str, float]:
     """Evaluate a model and log the metrics in the two lines of the original."""
     amp_dtype = choose_amp(args.amp, processes.device)
-    options = {"amp_dtype": amp_dtype, "sharded": args.dist_eval, "ignore_index": IGNORED_TARGET}
-    stats = evaluate(model, val_loader, processes.device, **options)
+    stats = evaluate(model, val_loader, processes.device, amp_dtype=amp_dtype, sharded=args.dist_eval)
     logger.info("* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.3f}".format(**stats))
     logger.info("Accuracy of the %s on the %d test images: %.1f%%", what, stats["images"], stats["acc1"])
     return stats
 
 
 def evaluate_state(
-    args: argparse.Namespace, processes: Processes, state: TrainState, val_loader: DataLoader
+    args: Namespace, processes: Processes, state: TrainState, val_loader: DataLoader
 ) -> dict[str, float]:
     """Evaluate the model and its moving average, if there is one; return the metrics as test_* and test_ema_*."""
     evaluated = [("test", "network", state.model)]
@@ -543,9 +519,7 @@ def evaluate_state(
     return figures
 
 
-def announce(
-    args: argparse.Namespace, processes: Processes, state: TrainState, nb_classes: int, accumulation: int
-) -> None:
+def announce(args: Namespace, processes: Processes, state: TrainState, nb_classes: int, accumulation: int) -> None:
     """Log the model, the batch sizes, and the differences from the recipe and from the published one."""
     global_batch = state.sampler.global_batch
     amp_dtype = choose_amp(args.amp, processes.device) or torch.float32
@@ -562,7 +536,7 @@ def announce(
         logger.info("%s", note)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
     """Parse the options twice: the second time the values of the recipe and of an evaluated training are defaults."""
     parser = get_args_parser()
     args = parser.parse_args(argv)
@@ -571,7 +545,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if args.recipe:
             parser.set_defaults(**get_recipe(args.recipe, args.model))
         if args.eval and weights:
-            parser.set_defaults(**remembered_options(weights))
+            parser.set_defaults(**remembered_options(read_description(weights, "classification")))
     except ValueError as error:  # a UserError or TwinsError
         parser.error(str(error))
     args = parser.parse_args(argv)

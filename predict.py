@@ -14,10 +14,10 @@ for a classifier, --config for an experiment of segmentation/configs or detectio
     result.draw().save("prediction.png")
 """
 
-import argparse
 import logging
 import os
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -62,7 +62,7 @@ from models.attention import attention_maps, check_blocks, grad_cam
 from segmentation.data import ADE20K_CLASSES, read_classes
 from segmentation.predictor import Segmentation, SegmentationPredictor
 from transforms import build_eval_transform, to_input, to_picture
-from utils import UserError, make_folder
+from utils import UserError, make_folder, require_package
 
 logger = logging.getLogger("twins")
 
@@ -105,17 +105,14 @@ class Classification(Result):
 
 
 class Classifier(Predictor):
-    """Predictor of classes, with a classifier of timm's interface.
-
-    Its description has the options of main.py that shape the input, by default those of `EVALUATION`.
-    """
+    """Predictor of classes, with a classifier of timm's interface."""
 
     upright = False  # as in training, and as torchvision reads folders of images
     load = staticmethod(models.load_weights)
 
     def __init__(self, model: nn.Module, description: Description, amp_dtype: torch.dtype | None = None):
         if "input_size" in description.options or isinstance(model, models.Twins):
-            transform = build_eval_transform(argparse.Namespace(**(EVALUATION | description.options)))
+            transform = build_eval_transform(Namespace(**(EVALUATION | description.options)))
         else:  # released weights of one of timm's models
             config = resolve_data_config(model=model)
             transform = create_transform(**config)
@@ -127,7 +124,6 @@ class Classifier(Predictor):
 
     @staticmethod
     def build(description: Description) -> nn.Module:
-        """Build the classifier of a description."""
         return create_classifier(description.options["model"], num_classes=len(description.classes))
 
     @torch.inference_mode()
@@ -220,12 +216,9 @@ def find_predictor(weights: str | Path, task: str) -> type[Predictor]:
         return Classifier
     if task == "segmentation":
         return SegmentationPredictor
-    try:
-        from detection.predictor import DetectionPredictor
-    except ImportError as error:
-        raise UserError(
-            f"{weights}: detection needs pycocotools ({error}); install it: pip install pycocotools"
-        ) from error
+    require_package("pycocotools", f"{weights}: detection")
+    from detection.predictor import DetectionPredictor
+
     return DetectionPredictor
 
 
@@ -341,7 +334,7 @@ def add_network_options(parser: ArgumentParser):
     return group
 
 
-def load_named_predictor(args: argparse.Namespace, weights: str | None, processes: Processes) -> Predictor:
+def load_named_predictor(args: Namespace, weights: str | None, processes: Processes) -> Predictor:
     """Load the network that `add_network_options` names, with its weights; these are None with `--pretrained`."""
     others = {"device": str(processes.device), "amp": getattr(args, "amp", "off")}
     if not args.pretrained:
@@ -371,7 +364,7 @@ def get_parser() -> ArgumentParser:
     group.add_argument("--out", metavar="FOLDER", help="write a picture of each prediction, and label maps, as PNG")
     group.add_argument("--json", metavar="FILE", help="write the predictions as JSON: a list with an object per image")
     group.add_argument("--csv", metavar="FILE", help="write the predictions as a table")
-    group.add_argument("--topk", type=POSITIVE_INT, default=5, metavar="N", help="listed classes of a classifier")
+    group.add_argument("--topk", type=POSITIVE_INT, default=5, help="listed classes of a classifier")
     group.add_argument(
         "--score-thr",
         type=SHARE,
@@ -379,7 +372,7 @@ def get_parser() -> ArgumentParser:
         metavar="SCORE",
         help="minimum score of an object; a network itself keeps those above its score_threshold, by default 0.05",
     )
-    group.add_argument("--batch-size", type=POSITIVE_INT, default=8, metavar="N", help="images of a classifier's batch")
+    group.add_argument("--batch-size", type=POSITIVE_INT, default=8, help="images of a classifier's batch")
     group.add_argument(
         "--attention",
         action="store_true",
@@ -396,10 +389,7 @@ def get_parser() -> ArgumentParser:
 
 
 def find_images(paths: Iterable[str], out: str | None = None) -> list[Path]:
-    """Return the image files of paths: files, folders, and `-` for paths from standard input.
-
-    Pictures in the folder `out` are left out. A folder without images is a UserError.
-    """
+    """Return the image files of paths, files or folders (`-`: from standard input), but for those in `out`."""
     images = []
     for path in paths:
         lines = [line.rstrip("\r\n") for line in sys.stdin] if path == "-" else [path]
@@ -423,7 +413,7 @@ def search_folder(folder: Path, out: str | None) -> list[Path]:
     return images
 
 
-def run_prediction(args: argparse.Namespace, processes: Processes) -> None:
+def run_prediction(args: Namespace, processes: Processes) -> None:
     """Predict images and write what the options ask for."""
     check_args(args, processes)
     weights, paths = (None, args.paths) if args.pretrained else (args.paths[0], args.paths[1:])
@@ -450,7 +440,7 @@ def run_prediction(args: argparse.Namespace, processes: Processes) -> None:
         raise UserError(f"{len(images) - predicted} of {len(images)} images cannot be predicted; see above")
 
 
-def check_args(args: argparse.Namespace, processes: Processes) -> None:
+def check_args(args: Namespace, processes: Processes) -> None:
     """Reject options that do not work together, and files that cannot be written."""
     if processes.world_size > 1:
         raise UserError("predict.py runs in one process; start it without a launcher")
@@ -466,14 +456,12 @@ def check_args(args: argparse.Namespace, processes: Processes) -> None:
         raise UserError(f"--json {args.json}: is also the file of --csv; name two files")
 
 
-def block_names(args: argparse.Namespace) -> list[str]:
+def block_names(args: Namespace) -> list[str]:
     """Return the names of `--blocks`."""
     return [name.strip() for name in (args.blocks or "").split(",") if name.strip()]
 
 
-def predict_files(
-    args: argparse.Namespace, predictor: Predictor, images: Sequence[Path], reports: Sequence[Report]
-) -> int:
+def predict_files(args: Namespace, predictor: Predictor, images: Sequence[Path], reports: Sequence[Report]) -> int:
     """Predict image files, write the predictions, and return their number. Bad files are logged."""
     batch_size = args.batch_size if isinstance(predictor, Classifier) else 1
     loading = loader_options(args, predictor.device)
@@ -502,7 +490,7 @@ def predict_files(
     return predicted
 
 
-def write_result(args: argparse.Namespace, predictor: Predictor, result: Result, name: str) -> dict[str, Any]:
+def write_result(args: Namespace, predictor: Predictor, result: Result, name: str) -> dict[str, Any]:
     """Log a prediction, write its pictures and its label map, and return it as plain values."""
     choices = {"classification": {"topk": args.topk}, "detection": {"min_score": args.score_thr}}
     choice = choices.get(predictor.description.task, {})

@@ -1,7 +1,4 @@
-"""Samplers of training and evaluation.
-
-The order of training samples does not depend on the number of processes, and can continue from any step.
-"""
+"""Samplers of training, whose order can continue from any step, and data sets with seeded augmentation."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -45,7 +42,6 @@ class SeededSet(Dataset):
         return samples
 
     def get(self, key: SampleKey) -> Any:
-        """Return one sample."""
         sample = self.dataset[key.index]
         return self.augment(*sample) if self.augment else sample
 

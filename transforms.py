@@ -22,7 +22,7 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import to_pil_image
 
-from core.options import NON_NEGATIVE, POSITIVE_INT, SHARE, number
+from core.options import FRACTION, NON_NEGATIVE, POSITIVE_INT, PROBABILITY
 from utils import UserError
 
 STATISTICS = IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -35,7 +35,7 @@ def add_augmentation_options(group) -> None:
     group.add_argument(
         "--scale",
         default=[0.08, 1.0],
-        type=number(float, 0, 1, above=True),
+        type=FRACTION,
         nargs=2,
         metavar=("MIN", "MAX"),
         help="range of the fraction of the image area that a random crop covers",
@@ -60,14 +60,14 @@ def add_augmentation_options(group) -> None:
         choices=("random", "bilinear", "bicubic"),
         help="interpolation of the random crops",
     )
-    group.add_argument("--reprob", default=0.25, type=SHARE, metavar="P", help="probability of random erasing, 0 to 1")
+    group.add_argument("--reprob", default=0.25, type=PROBABILITY, help="probability of random erasing, 0 to 1")
     group.add_argument(
         "--remode",
         default="pixel",
         choices=("const", "rand", "pixel"),
         help="filling of erased areas: zeros, one random colour, or a random colour per pixel",
     )
-    group.add_argument("--recount", default=1, type=POSITIVE_INT, metavar="N", help="maximum number of erased areas")
+    group.add_argument("--recount", default=1, type=POSITIVE_INT, help="maximum number of erased areas")
 
 
 def add_eval_crop_option(group) -> None:
@@ -75,7 +75,7 @@ def add_eval_crop_option(group) -> None:
     group.add_argument(
         "--eval-crop-ratio",
         default=0.875,
-        type=number(float, 0, 1, above=True),
+        type=FRACTION,
         metavar="RATIO",
         help="ratio of the side of the centre crop to the shorter side of the resized image, in evaluation",
     )
@@ -219,9 +219,6 @@ def collate_train_images(samples: Sequence[tuple[TrainImages, int]]) -> tuple[Tr
     return TrainImages(pixels, erased, values), targets
 
 
-# ---------------------------------------------------------------------------------------------------------- crops
-
-
 class RandomCrop(RandomResizedCropAndInterpolation):
     """timm's random crop of a PIL image, resized by torch in a quarter of Pillow's time.
 
@@ -262,19 +259,31 @@ def adapt_policy(policy: Callable) -> None:
         operation.aug_fn = OPERATIONS.get(operation.name, operation.aug_fn)
 
 
-def shear(image: Image.Image, factor: float, **options) -> Image.Image:
-    """Shift each row to the left by `factor` times its distance from the top."""
-    return _shift_rows(image, factor, 0, **options)
+def shear(
+    image: Image.Image,
+    slope: float,
+    offset: float = 0.0,
+    *,
+    fillcolor: Colour | None,
+    resample: Image.Resampling | Sequence[Image.Resampling],
+) -> Image.Image:
+    """Shift row i to the left by `slope * (i + 0.5) + offset` pixels."""
+    if isinstance(resample, (list, tuple)):
+        resample = random.choice(resample)  # as timm does
+    if resample == Image.Resampling.BICUBIC and image.mode == "RGB" and fillcolor is not None:
+        return move_rows(image, slope * (np.arange(image.height) + 0.5) + offset, fillcolor)
+    matrix = (1, slope, offset, 0, 1, 0)
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=fillcolor)
 
 
 def translate(image: Image.Image, pixels: float, **options) -> Image.Image:
     """Shift an image to the left."""
-    return _shift_rows(image, 0, pixels, **options)
+    return shear(image, 0, pixels, **options)
 
 
 def translate_rel(image: Image.Image, share: float, **options) -> Image.Image:
     """Shift an image to the left by a share of its width."""
-    return _shift_rows(image, 0, share * image.width, **options)
+    return shear(image, 0, share * image.width, **options)
 
 
 def on_columns(operation: Callable, image: Image.Image, amount: float, **options) -> Image.Image:
@@ -299,22 +308,6 @@ OPERATIONS = {
     "PosterizeIncreasing": posterize,
     "PosterizeOriginal": posterize,
 }
-
-
-def _shift_rows(
-    image: Image.Image,
-    slope: float,
-    offset: float,
-    fillcolor: Colour | None,
-    resample: Image.Resampling | Sequence[Image.Resampling],
-) -> Image.Image:
-    """Shift row i to the left by `slope * (i + 0.5) + offset` pixels."""
-    if isinstance(resample, (list, tuple)):
-        resample = random.choice(resample)  # as timm does
-    if resample == Image.Resampling.BICUBIC and image.mode == "RGB" and fillcolor is not None:
-        return move_rows(image, slope * (np.arange(image.height) + 0.5) + offset, fillcolor)
-    matrix = (1, slope, offset, 0, 1, 0)
-    return image.transform(image.size, Image.Transform.AFFINE, matrix, resample, fillcolor=fillcolor)
 
 
 def move_rows(image: Image.Image, shifts: np.ndarray, fill: Colour) -> Image.Image:

@@ -125,7 +125,6 @@ class TrainState:
         return changes + self._load_randomness(checkpoint, seed)
 
     def _load_place(self, checkpoint: dict[str, Any]) -> list[str]:
-        """Restore the place in the epoch and the meter."""
         meters, device = checkpoint["meters"], next(self.model.parameters()).device
         same = len(meters) == get_world_size()
         self.meter.load_state_dict(meters[get_rank()] if same else EpochMeter.merge(meters), device)

@@ -63,11 +63,10 @@ def saved_options(content: dict[str, Any]) -> dict[str, Any]:
     return {"window_padding": "mask"} | options if "head" in options else options  # formats 1 and 2 knew no other
 
 
-def remembered_options(path: str | Path) -> dict[str, Any]:
+def remembered_options(description: Description) -> dict[str, Any]:
     """Return the options of the training of a classifier that shape the network and its input."""
     names = ("model", "input_size", "eval_crop_ratio", "data_set", "inat_category")
-    options = read_description(path, "classification").options
-    return {name: options[name] for name in names if name in options}
+    return {name: description.options[name] for name in names if name in description.options}
 
 
 def check_same_classes(path: str | Path, known: Sequence[str], classes: Sequence[str]) -> None:

@@ -37,8 +37,7 @@ def init_processes(device: str = "auto", dist_url: str = "env://", patience: flo
     Works with torchrun, `python -m torch.distributed.launch`, SLURM's srun and a single process. With several processes
     each one uses the GPU of its local rank. The backend is NCCL on GPUs and gloo on the CPU.
 
-    The device is `"auto"` (CUDA if there is a GPU), `"cuda"`, `"cuda:N"` or `"cpu"`; `patience` is the timeout of
-    collectives in seconds.
+    `device` is the value of `--device`; `patience` is the timeout of collectives in seconds.
 
     Raises:
         UserError: If the device does not exist or the rendezvous fails.

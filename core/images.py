@@ -127,11 +127,7 @@ def enlarge(image: Image.Image) -> Image.Image:
 
 
 def draw_captions(panels: Sequence[tuple[str, Image.Image]]) -> Image.Image:
-    """Return a picture of RGB images side by side, with their captions of one or more lines below.
-
-    Args:
-        panels: Captions and images.
-    """
+    """Return a picture of RGB images side by side, with their captions of one or more lines below."""
     captions = [plain_text(caption).splitlines() for caption, _ in panels]
     images = [image for _, image in panels]
     font, line = load_font(max((image.size for image in images), key=max))

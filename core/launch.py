@@ -1,10 +1,10 @@
 """Start and end of a script: processes, exit codes and one-line errors."""
 
-import argparse
 import logging
 import re
 import signal
 import sys
+from argparse import Namespace
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -33,8 +33,8 @@ KNOWN_FAULTS = {
 
 def run_script(
     name: str,
-    run: Callable[[argparse.Namespace, Processes], None],
-    args: argparse.Namespace,
+    run: Callable[[Namespace, Processes], None],
+    args: Namespace,
     when_stopped: str = "",
     one_size: bool = False,
 ) -> None:
@@ -43,8 +43,8 @@ def run_script(
     Bad input and known faults end with a one-line message and exit code 1, internal errors with their traceback. A run
     that a signal stops ends with exit code 128 plus the number of the signal.
 
-    The options are among others those of `add_process_options` and `add_loader_options`. `when_stopped` is the part of
-    the message of a stopped run that says what it has saved and how to continue it. `choose_kernels` takes `one_size`.
+    `args` has the options of processes and loaders. `when_stopped` ends the message of a stopped run: what is saved.
+    `choose_kernels` takes `one_size`.
     """
     try:
         # The loader's timeout comes first, so that its message names the cause.

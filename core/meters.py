@@ -41,7 +41,6 @@ class EpochMeter:
     sums: Tensor | None = None  # sums of the losses, float64 on their device; None before the first step
 
     def add(self, losses: Losses, lr: float) -> None:
-        """Add a step with its losses and learning rate."""
         values = torch.stack(list(losses.values()))
         self.names = tuple(losses)
         self.sums = values if self.sums is None else self.sums + values
@@ -142,7 +141,6 @@ class StepGuard:
         return finite
 
     def finish(self) -> None:
-        """Read the remaining results."""
         while self.pending:
             self._read()
 

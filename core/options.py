@@ -21,9 +21,6 @@ from utils import UserError
 logger = logging.getLogger("twins")
 
 
-# ------------------------------------------------------------------------------------------------------- the parser
-
-
 class ArgumentParser(argparse.ArgumentParser):
     """Parser with one-line errors, whose options may be written with hyphens or underscores."""
 
@@ -54,19 +51,27 @@ class ArgumentParser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Formatter that shows the default of each option that has one."""
+    """Formatter that shows the default of each option that has one, and the placeholder of its type."""
 
     def _get_help_string(self, action):
         if action.default is None or action.default is False or action.default is argparse.SUPPRESS:
             return action.help
         return f"{action.help} (default: %(default)s)"
 
+    def _get_default_metavar_for_optional(self, action):
+        return getattr(action.type, "metavar", None) or super()._get_default_metavar_for_optional(action)
+
 
 LARGEST = 2**63  # larger numbers, among them infinity, are rejected
 
 
-def number(kind: type, low: float, high: float = float("inf"), above: bool = False) -> Callable[[str], float]:
-    """Return an argument type for an int or float from `low` to `high`, without `low` itself if it must be `above`."""
+def number(
+    kind: type, low: float, high: float = float("inf"), above: bool = False, metavar: str | None = None
+) -> Callable[[str], float]:
+    """Return an argument type for an int or float from `low` to `high`, without `low` itself if it must be `above`.
+
+    `metavar` is the placeholder of its options in the help; by default N for an int, and their names for a float.
+    """
 
     def convert(text: str):
         try:
@@ -82,11 +87,15 @@ def number(kind: type, low: float, high: float = float("inf"), above: bool = Fal
             raise argparse.ArgumentTypeError(f"{text!r} is not a {what} {limits}")
         return value
 
+    convert.metavar = metavar or ("N" if kind is int else None)
     return convert
 
 
 POSITIVE_INT, COUNT = number(int, 1), number(int, 0)
 POSITIVE, NON_NEGATIVE, SHARE = number(float, 0, above=True), number(float, 0), number(float, 0, 1)
+FRACTION, PROBABILITY = number(float, 0, 1, above=True), number(float, 0, 1, metavar="P")
+RATE = number(float, 0, 0.99, metavar="RATE")
+SWITCH = {"action": argparse.BooleanOptionalAction, "default": False}  # arguments of an option that is off by default
 
 
 def nearest(name: str, known, cutoff: float = 0.6) -> str:
@@ -102,9 +111,6 @@ def find_fault(model: str) -> str:
     return f"{model!r} is unknown{nearest(model, timm.list_models(), cutoff=0.4)}"
 
 
-# --------------------------------------------------------------------------------------------------- common options
-
-
 def add_process_options(parser: ArgumentParser) -> None:
     """Add the options of every script: device, rendezvous, determinism and tracebacks."""
     group = parser.add_argument_group("processes")
@@ -117,9 +123,7 @@ def add_process_options(parser: ArgumentParser) -> None:
     )
     group.add_argument("--local-rank", type=COUNT, help=argparse.SUPPRESS)  # set by torch.distributed.launch, unused
     group.add_argument(
-        "--deterministic",
-        action="store_true",
-        help="make GPU runs reproducible, slower; CPU runs already are",
+        "--deterministic", action="store_true", help="make GPU runs reproducible, slower; CPU runs already are"
     )
     group.add_argument("--traceback", action="store_true", help="show the traceback of input errors, too")
 
@@ -130,7 +134,6 @@ def add_loader_options(group, num_workers: int = 10) -> None:
         "--num_workers",
         default=num_workers,
         type=COUNT,
-        metavar="N",
         help="data-loading workers per process, at most one per CPU core; 0: load in the process itself",
     )
     group.add_argument(
@@ -202,11 +205,7 @@ def add_training_options(parser: ArgumentParser, kept: str = "without it nothing
         help="also save a checkpoint every STEPS steps within an epoch",
     )
     group.add_argument(
-        "--keep",
-        default=2,
-        type=POSITIVE_INT,
-        metavar="N",
-        help="number of newest checkpoints to keep, besides the best ones",
+        "--keep", default=2, type=POSITIVE_INT, help="number of newest checkpoints to keep, besides the best ones"
     )
     group.add_argument(
         "--on-nonfinite",
@@ -226,7 +225,6 @@ def add_training_options(parser: ArgumentParser, kept: str = "without it nothing
         "--seed",
         default=0,
         type=number(int, 0, 2**32 - 1),
-        metavar="N",
         help="seed of initialisation, sample order and augmentation, 0 to 2^32 - 1",
     )
     group.add_argument("--print-freq", default=10, type=POSITIVE_INT, metavar="STEPS", help="steps between log lines")

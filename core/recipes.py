@@ -1,6 +1,6 @@
 """Recipes of main.py: named sets of option values."""
 
-import argparse
+from argparse import Namespace
 from typing import Any
 
 import torch
@@ -20,26 +20,14 @@ PUBLISHED = {
 }
 PUBLISHED_PRECISION = torch.float16  # of autocast, in training and in the evaluation of the published accuracies
 # The tiny model on the embedded shapes; it takes two to three minutes on two CPU cores.
+# fmt: off
 SHAPES = {
-    "model": "alt_gvt_tiny",
-    "data_set": "SHAPES",
-    "input_size": 64,
-    "epochs": 5,
-    "batch_size": 32,
-    "lr": 1.2e-3,
-    "unscale_lr": True,
-    "warmup_epochs": 0,
-    "sched_on_updates": True,
-    "drop_path": 0.0,
-    "mixup": 0.0,
-    "cutmix": 0.0,
-    "smoothing": 0.0,
-    "aa": "none",
-    "color_jitter": 0.0,
-    "reprob": 0.0,
-    "scale": [1.0, 1.0],
-    "print_freq": 50,
+    "model": "alt_gvt_tiny", "data_set": "SHAPES", "input_size": 64,
+    "epochs": 5, "batch_size": 32, "lr": 1.2e-3, "unscale_lr": True, "warmup_epochs": 0, "sched_on_updates": True,
+    "drop_path": 0.0, "mixup": 0.0, "cutmix": 0.0, "smoothing": 0.0,
+    "aa": "none", "color_jitter": 0.0, "reprob": 0.0, "scale": [1.0, 1.0], "print_freq": 50,
 }
+# fmt: on
 RECIPES = ("published", "shapes")
 # Options that are not compared with the published recipe: they do not change what is trained, or the recipe contains
 # them in another form, as `batch_size` in `global_batch`.
@@ -68,7 +56,7 @@ def published_name(model: str) -> str:
     return get_arch_name(model).removesuffix("_v0")
 
 
-def differences(args: argparse.Namespace, recipe: dict[str, Any], source: str = "recipe") -> list[str]:
+def differences(args: Namespace, recipe: dict[str, Any], source: str = "recipe") -> list[str]:
     """Return a description of each option that differs from a recipe or another source of options."""
     return [
         f"{name.replace('_', '-')} {getattr(args, name)} ({source}: {value})"
@@ -77,7 +65,7 @@ def differences(args: argparse.Namespace, recipe: dict[str, Any], source: str = 
     ]
 
 
-def note_recipe(args: argparse.Namespace) -> list[str]:
+def note_recipe(args: Namespace) -> list[str]:
     """Return a note on the recipe in use and the options that override it."""
     if not args.recipe:
         return []
@@ -85,9 +73,7 @@ def note_recipe(args: argparse.Namespace) -> list[str]:
     return [f"recipe {args.recipe}" + (f", changed: {', '.join(changed)}" if changed else "")]
 
 
-def note_published(
-    args: argparse.Namespace, global_batch: int, precision: torch.dtype, defaults: dict[str, Any]
-) -> list[str]:
+def note_published(args: Namespace, global_batch: int, precision: torch.dtype, defaults: dict[str, Any]) -> list[str]:
     """Return a note if the options of a run differ from the recipe of the published model; none for other models.
 
     `precision` is the data type of autocast, float32 without autocast; `defaults` holds those of all options.
@@ -96,7 +82,7 @@ def note_published(
     if name not in PUBLISHED:
         return []
     recipe = {option: value for option, value in (defaults | PUBLISHED[name]).items() if option not in NOT_IN_RECIPES}
-    run = argparse.Namespace(**vars(args) | {"global_batch": global_batch, "precision": precision})
+    run = Namespace(**vars(args) | {"global_batch": global_batch, "precision": precision})
     changed = differences(run, recipe | {"precision": PUBLISHED_PRECISION})
     return [f"note: differs from the recipe of the published {args.model}: {', '.join(changed)}"] if changed else []
 

@@ -229,7 +229,6 @@ class Run:
                 self.boards[unit] = self.stack.enter_context(writer)
 
     def _log_summary(self) -> None:
-        """Log the final summary."""
         epochs = self.state.epoch - self.first_epoch
         if not epochs:
             logger.info("this run is complete; raise the number of epochs to continue")

@@ -56,7 +56,6 @@ class RunFolder:
             self.lock.close()
 
     def _claim(self) -> None:
-        """Create and lock the folder."""
         try:
             self.is_new = not self.path.exists()
             self.path.mkdir(parents=True, exist_ok=True)

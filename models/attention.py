@@ -12,12 +12,13 @@ from .layers import LocallyGroupedAttention
 from .twins import Twins, TwinsError
 
 
+@torch.no_grad()
 def attention_maps(model: Twins, images: Tensor, blocks: Sequence[str]) -> dict[str, Tensor]:
     """Return how much attention each position of chosen blocks receives, as the mean over heads and queries.
 
     In GSA a position is a token of the subsampled map, and the queries are all tokens; in LSA it is a token of the map,
-    and the queries are those of its window. So the map of a GSA block sums to 1, and in LSA
-    each window does, unless padding takes part.
+    and the queries are those of its window. So the map of a GSA block sums to 1, and in LSA each window does, unless
+    padding takes part.
 
     Args:
         model: Twins model in evaluation mode.
@@ -30,8 +31,25 @@ def attention_maps(model: Twins, images: Tensor, blocks: Sequence[str]) -> dict[
     Raises:
         TwinsError: If there is no such block.
     """
-    weights = attention_weights(model, images, blocks)
-    return {name: _received(model.get_submodule(name).attn, *weights[name], len(images)) for name in blocks}
+    check_blocks(model, blocks)
+    weights = {}  # (B, heads, queries, keys), in LSA (windows, heads, tokens, tokens)
+
+    def keep_weights(name: str, _module, _inputs, output):
+        weights[name] = output
+
+    with torch.compiler.set_stance("force_eager"), ExitStack() as stack:  # compiled code does not call new hooks
+        for name in blocks:
+            attention = model.get_submodule(name).attn
+            stack.callback(setattr, attention, "fused_attn", attention.fused_attn)
+            attention.fused_attn = False  # the fused function does not return its weights
+            stack.enter_context(attention.attn_drop.register_forward_hook(partial(keep_weights, name)))
+        model(images)
+    maps = {}
+    for name in blocks:
+        stride = model.feature_info[int(name.split(".")[1])]["reduction"]
+        size = images.shape[2] // stride, images.shape[3] // stride
+        maps[name] = _received(model.get_submodule(name).attn, weights[name], *size, len(images))
+    return maps
 
 
 def check_blocks(model: Twins, blocks: Sequence[str]) -> None:
@@ -42,46 +60,19 @@ def check_blocks(model: Twins, blocks: Sequence[str]) -> None:
             raise TwinsError(f"block {name!r} is unknown; choose from {known[0]} to {known[-1]}, blocks.STAGE.BLOCK")
 
 
-@torch.no_grad()
-def attention_weights(model: Twins, images: Tensor, blocks: Sequence[str]) -> dict[str, tuple[Tensor, int, int]]:
-    """Return the attention weights of chosen blocks, and the height and width of their maps; see `attention_maps`.
-
-    The weights are `(B, heads, queries, keys)`, in LSA `(windows, heads, tokens, tokens)`.
-    """
-    check_blocks(model, blocks)
-    sizes, weights = {}, {}
-
-    def keep_size(name: str, _module, inputs):
-        sizes[name] = inputs[0].shape[1:3]
-
-    def keep_weights(name: str, _module, _inputs, output):
-        weights[name] = output
-
-    with torch.compiler.set_stance("force_eager"), ExitStack() as stack:  # compiled code does not call new hooks
-        for name in blocks:
-            attention = model.get_submodule(name).attn
-            stack.callback(setattr, attention, "fused_attn", attention.fused_attn)
-            attention.fused_attn = False  # the fused function does not return its weights
-            stack.enter_context(attention.register_forward_pre_hook(partial(keep_size, name)))
-            stack.enter_context(attention.attn_drop.register_forward_hook(partial(keep_weights, name)))
-        model(images)
-    return {name: (weights[name], *sizes[name]) for name in blocks}
-
-
-def grad_cam(model: Twins, images: Tensor, classes: Tensor, stage: int = 2) -> Tensor:
-    """Return the Grad-CAM of classes: how much the parts of images speak for them.
+def grad_cam(model: Twins, images: Tensor, classes: Tensor) -> Tensor:
+    """Return the Grad-CAM of classes, on the output of stride 16: how much the parts of images speak for them.
 
     Args:
         model: Twins classifier in evaluation mode.
         images: Normalised images `(B, 3, H, W)`.
         classes: Class index of each image, int64 `(B,)`.
-        stage: Stage whose output is weighted by the gradient, counted from 0; that of stage 2 has stride 16.
 
     Returns:
         Maps `(B, h, w)`, at least 0.
     """
     outputs = []
-    hook = model.blocks[stage].register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    hook = model.blocks[2].register_forward_hook(lambda module, inputs, output: outputs.append(output))
     with hook, torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         logits = model(images)
         chosen = logits.gather(1, classes[:, None]).sum()
@@ -92,7 +83,7 @@ def grad_cam(model: Twins, images: Tensor, classes: Tensor, stage: int = 2) -> T
 
 
 def _received(attention: nn.Module, weights: Tensor, height: int, width: int, count: int) -> Tensor:
-    """Return the mean weight of each key `(B, h, w)`; see `attention_weights`."""
+    """Return the mean weight of each key `(B, h, w)`; the weights are those that `attention_maps` keeps."""
     weights = weights.mean(dim=1)  # (windows, queries, keys) in LSA
     if not isinstance(attention, LocallyGroupedAttention):
         ratio = attention.sr_ratio

@@ -140,18 +140,13 @@ def _multiply_tokens(left: Tensor, right: Tensor) -> Tensor:
     return _multiply(right.t(), left.t()).t().contiguous()
 
 
-# ---------------------------------------------------------------------------------------------------------- linear
-
-
 @torch.library.custom_op(f"{__package__}::linear", mutates_args=(), device_types="cpu")
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Return `x @ weight.T + bias`, `(tokens, in) -> (tokens, out)`."""
     return _multiply(x, weight, bias)
 
 
-@linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
+linear.register_fake(lambda x, weight, bias: x.new_empty(x.shape[0], weight.shape[0]))
 
 
 @torch.library.custom_op(f"{__package__}::linear_backward", mutates_args=(), device_types="cpu")
@@ -161,9 +156,9 @@ def linear_backward(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Te
     return _multiply(grad, weight.t()), _multiply_tokens(grad, x), grad.sum(0)
 
 
-@linear_backward.register_fake
-def _(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), torch.empty_like(weight), weight.new_empty(weight.shape[0])
+linear_backward.register_fake(
+    lambda grad, x, weight: (x.new_empty(x.shape), torch.empty_like(weight), weight.new_empty(weight.shape[0]))
+)
 
 
 def _differentiate_linear(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,9 +173,6 @@ linear.register_autograd(
 )
 
 
-# ------------------------------------------------------------------------------------------------------------- MLP
-
-
 @torch.library.custom_op(f"{__package__}::mlp", mutates_args=(), device_types="cpu")
 def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
     """Return `gelu(x @ weight1.T + bias1) @ weight2.T + bias2`, `(tokens, in) -> (tokens, out)`; not differentiable."""
@@ -188,9 +180,7 @@ def mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tenso
     return concatenate([_multiply(_multiply(part, weight1, bias1, "gelu"), weight2, bias2) for part in parts])
 
 
-@mlp.register_fake
-def _(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight2.shape[0])
+mlp.register_fake(lambda x, weight1, bias1, weight2, bias2: x.new_empty(x.shape[0], weight2.shape[0]))
 
 
 @torch.library.custom_op(f"{__package__}::mlp_training", mutates_args=(), device_types="cpu")
@@ -259,8 +249,6 @@ def _split(x: Tensor, hidden: int) -> tuple[Tensor, ...]:
     """Split tokens `(tokens, C)` into parts whose hidden layer of `hidden` channels fits into the cache."""
     return x.split(max(1, PART_BYTES // (hidden * x.element_size())))
 
-
-# --------------------------------------------------------------------------------------------------------- counting
 
 # For a FlopCounterMode around the backward pass alone. It counts the forward pass by torch's operations.
 _operators = getattr(torch.ops, __package__)  # named by the package: two copies in one process stay apart

@@ -23,11 +23,6 @@ def concatenate(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
     return torch.cat(parts, dim=dim) if len(parts) > 1 else parts[0]
 
 
-def _is_captured() -> bool:
-    """Return True while torch records a graph, which must serve images of all sizes."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
 def _is_known_multiple(side: int, window: int) -> bool:
     """Return True if a side is a multiple of the window. In a captured graph for many sizes this is unknown: False."""
     if not torch.compiler.is_compiling():
@@ -61,10 +56,7 @@ class PositionalEncodingGenerator(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of queries to keys and values, by torch's fused function or, if timm disables it, in steps.
-
-    `attn_drop` is the dropout rate of the attention weights.
-    """
+    """Multi-head attention of queries to keys and values: torch's fused function or, if timm disables it, in steps."""
 
     def __init__(self, num_heads: int, attn_drop: float):
         super().__init__()
@@ -120,9 +112,10 @@ class LocallyGroupedAttention(Attention):
         """Map `(B, H, W, C)` to the same shape."""
         _, H, W, _ = x.shape
         size = self.window_size
+        captured = torch.compiler.is_compiling() or torch.jit.is_tracing()  # in a graph, which must serve all sizes
         if _is_known_multiple(H, size) and _is_known_multiple(W, size):
             x = self.attend_map(x)
-        elif _is_captured() or not self.fused_attn:  # in steps all windows at once, so that tools see all weights
+        elif captured or not self.fused_attn:  # in steps all windows at once, so that tools see all weights
             x = self.attend_by_index(x)
         elif self.pads_with_zeros(H, W):
             x = self.attend_map(F.pad(x, (0, 0, 0, -W % size, 0, -H % size)))[:, :H, :W]

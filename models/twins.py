@@ -12,7 +12,7 @@ A network has four stages of strides 4, 8, 16 and 32. Parameter names are those 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -174,19 +174,10 @@ class Twins(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """Return the outputs of chosen stages, as timm's models do.
+        """Return `(tokens, maps)`, or only the maps, of images `(B, in_chans, H, W)`, as timm's models do.
 
-        Args:
-            x: Images `(B, in_chans, H, W)`.
-            indices: Number of last stages, or a sequence of stages; None for all stages.
-            norm: True to apply the final norm to the output of the last stage.
-            stop_early: True to skip the stages after the last chosen one.
-            output_fmt: Layout of the maps, `"NCHW"` or `"NHWC"`.
-            intermediates_only: True to return only the list of maps.
-
-        Returns:
-            `(tokens, maps)`, or only the maps. If the last stage was computed, the tokens are those of
-            `forward_features`.
+        The maps are the outputs of the stages `indices`: a number of last stages or a sequence of stages; None for all.
+        If the last stage was computed, the tokens are those of `forward_features`.
         """
         if output_fmt not in ("NCHW", "NHWC"):
             raise TwinsError(f"output_fmt {output_fmt!r} is unknown; use 'NCHW' or 'NHWC'")
@@ -259,7 +250,6 @@ class Twins(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """Return the head."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -348,9 +338,6 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-PCPVT = {"embed_dims": (64, 128, 320, 512), "num_heads": (1, 2, 5, 8), "mlp_ratios": (8, 8, 4, 4)}
-
-
 def _create(variant: str, pretrained: bool, kwargs: dict, **config) -> nn.Module:
     """Build a variant with the hyperparameters `config`, unless the arguments `kwargs` of the user differ."""
     if not kwargs.get("pretrained_cfg") and get_pretrained_cfg(variant) is None:
@@ -359,57 +346,34 @@ def _create(variant: str, pretrained: bool, kwargs: dict, **config) -> nn.Module
     return build_model_with_cfg(Twins, variant, pretrained, feature_cfg=feature_cfg, **(config | kwargs))
 
 
-@register_model
-def pcpvt_tiny(pretrained: bool = False, **kwargs) -> nn.Module:
-    """Twins-PCPVT with 1.3 M parameters, for tests and first runs."""
-    config = PCPVT | {"embed_dims": (32, 64, 96, 128), "num_heads": (1, 2, 3, 4), "depths": (1, 2, 2, 2)}
-    return _create("pcpvt_tiny", pretrained, kwargs, **config)
+def _register(variant: str, description: str, **config) -> Callable[..., nn.Module]:
+    """Register a variant with timm and return its entry point."""
+
+    def create(pretrained: bool = False, **kwargs) -> nn.Module:
+        return _create(variant, pretrained, kwargs, **config)
+
+    create.__name__ = create.__qualname__ = variant
+    create.__doc__ = description
+    return register_model(create)
 
 
-@register_model
-def pcpvt_small(pretrained: bool = False, **kwargs) -> nn.Module:
-    """Twins-PCPVT-S."""
-    return _create("pcpvt_small", pretrained, kwargs, **PCPVT, depths=(3, 4, 6, 3))
+PCPVT = {"embed_dims": (64, 128, 320, 512), "num_heads": (1, 2, 5, 8), "mlp_ratios": (8, 8, 4, 4)}
+TINY = {"embed_dims": (32, 64, 96, 128), "num_heads": (1, 2, 3, 4)}  # for tests and first runs
+SVT_TINY = TINY | {"mlp_ratios": (2, 2, 4, 4)}
+SVT_BASE = {"embed_dims": (96, 192, 384, 768), "num_heads": (3, 6, 12, 24)}
+SVT_LARGE = {"embed_dims": (128, 256, 512, 1024), "num_heads": (4, 8, 16, 32)}
 
+pcpvt_tiny = _register("pcpvt_tiny", "Twins-PCPVT with 1.3 M parameters.", **(PCPVT | TINY), depths=(1, 2, 2, 2))
+pcpvt_small = _register("pcpvt_small", "Twins-PCPVT-S.", **PCPVT, depths=(3, 4, 6, 3))
+pcpvt_base = _register("pcpvt_base", "Twins-PCPVT-B.", **PCPVT, depths=(3, 4, 18, 3))
+pcpvt_large = _register("pcpvt_large", "Twins-PCPVT-L.", **PCPVT, depths=(3, 8, 27, 3))
 
-@register_model
-def pcpvt_base(pretrained: bool = False, **kwargs) -> nn.Module:
-    """Twins-PCPVT-B."""
-    return _create("pcpvt_base", pretrained, kwargs, **PCPVT, depths=(3, 4, 18, 3))
-
-
-@register_model
-def pcpvt_large(pretrained: bool = False, **kwargs) -> nn.Module:
-    """Twins-PCPVT-L."""
-    return _create("pcpvt_large", pretrained, kwargs, **PCPVT, depths=(3, 8, 27, 3))
-
-
-@register_model
-def alt_gvt_tiny(pretrained: bool = False, **kwargs) -> nn.Module:
-    """Twins-SVT with 1.0 M parameters, for tests and first runs."""
-    config = {"embed_dims": (32, 64, 96, 128), "num_heads": (1, 2, 3, 4), "mlp_ratios": (2, 2, 4, 4)}
-    return _create("alt_gvt_tiny", pretrained, kwargs, window_size=7, depths=(1, 1, 4, 1), **config)
-
-
-@register_model
-def alt_gvt_small(pretrained: bool = False, **kwargs) -> nn.Module:
-    """Twins-SVT-S."""
-    return _create("alt_gvt_small", pretrained, kwargs, window_size=7, depths=(2, 2, 10, 4))
-
-
-@register_model
-def alt_gvt_base(pretrained: bool = False, **kwargs) -> nn.Module:
-    """Twins-SVT-B."""
-    config = {"embed_dims": (96, 192, 384, 768), "num_heads": (3, 6, 12, 24), "depths": (2, 2, 18, 2)}
-    return _create("alt_gvt_base", pretrained, kwargs, window_size=7, **config)
-
-
-@register_model
-def alt_gvt_large(pretrained: bool = False, **kwargs) -> nn.Module:
-    """Twins-SVT-L."""
-    config = {"embed_dims": (128, 256, 512, 1024), "num_heads": (4, 8, 16, 32), "depths": (2, 2, 18, 2)}
-    return _create("alt_gvt_large", pretrained, kwargs, window_size=7, **config)
-
+alt_gvt_tiny = _register(
+    "alt_gvt_tiny", "Twins-SVT with 1.0 M parameters.", window_size=7, depths=(1, 1, 4, 1), **SVT_TINY
+)
+alt_gvt_small = _register("alt_gvt_small", "Twins-SVT-S.", window_size=7, depths=(2, 2, 10, 4))
+alt_gvt_base = _register("alt_gvt_base", "Twins-SVT-B.", window_size=7, depths=(2, 2, 18, 2), **SVT_BASE)
+alt_gvt_large = _register("alt_gvt_large", "Twins-SVT-L.", window_size=7, depths=(2, 2, 18, 2), **SVT_LARGE)
 
 # Names of the original.
 register_model_deprecations(__name__, {f"pcpvt_{size}_v0": f"pcpvt_{size}" for size in ("small", "base", "large")})

@@ -196,7 +196,6 @@ def _module(name: str) -> str:
 
 
 def _remedy(model: nn.Module, lists: dict[str, list[str]]) -> str:
-    """Return the remedy for weights that do not fit."""
     heads = tuple(f"{name}." for name in (*_layer_names(model, "classifier"), *_layer_names(model, "first_conv")))
     if heads and list(lists) == ["mismatched"] and all(name.startswith(heads) for name in lists["mismatched"]):
         return (
@@ -214,7 +213,6 @@ def shorten(names: Iterable[str], limit: int = 5) -> str:
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
-    """Return the reason why torch or safetensors cannot read a file."""
     foreign = re.search(r"GLOBAL (\S+)", str(error))
     if foreign or (isinstance(error, pickle.UnpicklingError) and _is_pickle(path)):
         what = foreign[1] if foreign else "it is a plain pickle"

@@ -7,7 +7,7 @@ import timm
 import torch
 
 import models
-from models.attention import attention_maps, attention_weights, grad_cam
+from models.attention import attention_maps, grad_cam
 from tests.test_models import image
 
 SIZES = {"whole windows": (224, 224), "padded": (96, 160), "one side": (224, 160), "small": (64, 64)}
@@ -116,4 +116,4 @@ def test_grad_cam_follows_the_logits():
 def test_unknown_blocks_are_refused():
     model = timm.create_model("alt_gvt_tiny").eval()
     with pytest.raises(models.TwinsError, match=r"block 'blocks.9.0' is unknown; choose from blocks.0.0 to blocks.3.0"):
-        attention_weights(model, image(1, 64, 64), ["blocks.9.0"])
+        attention_maps(model, image(1, 64, 64), ["blocks.9.0"])

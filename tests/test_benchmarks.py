@@ -262,7 +262,7 @@ def test_what_timms_models_do_not_support_is_named(capsys):
         (epochs, ["--input-size", "64"], "unknown argument --input-size"),
         (dense, [], "the following arguments are required"),
         (dense, ["detection", "--time", "config.py", "--memory"], "--memory: measures backbones"),
-        (dense, ["segmentation", "--memory"], "--memory for detection, not for segmentation"),
+        (dense, ["segmentation", "--memory"], "--memory: measures backbones of detection"),
         (dense, ["segmentation", "--time", "/nowhere.py"], "/nowhere.py: there is no such config"),
         (dense, ["segmentation", "--time", DETECTION_CONFIG], "is an experiment of another task"),
     ],

@@ -313,7 +313,7 @@ def test_options_of_computation(image_folder, tmp_path, monkeypatch, compiled):
 
 @pytest.mark.slow
 def test_a_missing_pycocotools_is_named(detector, image_folder, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "detection.predictor", None)
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
     image = image_folder / "val" / CLASSES[0] / "0.JPEG"
     assert "pip install pycocotools" in fails(capsys, predict, detector, image, *CPU)
 
