@@ -13,6 +13,7 @@ import logging
 import statistics
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
+from pathlib import Path
 
 import timm
 import torch
@@ -113,6 +114,16 @@ def measure_memory(name: str, mode: str, args: argparse.Namespace, device: torch
     return (peak_memory(device) - before) / 2**20
 
 
+def write_profile(subject: Subject, mode: str, path: str) -> None:
+    """Write a table of the operations of three steps of a model, by the time that each takes."""
+    subject.step(mode)
+    with torch.profiler.profile() as profiler:
+        for _ in range(3):
+            subject.step(mode)
+    key = f"self_{subject.device.type}_time_total"
+    Path(path).write_text(profiler.key_averages().table(sort_by=key, row_limit=60))
+
+
 def measure_model(names: Sequence[str], args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
     """Yield a row for each mode of a model, beside its peer if there are two names."""
     macs = count_macs(names[0], args.input_size, features_only=args.features)
@@ -130,6 +141,8 @@ def measure_model(names: Sequence[str], args: argparse.Namespace, device: torch.
         speeds = [args.batch_size / statistics.median(model_times) for model_times in times]
         memory = [common.run_in_new_process(measure_memory, name, mode, args, device) for name in names]
         share = 2 * macs.total * MODES[mode] * speeds[0] / measure_peak(subjects[0].amp_dtype, device)
+        if args.profile and names[0] == args.models[0]:
+            write_profile(subjects[0], mode, args.profile)
         row = {"model": what, **counts, "images/s": speeds[0], "MiB": memory[0], "% of peak": 100 * share}
         if args.compare:
             row |= {"timm": speeds[1], "timm MiB": memory[1], **common.compare(*times)}
@@ -144,6 +157,7 @@ def get_parser() -> ArgumentParser:
     group.add_argument("--mode", default="both", choices=(*MODES, "both"), help="what to measure")
     sides = {"metavar": ("HEIGHT", "WIDTH"), "help": "height and width of the images in pixels"}
     group.add_argument("--input-size", nargs=2, default=[224, 224], type=POSITIVE_INT, **sides)
+    group.add_argument("--profile", metavar="FILE", help="also write the time of each operation of the first model")
     group.add_argument("--features", action="store_true", help="the backbone of dense tasks: four maps, no classifier")
     add_compute_options(group, amp="off")
     group.add_argument("--channels-last", action="store_true", help="use the channels-last memory format")

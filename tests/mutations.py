@@ -416,6 +416,26 @@ MUTATIONS = [
     Mutation("means of steps", "analysis/runs.py", "(value * taken - total) / (taken - done_taken)", "value",
              ("test_curves.py::test_losses_of_steps_are_means_since_the_line_before",)),
 
+    # GPUs, as far as a CPU shows it.
+    Mutation("--tf32", "core/launch.py", "choose_kernels(tf32, one_size)", "choose_kernels(True, one_size)",
+             ("test_gpu_settings.py::test_kernels_of_each_script",)),
+    Mutation("kernels of one size", "main.py", "when_stopped, one_size=True)", "when_stopped)",
+             ("test_gpu_settings.py::test_kernels_of_each_script",)),
+    Mutation("cuDNN's attention in dense tasks", "core/distributed.py", "enable_cudnn_sdp(one_size)", "enable_cudnn_sdp(True)",
+             ("test_gpu_settings.py::test_chosen_kernels",)),
+    Mutation("fused optimizer of classification", "core/optimizer.py", 'options["fused"] = True', "pass",
+             ("test_gpu_settings.py::test_optimizers_are_fused_on_gpus[adamw-True]",)),
+    Mutation("fused optimizer loads", "core/checkpoint.py", "[group | fused for group in", "[group for group in",
+             ("test_gpu_settings.py::test_an_optimizer_takes_the_state_of_another_implementation",)),
+    Mutation("overflows of fp16 end", "core/meters.py", "self.meter.overflows_in_a_row >= self.max_overflows", "False",
+             ("test_gpu_settings.py::test_overflows_of_fp16_end_after_max_skipped",)),
+    Mutation("overflows of fp16 in a row", "core/meters.py", "            self.meter.overflows_in_a_row = 0\n", "            pass\n",
+             ("test_gpu_settings.py::test_overflows_of_fp16_are_skipped_and_counted[0]",)),
+    Mutation("warning of waiting for data", "core/meters.py", "min(self.waiting[1:-1]) > MAX_WAITING:", "False:",
+             ("test_engine.py::test_waiting_for_data_in_most_of_an_epoch_is_a_warning[0.05]",)),
+    Mutation("bytes in evaluation", "engine.py", "model(to_input(images))", "model(images.float())",
+             ("test_predict.py::test_classes_of_shapes_equal_the_evaluation",)),
+
     # What an export writes and compares.
     Mutation("tolerance of exports", "export.py", "TOLERANCE = 1e-4", "TOLERANCE = 1e-2",
              ("test_export.py::test_a_file_that_differs_is_not_written",)),
