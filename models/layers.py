@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 WINDOW_PADDINGS = ("mask", "zero", "released")
+MOST_WINDOWS = {"cuda": 65_535}  # that torch's fused attention takes, by type of device: a limit of the grid of kernels
 
 
 def conv_channels_last(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
@@ -206,6 +207,15 @@ class LocallyGroupedAttention(Attention):
 
         `real`, `(windows, 1, 1, tokens)`, is False for padding; None if all tokens take part.
         """
+        most = MOST_WINDOWS.get(x.device.type)
+        if most is None or not self.fused_attn or torch.jit.is_tracing() or x.shape[0] <= most * tokens:
+            return self.attend_chunk(x, tokens, real)
+        chunks = x.split(most * tokens)
+        masks = [None] * len(chunks) if real is None else real.split(most)
+        return torch.cat([self.attend_chunk(chunk, tokens, mask) for chunk, mask in zip(chunks, masks, strict=True)])
+
+    def attend_chunk(self, x: torch.Tensor, tokens: int, real: torch.Tensor | None) -> torch.Tensor:
+        """Attend inside so many windows that torch's fused attention takes them at once; see `attend_windows`."""
         C = x.shape[-1]
         qkv = self.qkv(x).view(-1, tokens, 3, self.num_heads, C // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (windows, heads, tokens, C / heads) each

@@ -160,6 +160,41 @@ def test_window_paddings_differ_only_at_padding():
     assert (mask(x)[:, :, 14:] - zero(x)[:, :, 14:]).abs().max() > 1e-3
 
 
+def run_windows(lsa, x: torch.Tensor) -> list[torch.Tensor]:
+    """Return the output of window attention and the gradients of its input and parameters."""
+    x = x.clone().requires_grad_()
+    output = lsa(x)
+    return [output, *torch.autograd.grad(output.square().sum(), [x, *lsa.parameters()])]
+
+
+@pytest.fixture
+def counts(monkeypatch) -> list[int]:
+    """List of the numbers of windows, or images, of each call of torch's fused attention."""
+    counts = []
+    attend = F.scaled_dot_product_attention
+
+    def count(q, *others, **kwargs):
+        counts.append(len(q))
+        return attend(q, *others, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", count)
+    return counts
+
+
+@pytest.mark.parametrize(("most", "expected"), [(12, [12]), (11, [11, 1]), (6, [6, 6]), (5, [5, 5, 2])])
+@pytest.mark.parametrize("padding", ["zero", "released"])
+def test_many_windows_are_attended_in_chunks(padding, most, expected, monkeypatch, counts):
+    torch.manual_seed(0)
+    lsa = LocallyGroupedAttention(32, num_heads=2, window_size=7, window_padding=padding)
+    x = torch.randn(2, 14, 16, 32)  # 12 windows
+    whole = run_windows(lsa, x)
+    counts.clear()
+    monkeypatch.setattr("models.layers.MOST_WINDOWS", {"cpu": most})
+    for found, value in zip(run_windows(lsa, x), whole, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5)
+    assert counts == expected
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_timm_contract(name):
     model = timm.create_model(name, num_classes=10, in_chans=1, drop_rate=0.1, drop_path_rate=0.2, img_size=64)
