@@ -6,11 +6,12 @@ Tokens are channels-last, `(B, H, W, C)`, so that convolutions, norms and linear
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, Mlp, use_fused_attn
-from timm.models import register_notrace_module
+from timm.models import register_notrace_function, register_notrace_module
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 WINDOW_PADDINGS = ("mask", "zero", "released")
+MOST_WINDOWS = {"cuda": 65_535}  # that torch's fused attention takes, by type of device: a limit of the grid of kernels
 
 
 def conv_channels_last(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
@@ -21,6 +22,15 @@ def conv_channels_last(conv: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 def concatenate(parts: list[torch.Tensor], dim: int = 0) -> torch.Tensor:
     """Concatenate tensors; a single one is returned without a copy."""
     return torch.cat(parts, dim=dim) if len(parts) > 1 else parts[0]
+
+
+@register_notrace_function
+def to_autocast_type(x: torch.Tensor) -> torch.Tensor:
+    """Convert a tensor to the data type of autocast, once for all layers that take it; without autocast return it."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
 
 
 def _is_known_multiple(side: int, window: int) -> bool:
@@ -199,10 +209,19 @@ class LocallyGroupedAttention(Attention):
 
         `real`, `(windows, 1, 1, tokens)`, is False for padding; None if all tokens take part.
         """
+        most = MOST_WINDOWS.get(x.device.type)
+        if most is None or not self.fused_attn or torch.jit.is_tracing() or x.shape[0] <= most * tokens:
+            return self.attend_chunk(x, tokens, real)
+        chunks = x.split(most * tokens)
+        masks = [None] * len(chunks) if real is None else real.split(most)
+        return torch.cat([self.attend_chunk(chunk, tokens, mask) for chunk, mask in zip(chunks, masks, strict=True)])
+
+    def attend_chunk(self, x: torch.Tensor, tokens: int, real: torch.Tensor | None) -> torch.Tensor:
+        """Attend inside so many windows that torch's fused attention takes them at once; see `attend_windows`."""
         C = x.shape[-1]
         qkv = self.qkv(x).view(-1, tokens, 3, self.num_heads, C // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (windows, heads, tokens, C / heads) each
-        x = self.attend(q, k, v, real)
+        q, k, v = qkv.unbind(2)  # (windows, tokens, heads, C / heads) each
+        x = self.attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), real)
         return self.proj(x.transpose(1, 2).reshape(-1, C))
 
 
@@ -230,9 +249,8 @@ class GlobalSubsampledAttention(Attention):
         q = self.q(x).reshape(B, H * W, self.num_heads, head_dim).transpose(1, 2)  # (B, heads, H * W, C / heads)
         if self.sr_ratio > 1:
             x = self.norm(conv_channels_last(self.sr, x))  # (B, H // sr, W // sr, C)
-        # (B, keys, 2, heads, C / heads) -> two of (B, heads, keys, C / heads)
-        k, v = self.kv(x).reshape(B, -1, 2, self.num_heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        x = self.attend(q, k, v).transpose(1, 2).reshape(B, H, W, C)
+        k, v = self.kv(x).reshape(B, -1, 2, self.num_heads, head_dim).unbind(2)  # (B, keys, heads, C / heads) each
+        x = self.attend(q, k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2).reshape(B, H, W, C)
         return self.proj_drop(self.proj(x))
 
 
@@ -248,7 +266,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = x + self.drop_path(self.attn(to_autocast_type(self.norm1(x))))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 

@@ -8,7 +8,7 @@ import torch
 from timm.layers import set_fused_attn
 
 import models  # noqa: F401  registers our models
-from models.layers import WINDOW_PADDINGS
+from models.layers import WINDOW_PADDINGS, LocallyGroupedAttention
 from tests.test_models import TINY, image
 
 # Sizes of which maps are multiples of the window and others are not, in both directions and in one; and maps of one
@@ -87,6 +87,25 @@ def test_one_compiled_graph_for_all_sizes(padding, train, graphs):
             for key, value in step(compiled, images, parameters).items():
                 torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=1e-5)
         assert len(graphs) == number
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_windows_are_attended_in_chunks_in_compiled_graphs(dynamic, graphs, monkeypatch):
+    lsa = LocallyGroupedAttention(32, num_heads=2, window_size=7)
+    parameters = dict(lsa.named_parameters())
+    x = torch.randn(2, 14, 16, 32)  # 12 windows, and a spare one
+    expected = step(lsa, x, parameters)
+    monkeypatch.setattr("models.layers.MOST_WINDOWS", {"cpu": 5})
+
+    def count(graph, inputs):
+        graphs.append(str(graph.graph).count("scaled_dot_product_attention"))
+        return graph.forward
+
+    compiled = torch.compile(lsa, backend=count, fullgraph=True, dynamic=dynamic)
+    for key, value in step(compiled, x, parameters).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-5)
+    assert graphs == [3]
 
 
 @pytest.mark.slow
