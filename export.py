@@ -13,14 +13,15 @@
 Any size is at least 64x64 pixels. docs/export.md shows how to use each file.
 """
 
-import argparse
 import json
 import logging
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,10 +34,11 @@ from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 import models
 from core.description import Description
 from core.distributed import Processes
-from core.launch import run_script
+from core.launch import one_line, run_script
 from core.options import ArgumentParser, add_process_options
 from core.predictor import Predictor
 from core.shapes import draw_quarters
+from core.signals import Interrupted, signals_raised
 from models.layers import LocallyGroupedAttention
 from predict import EVALUATION, add_network_options, create_classifier, load_named_predictor
 from transforms import crop_ratio
@@ -48,9 +50,10 @@ FORMATS = {"classification": ("onnx", "pt2", "aoti", "timm"), "segmentation": ("
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "aoti": ".pt2", "timm": ""}
 DETECTIONS = ("boxes", "scores", "labels", "masks")  # outputs of a detector; RetinaNet has no masks
 EXAMPLE_SIZE = (160, 128)  # height and width of the images in an export for any size
-TRIAL_SIZES = ((96, 224), (224, 160))  # at which it is checked, besides the input size
+TRIAL_SIZES = ((97, 225), (230, 161))  # at which it is checked, besides the input size
 MIN_SIZE = 64  # of a side in an export for any size
 TOLERANCE = 1e-4  # relative to the largest output if that is above 1; for boxes, to the longer side of the image
+MASK_TOLERANCE = 1e-3  # share of the pixels of masks
 
 Run = Callable[[Tensor], Sequence[Tensor]]  # function from the input of an exported network to its outputs
 
@@ -77,7 +80,12 @@ class Export:
     def metadata(self) -> dict[str, str]:
         """Description of the network for the file; lists are in JSON."""
         entries = asdict(self.description) | {"input": self.input, "input_size": input_size(self.description)}
-        del entries["options"]
+        options = entries.pop("options")
+        if self.description.task == "detection":  # it normalises its input itself
+            del entries["mean"], entries["std"]
+            entries["score_threshold"] = options["score_threshold"]
+        if self.description.task == "classification":
+            entries["crop_ratio"] = crop_ratio(Namespace(**(EVALUATION | options)))
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in entries.items()}
 
 
@@ -119,12 +127,12 @@ def prepare_export(predictor: Predictor, format: str, as_bytes: bool) -> Export:
     if description.task == "classification":
         # Many of timm's classifiers have one size. In small images the last map has a side of one token, a constant.
         has_one_size |= not isinstance(network, models.Twins) or min(size) < MIN_SIZE
-    sizes = [size] * 4
+    sizes = [size] * 3
     if not has_one_size:
         axes |= {2: "height", 3: "width"}
         sizes = [EXAMPLE_SIZE, *TRIAL_SIZES, tuple(max(side, MIN_SIZE) for side in size)]
     batches = (2, 1, 3, 1) if 0 in axes else [1] * 4  # a batch of one in the example would be a constant of the graph
-    images = [draw_images(*shape).to(predictor.device) for shape in zip(batches, sizes, strict=True)]
+    images = [draw_images(*shape).to(predictor.device) for shape in zip(batches, sizes, strict=False)]
     if as_bytes:
         network = WithPreprocessing(network, description).eval().to(predictor.device)
         return Export(network, description, "uint8", ("probabilities",), axes, images[0], images[1:])
@@ -160,7 +168,8 @@ def input_size(description: Description) -> tuple[int, int]:
     """Return the height and width of the images for which a network was trained."""
     if description.task == "detection":
         return min(description.options["scale"]), max(description.options["scale"])
-    side = (EVALUATION | description.options)["input_size" if description.task == "classification" else "crop_size"]
+    name = "input_size" if description.task == "classification" else "crop_size"
+    side = (EVALUATION | description.options)[name]
     return side, side
 
 
@@ -176,11 +185,17 @@ def draw_images(batch: int, size: tuple[int, int]) -> Tensor:
 
 def write_onnx(export: Export, path: Path) -> None:
     """Write an ONNX file."""
-    names = {"input_names": ["images" if export.example.dim() == 4 else "image"], "output_names": export.outputs}
-    shapes = {"dynamic_shapes": (export.axes,)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torchvision's use of torch, for every operation
-        program = torch.onnx.export(export.network, (export.example,), dynamo=True, verbose=False, **names, **shapes)
+        program = torch.onnx.export(
+            export.network,
+            (export.example,),
+            dynamo=True,
+            input_names=["images" if export.example.dim() == 4 else "image"],
+            output_names=export.outputs,
+            dynamic_shapes=(export.axes,),
+            verbose=False,
+        )
     program.model.metadata_props.update(export.metadata)
     program.save(path, external_data=False)
 
@@ -234,12 +249,15 @@ def write_timm(export: Export, path: Path) -> None:
     network = timm.create_model(name, num_classes=export.network.num_classes, img_size=size, **arguments)
     network.load_state_dict(export.network.state_dict())
     network.pretrained_cfg |= {
+        "tag": "",
         "input_size": (3, *size),
-        "crop_pct": crop_ratio(argparse.Namespace(**options)),
+        "crop_pct": crop_ratio(Namespace(**options)),
         "mean": export.description.mean,
         "std": export.description.std,
     }
     save_for_hf(network, path, {"label_names": list(export.description.classes)}, arguments, safe_serialization=True)
+    for file in path.iterdir():  # safetensors writes files that only their owner can read
+        shutil.copymode(path / "config.json", file)
 
 
 def network_arguments(network: models.Twins) -> dict[str, Sequence[float]]:
@@ -292,15 +310,15 @@ def check_outputs(export: Export, run: Run) -> None:
 
 
 def find_difference(found: Sequence[Tensor], expected: Sequence[Tensor], side: int) -> float:
-    """Return the largest difference of outputs, in units that `TOLERANCE` describes.
+    """Return the largest difference of outputs, relative as `TOLERANCE` says; infinity for other shapes or types.
 
-    Detections are paired, each with the nearest of its class. Their masks differ by a share of the pixels.
+    Detections are paired, each with the nearest of its class.
     """
+    if [(x.shape, x.dtype) for x in found] != [(x.shape, x.dtype) for x in expected]:
+        return float("inf")
     if len(expected) == 1:
         return ((found[0] - expected[0]).abs().max() / expected[0].abs().max().clamp(min=1)).item()
     boxes, scores, labels = expected[:3]
-    if len(found[0]) != len(boxes):
-        return float("inf")
     if not len(boxes):
         return 0.0
     distances = (found[0] - boxes[:, None]).abs().amax(dim=2) / side
@@ -309,8 +327,11 @@ def find_difference(found: Sequence[Tensor], expected: Sequence[Tensor], side: i
     nearest = distances.argmin(dim=1)
     if len(nearest.unique()) < len(boxes):
         return float("inf")
-    masks = [(x[nearest] != mask).float().mean() for x, mask in zip(found[3:], expected[3:], strict=True)]
-    return torch.stack([distances.gather(1, nearest[:, None]).max(), *masks]).max().item()
+    difference = distances.gather(1, nearest[:, None]).max().item()
+    for found_masks, masks in zip(found[3:], expected[3:], strict=True):
+        share = (found_masks[nearest] != masks).sum() / masks.sum().clamp(min=1)
+        difference = max(difference, share.item() * TOLERANCE / MASK_TOLERANCE)
+    return difference
 
 
 def report_padding(network: models.Twins, export: Export) -> None:
@@ -319,12 +340,14 @@ def report_padding(network: models.Twins, export: Export) -> None:
         return
     with torch.inference_mode():
         difference = (network(export.example) - export.network(export.example)).abs().max().item()
-    logger.log(
-        logging.WARNING if difference > TOLERANCE else logging.INFO,
-        "timm pads windows with zeros, this network masks the padding: at %dx%d pixels the logits differ by up to %.1g",
-        *export.example.shape[2:],
-        difference,
-    )
+    size = "x".join(map(str, export.example.shape[2:]))
+    if difference > TOLERANCE:
+        text = (
+            "timm pads windows with zeros, this network masks the padding: at %s pixels the logits differ by up to %.1g"
+        )
+        logger.warning(text, size, difference)
+    else:
+        logger.info("timm pads windows with zeros, this network masks the padding: at %s pixels there is none", size)
 
 
 # ----------------------------------------------------------------------------------------------------- command line
@@ -349,26 +372,37 @@ def get_parser() -> ArgumentParser:
     return parser
 
 
-def check_args(args: argparse.Namespace, processes: Processes) -> None:
+def check_args(args: Namespace, processes: Processes) -> None:
     """Reject options that do not work together, missing packages and paths that cannot be written."""
     if processes.world_size > 1:
         raise UserError("export.py runs in one process; start it without a launcher")
-    if args.pretrained == (args.weights is not None):
-        raise UserError("name either weights or, for the published ones, --pretrained --model NAME")
+    if args.pretrained and args.weights:
+        raise UserError(f"{args.weights}: is a second source of weights beside --pretrained; omit one of them")
+    if not args.pretrained and not args.weights:
+        raise UserError("there are no weights; name a file, or --pretrained --model NAME for the published ones")
     if args.format == "timm" and args.with_preprocessing:
         raise UserError(
             "--with-preprocessing: timm's own transforms prepare the images; omit it, or use another format"
         )
-    out, suffix = Path(args.out), SUFFIXES[args.format]
-    if suffix and (out.suffix != suffix or out.is_dir()):
-        raise UserError(f"--out {out}: is not a {suffix} file, which --format {args.format} writes")
-    if not suffix and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: exists; name a new folder")
+    if args.format != "aoti" and processes.device.type != "cpu":
+        raise UserError(f"--device {args.device}: applies to --format aoti; {args.format} files are for all devices")
+    check_path(Path(args.out), args.format)
     if args.format == "onnx":
         for name in ("onnx", "onnxscript", "onnxruntime"):
             require_package(name, "--format onnx")
-    if args.format == "aoti" and shutil.which("g++") is None:
+    if args.format == "aoti" and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UserError("--format aoti: there is no C++ compiler; install g++")
+    if args.format == "timm" and tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 16):
+        raise UserError(f"--format timm: timm {timm.__version__} loads no folders; pip install -U timm (from 1.0.16)")
+
+
+def check_path(out: Path, format: str) -> None:
+    """Raise a UserError if a path cannot be written in a format."""
+    suffix = SUFFIXES[format]
+    if suffix and (out.suffix != suffix or out.is_dir()):
+        raise UserError(f"--out {out}: is not a {suffix} file, which --format {format} writes")
+    if not suffix and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"--out {out}: is a file or a folder with files; name a new folder")
 
 
 def check_format(format: str, predictor: Predictor) -> None:
@@ -382,7 +416,7 @@ def check_format(format: str, predictor: Predictor) -> None:
         )
 
 
-def run_export(args: argparse.Namespace, processes: Processes) -> None:
+def run_export(args: Namespace, processes: Processes) -> None:
     """Export a network, check the result, and put it in place."""
     check_args(args, processes)
     predictor = load_named_predictor(args, args.weights, processes)
@@ -391,17 +425,33 @@ def run_export(args: argparse.Namespace, processes: Processes) -> None:
     export = prepare_export(predictor, args.format, args.with_preprocessing)
     out = Path(args.out)
     make_folder(out.parent)
-    try:
-        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-            path = Path(folder, out.name)
+    with signals_raised(), temporary_folder(out) as folder:
+        path = folder / out.name
+        try:
             WRITERS[args.format](export, path)
             check_outputs(export, READERS[args.format](path))
-            os.replace(path, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror or error}); choose another place") from error
+        except (UserError, Interrupted):
+            raise
+        except Exception as error:  # exporters and the software of their formats raise many kinds of errors
+            reason = f"{type(error).__name__}: {one_line(error)[:300]}"
+            raise UserError(
+                f"--format {args.format}: this network cannot be exported ({reason}); try another format, or "
+                "--traceback to find out why"
+            ) from error
+        os.replace(path, out)
     if args.format == "timm":
         report_padding(predictor.model, export)
     logger.info("wrote %s", out)
+
+
+@contextmanager
+def temporary_folder(out: Path) -> Iterator[Path]:
+    """Create a folder beside a path, and remove it at the end; a UserError if that fails, or the end of the block."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error}); choose another place") from error
 
 
 def main(argv: Sequence[str] | None = None) -> None:

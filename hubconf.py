@@ -1,6 +1,6 @@
 """Entry points for torch.hub: the classifiers by their names, and the predictor of predict.py.
 
-    model = torch.hub.load("folder of this repository", "alt_gvt_small", source="local", pretrained=True)
+    model = torch.hub.load("path/to/this/repository", "alt_gvt_small", source="local", pretrained=True)
     predictor = torch.hub.load("owner/repository", "predictor", "checkpoint_best.pth")
 
 The arguments of a classifier are those of timm's `create_model`.

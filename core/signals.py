@@ -37,6 +37,21 @@ def signals_noted() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def signals_raised() -> Iterator[None]:
+    """Raise `Interrupted` inside the block as soon as a signal to stop arrives."""
+
+    def stop(number: int, _frame) -> None:
+        raise Interrupted(number)
+
+    handlers = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def stop_requested() -> int:
     """Return the number of the signal to stop that this process has received; 0 if there is none."""
     return _received_signal

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -256,13 +257,76 @@ def test_the_difference_of_the_padding_is_said(classifier, tmp_path, capsys):
 # ----------------------------------------------------------------------------------------------------------- check
 
 
-def test_a_file_that_differs_is_not_written(classifier, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("shift", [2e-4, float("nan")])
+def test_a_file_that_differs_is_not_written(shift, batch, classifier, tmp_path, capsys, monkeypatch):
+    """It differs for batches of one size only."""
     real = export.READERS["timm"]
-    for shift in (2e-4, float("nan")):
-        monkeypatch.setitem(export.READERS, "timm", lambda path, shift=shift: lambda x: [real(path)(x)[0] + shift])
-        line = fails(capsys, export, classifier, "--format", "timm", "--out", tmp_path / "folder")
-        assert "the outputs of the exported file differ from those of the network by" in line
+
+    def read(path):
+        run = real(path)
+        return lambda images: [run(images)[0] + shift * (len(images) == batch)]
+
+    monkeypatch.setitem(export.READERS, "timm", read)
+    line = fails(capsys, export, classifier, "--format", "timm", "--out", tmp_path / "folder")
+    assert "the outputs of the exported file differ from those of the network by" in line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("network", "format", "shapes"),
+    [
+        ("alt_gvt_tiny", "onnx", [(2, 160, 128), (1, 97, 225), (3, 230, 161), (1, 224, 224)]),
+        ("alt_gvt_tiny", "aoti", [(2, 224, 224), (1, 224, 224), (3, 224, 224)]),
+        ("upernet", "onnx", [(2, 160, 128), (1, 97, 225), (3, 230, 161), (1, 64, 64)]),
+        ("upernet", "pt2", [(1, 160, 128), (1, 97, 225), (1, 230, 161), (1, 64, 64)]),
+        ("retinanet", "onnx", [(160, 128), (97, 225), (230, 161), (96, 96)]),
+    ],
+    indirect=["network"],
+)
+def test_inputs_of_the_check(network, format, shapes):
+    predictor = load_predictor(network[0], **{network[1][0].removeprefix("--"): network[1][1]})
+    prepared = export.prepare_export(predictor, format, as_bytes=False)
+    inputs = [prepared.example, *prepared.trials]
+    assert [(*images.shape[:-3], *images.shape[-2:]) for images in inputs] == shapes
+
+
+@pytest.mark.parametrize("where", ["write", "read", "run"])
+def test_a_format_that_fails_ends_with_one_line(where, classifier, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise AssertionError("Guard failed:\nx.size()[0] == 2")
+
+    if where == "write":
+        monkeypatch.setitem(export.WRITERS, "timm", fail)
+    else:
+        monkeypatch.setitem(export.READERS, "timm", fail if where == "read" else lambda path: fail)
+    line = fails(capsys, export, classifier, "--format", "timm", "--out", tmp_path / "folder")
+    assert "--format timm: this network cannot be exported (AssertionError: Guard failed: x.size()[0] == 2)" in line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stopped_export_leaves_nothing(classifier, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(export.WRITERS, "timm", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as stop:
+        export.main([str(classifier), "--format", "timm", "--out", str(tmp_path / "folder")])
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "export.py: stopped by SIGTERM; nothing is written\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_metadata(classifier, detector):
+    entries = export.prepare_export(load_predictor(classifier), "onnx", as_bytes=True).metadata
+    assert {name: json.loads(entries.pop(name)) for name in ("classes", "input_size", "mean", "std", "crop_ratio")} == {
+        "classes": ["n01440764", "n01443537", "n01484850"],
+        "input_size": [32, 32],
+        "mean": list(STATISTICS[0]),
+        "std": list(STATISTICS[1]),
+        "crop_ratio": 0.875,
+    }
+    assert entries == {"task": "classification", "colours": "[]", "input": "(batch, 3, 32, 32), uint8"}
+    entries = export.prepare_export(load_predictor(detector), "onnx", as_bytes=False).metadata
+    assert entries["input"] == "(3, height, width), float32 from 0 to 1"
+    assert (entries["score_threshold"], "mean" in entries) == ("0.0", False)
 
 
 def test_detections_are_compared_one_to_one():
@@ -284,6 +348,9 @@ def test_detections_are_compared_one_to_one():
     assert compare(boxes=(slice(None), boxes[0])) > 1e-2
     assert compare(scores=(0, scores[0] + 2)) > 1e-2
     assert compare(masks=(0, ~masks[0])) > 1e-3
+    assert compare(masks=(slice(None), masks)) > 1e-3  # of other objects
+    assert export.find_difference([boxes[:, :2], *found[1:]], found, side=100) == float("inf")
+    assert export.find_difference(found[:3], found, side=100) == float("inf")
     assert export.find_difference([value[1:] for value in found], found, side=100) == float("inf")
     none = [value[:0] for value in found]
     assert export.find_difference(none, none, side=100) == 0
@@ -314,10 +381,13 @@ def test_what_a_format_does_not_take_is_refused(network, tmp_path, capsys):
             "--out model.pt2: is not a .onnx file, which --format onnx",
         ),
         (["--format", "pt2", "--out", "model"], "--out model: is not a .pt2 file, which --format pt2 writes"),
-        (["--format", "timm", "--out", "full"], "--out full: exists; name a new folder"),
+        (["--format", "timm", "--out", "full"], "--out full: is a file or a folder with files; name a new folder"),
         (["--format", "timm", "--out", "new", "--with-preprocessing"], "--with-preprocessing: timm's own transforms"),
         (["--format", "timm", "--out", "file/new"], "file: the folder cannot be created"),
-        (["--format", "timm", "--out", "new", "--pretrained"], "name either weights or, for the published ones,"),
+        (
+            ["--format", "timm", "--out", "new", "--pretrained"],
+            "is a second source of weights",
+        ),
     ],
 )
 def test_bad_options(options, message, classifier, tmp_path, capsys, monkeypatch):
