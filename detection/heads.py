@@ -227,6 +227,38 @@ class ProposalNetwork(RegionProposalNetwork):
         return F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / divisor, box_loss
 
 
+def align(x: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
+    """Return the features of regions `(n, 5)`, `(n, C, size, size)`, as `roi_align` with adaptive sampling does."""
+    if torch.are_deterministic_algorithms_enabled() and x.is_cuda:  # for which torchvision needs 100 GB
+        return align_by_products(x, rois, size, scale)
+    return roi_align(x, rois, (size, size), scale, sampling_ratio=0, aligned=True)
+
+
+def align_by_products(x: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
+    """Return what `align` does by matrix products, whose gradients are deterministic on a GPU."""
+    image, (left, top, right, bottom) = rois[:, 0], (rois[:, 1:] * scale).unbind(1)
+    columns, rows = _shares(left, right, size, x.shape[3]), _shares(top, bottom, size, x.shape[2])
+    pooled = 0.0
+    for i, features in enumerate(x.float()):  # (C, H, W)
+        of_image = rows * (image == i)[:, None, None]
+        pooled = pooled + torch.einsum("npy,cyx,nqx->ncpq", of_image, features, columns)
+    return pooled
+
+
+def _shares(start: Tensor, end: Tensor, size: int, side: int) -> Tensor:
+    """Return the weight of each place of a side in each of `size` bins from start to end, `(n, size, side)`."""
+    places = torch.arange(side, device=start.device)
+    length = ((end - start) / size)[:, None]  # of a bin
+    samples = length.ceil()
+    total = start.new_zeros(len(start), size, side)
+    for sample in range(math.ceil(side / size)):
+        steps = torch.arange(size, device=start.device) + (sample + 0.5) / samples.clamp(min=1)
+        at = start[:, None] - 0.5 + steps * length  # (n, size)
+        used = (sample < samples) & (at >= -1) & (at <= side)
+        total += (1 - (at.clamp(0, side - 1)[..., None] - places).abs()).clamp(min=0) * used[..., None]
+    return total / samples.clamp(min=1)[..., None]
+
+
 class RoIPool(nn.Module):
     """Differs from torchvision: boxes are aligned to pixel centres, sampling adapts to the box, strides are fixed."""
 
@@ -247,7 +279,7 @@ class RoIPool(nn.Module):
         for level, stride in enumerate(self.strides):
             x = features[str(level)].float()  # half precision would shift the boxes by pixels
             of_level = torch.where(levels == level, rois, 0)  # the features of an empty box are 0
-            pooled += roi_align(x, of_level, self.output_size, 1 / stride, sampling_ratio=0, aligned=True)
+            pooled += align(x, of_level, self.output_size[0], 1 / stride)
         return pooled.to(features["0"].dtype)
 
 
@@ -325,7 +357,7 @@ def crop_masks(masks: Tensor, boxes: Tensor, matches: Tensor, size: int) -> Tens
     height, width = masks.shape[1:]
     masks = F.pad(masks, (0, -width % PADDING, 0, -height % PADDING))  # as the images are
     rois = torch.cat([matches[:, None].to(boxes), boxes], dim=1)
-    parts = roi_align(masks[:, None].to(boxes), rois, (size, size), 1.0, sampling_ratio=0, aligned=True)
+    parts = align(masks[:, None].to(boxes), rois, size, 1.0)
     return (parts[:, 0] >= MASK_THRESHOLD).to(boxes)
 
 
