@@ -57,10 +57,7 @@ class Anchors(AnchorGenerator):
 
 
 class SymmetricBoxCoder(BoxCoder):
-    """Differs from torchvision: the log-ratios of box sides have a lower limit, too.
-
-    Both coordinates have the same weight; no constant is copied to the device, for which the host would wait.
-    """
+    """Differs from torchvision: the log-ratios of box sides have a lower limit, too; x and y have the same weight."""
 
     def encode_single(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
         true_centres, true_sides = _centres_and_sides(reference_boxes)
@@ -85,20 +82,16 @@ def _centres_and_sides(boxes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class MaxIoUMatcher:
-    """Matches anchors with boxes; an anchor without overlap is never better than one on the padding.
+    """Differs from torchvision: low-quality matches need a minimum IoU, and match the box that they are best for.
 
-    Differs from torchvision: low-quality matches need a minimum IoU, and match the box that they are best for. An
-    anchor is positive from an IoU of `high` on, or of `least` as the best of a box, and negative below `low`.
+    An anchor is positive from an IoU of `high` on, or of `least` as the best of a box, and negative below `low`.
     """
 
     def __init__(self, high: float, low: float, least: float):
         self.high, self.low, self.least = high, low, least
 
     def __call__(self, boxes: Tensor, anchors: Tensor, inside: Tensor | None = None) -> Tensor:
-        """Return the index of each anchor's box, `(anchors,)`: -1 for the background, -2 for an anchor that is ignored.
-
-        Anchors that are not `inside`, bool `(anchors,)`, are ignored.
-        """
+        """Return the index of each anchor's box, `(anchors,)`: BACKGROUND or, if it is not `inside`, too, IGNORED."""
         if inside is not None:
             matches = self(boxes, anchors * inside[:, None])  # an empty anchor overlaps no box
             return torch.where(inside, matches, IGNORED)
@@ -155,8 +148,7 @@ def suppress(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float) -
     """Non-maximum suppression within classes: return the indices of the boxes to keep, by descending scores.
 
     In an export, the boxes are shifted by class and suppressed together, because torchvision's choice between two
-    methods by the number of boxes cannot be exported. So they are on a GPU up to its limit; torchvision's form would
-    wait for the GPU.
+    methods by the number of boxes cannot be exported; and on a GPU up to its limit, as its form makes the host wait.
     """
     if not (torch.compiler.is_exporting() or (boxes.is_cuda and boxes.numel() <= 100_000)):
         return batched_nms(boxes, scores, classes, threshold)
@@ -238,10 +230,11 @@ def align_by_products(x: Tensor, rois: Tensor, size: int, scale: float) -> Tenso
     """Return what `align` does by matrix products, whose gradients are deterministic on a GPU."""
     image, (left, top, right, bottom) = rois[:, 0], (rois[:, 1:] * scale).unbind(1)
     columns, rows = _shares(left, right, size, x.shape[3]), _shares(top, bottom, size, x.shape[2])
-    pooled = 0.0
-    for i, features in enumerate(x.float()):  # (C, H, W)
-        of_image = rows * (image == i)[:, None, None]
-        pooled = pooled + torch.einsum("npy,cyx,nqx->ncpq", of_image, features, columns)
+    pooled = rois.new_zeros(len(rois), x.shape[1], size, size)
+    with torch.autocast(x.device.type, enabled=False):  # half precision would round the weights
+        for i, features in enumerate(x.float()):  # (C, H, W)
+            of_image = rows * (image == i)[:, None, None]
+            pooled = pooled + torch.einsum("npy,cyx,nqx->ncpq", of_image, features, columns)
     return pooled
 
 

@@ -95,6 +95,9 @@ def test_deterministic_alignment_equals_torchvisions(scale, size):
     expected = roi_align(x, rois, (size, size), scale, sampling_ratio=0, aligned=True)
     found = heads.align_by_products(x, rois, size, scale)
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-5)
+    assert heads.align_by_products(x[:0], rois[:0], size, scale).shape == (0, 3, size, size)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(heads.align_by_products(x, rois, size, scale), found)
     factors = torch.randn(expected.shape, generator=generator)
     gradients = [torch.autograd.grad(output, x, factors)[0] for output in (found, expected)]
     torch.testing.assert_close(*gradients, atol=1e-3, rtol=1e-4)
