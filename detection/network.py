@@ -213,21 +213,18 @@ class TwinsRetinaNet(CompiledBackbone, RetinaNet):
     def compute_loss(self, targets: list[Target], head_outputs: dict[str, Tensor], anchors: list[Tensor]) -> dict:
         """Differs from torchvision: losses are divided by all positives of the batch, and ignore the padding."""
         logits, codes = head_outputs["cls_logits"].float(), head_outputs["bbox_regression"].float()
-        matches, classes, boxes = [], [], []
-        for target, image_anchors, inside in zip(targets, anchors, self.anchor_generator.inside, strict=True):
-            matches.append(self.proposal_matcher(target["boxes"], image_anchors, inside))
-            classes.append(heads.of_boxes(target["labels"], matches[-1]))
-            boxes.append(heads.of_boxes(target["boxes"], matches[-1]))
-        matches, classes = torch.stack(matches)[..., None], torch.stack(classes)[..., None]  # (B, anchors, 1)
-        positive = matches >= 0
-        truth = positive & (classes == torch.arange(logits.shape[2], device=logits.device))
-        classification = sigmoid_focal_loss(logits, truth.float()) * (matches != heads.IGNORED)
-        errors = codes - torch.stack(self.box_coder.encode(boxes, anchors))
-        positives = positive.sum(dim=1).clamp(min=1).sum()
-        return {
-            "classification": classification.sum() / positives,
-            "bbox_regression": torch.where(positive, errors, 0).abs().sum() / positives,
-        }
+        positives, classification, box_regression = 0, 0.0, 0.0
+        images = zip(targets, anchors, self.anchor_generator.inside, logits, codes, strict=True)
+        for target, image_anchors, inside, logit, code in images:
+            match = self.proposal_matcher(target["boxes"], image_anchors, inside)
+            positive, counted = (match >= 0)[:, None], (match != heads.IGNORED)[:, None]
+            positives += positive.sum().clamp(min=1)
+            classes = heads.of_boxes(target["labels"], match)[:, None]
+            truth = positive & (classes == torch.arange(logit.shape[1], device=logit.device))
+            classification += (sigmoid_focal_loss(logit, truth.float()) * counted).sum()
+            wanted = self.box_coder.encode_single(heads.of_boxes(target["boxes"], match), image_anchors)
+            box_regression += torch.where(positive, code - wanted, 0).abs().sum()
+        return {"classification": classification / positives, "bbox_regression": box_regression / positives}
 
     def postprocess_detections(self, head_outputs, anchors, image_shapes) -> list[Target]:
         """Return the objects of each image."""
