@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models.detection._utils import BoxCoder, Matcher
+from torchvision.models.detection._utils import BalancedPositiveNegativeSampler, BoxCoder
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.image_list import ImageList
@@ -21,6 +21,7 @@ from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, nms, remo
 RATIOS = (0.5, 1.0, 2.0)  # height over width of the anchors
 PADDING = 32  # images are padded to multiples of this
 MASK_THRESHOLD = 0.5
+BACKGROUND, IGNORED = -1, -2  # of anchors, in place of the index of a box
 
 Target = dict[str, Tensor]
 
@@ -46,61 +47,91 @@ class Anchors(AnchorGenerator):
         grids = [x.shape[-2:] for x in feature_maps]
         anchors = torch.cat(self.grid_anchors(grids, [[stride, stride] for stride in self.strides]))
         if self.training:  # bool `(anchors,)` for each image: False for anchors on its padding
-            self.inside = [self._inside(size, grids) for size in image_list.image_sizes]
+            x, y = ((anchors[:, :2] + anchors[:, 2:]) / 2).unbind(1)  # multiples of a stride, but for rounding
+            sizes = [[math.ceil(side / PADDING) * PADDING for side in size] for size in image_list.image_sizes]
+            self.inside = [(x < width - 1) & (y < height - 1) for height, width in sizes]
         return [anchors] * len(image_list.image_sizes)
-
-    def _inside(self, image_size: tuple[int, int], grids: list[torch.Size]) -> Tensor:
-        """Return the anchors that belong to an image, bool `(anchors,)`; the others lie on the padding of the batch."""
-        height, width = (math.ceil(side / PADDING) * PADDING for side in image_size)
-        inside = []
-        for (rows, columns), stride, count in zip(grids, self.strides, self.num_anchors_per_location(), strict=True):
-            locations = torch.zeros(rows, columns, dtype=torch.bool, device=self.cell_anchors[0].device)
-            locations[: math.ceil(height / stride), : math.ceil(width / stride)] = True
-            inside.append(locations.flatten().repeat_interleave(count))
-        return torch.cat(inside)
 
 
 class SymmetricBoxCoder(BoxCoder):
-    """Differs from torchvision: the log-ratios of box sides have a lower limit, too."""
+    """Differs from torchvision: the log-ratios of box sides have a lower limit, too; x and y have the same weight."""
+
+    def encode_single(self, reference_boxes: Tensor, proposals: Tensor) -> Tensor:
+        true_centres, true_sides = _centres_and_sides(reference_boxes)
+        centres, sides = _centres_and_sides(proposals)
+        shifts = self.weights[0] * (true_centres - centres) / sides
+        return torch.cat([shifts, self.weights[2] * torch.log(true_sides / sides)], dim=1)
 
     def decode_single(self, rel_codes: Tensor, boxes: Tensor) -> Tensor:
-        codes = rel_codes.float().unflatten(1, (-1, 4))
-        lowest = codes.new_tensor([-math.inf, -math.inf, *(-self.bbox_xform_clip * w for w in self.weights[2:])])
-        return super().decode_single(codes.maximum(lowest).flatten(1), boxes)
+        centres, sides = _centres_and_sides(boxes.float()[:, None])
+        shifts, ratios = rel_codes.float().unflatten(1, (-1, 4)).split(2, dim=2)
+        centres = shifts / self.weights[0] * sides + centres
+        limit = self.bbox_xform_clip
+        halves = (ratios / self.weights[2]).clamp(-limit, limit).exp() * sides * 0.5
+        return torch.cat([centres - halves, centres + halves], dim=2).flatten(1)
 
 
-class MaxIoUMatcher(Matcher):
+def _centres_and_sides(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the centres and the sides of boxes `(..., 4)`, both `(..., 2)`."""
+    first, last = boxes.split(2, dim=-1)
+    sides = last - first
+    return first + 0.5 * sides, sides
+
+
+class MaxIoUMatcher:
     """Differs from torchvision: low-quality matches need a minimum IoU, and match the box that they are best for.
 
     An anchor is positive from an IoU of `high` on, or of `least` as the best of a box, and negative below `low`.
     """
 
     def __init__(self, high: float, low: float, least: float):
-        super().__init__(high, low, allow_low_quality_matches=True)
-        self.least = least
+        self.high, self.low, self.least = high, low, least
 
-    def set_low_quality_matches_(self, matches: Tensor, all_matches: Tensor, match_quality_matrix: Tensor) -> None:
-        best = match_quality_matrix.max(dim=1, keepdim=True).values
-        of_box = (match_quality_matrix == best) & (best >= self.least)  # (boxes, anchors)
-        numbers = torch.arange(1, len(best) + 1, device=best.device)[:, None]
-        last = (of_box * numbers).max(dim=0).values - 1  # the last of several boxes
-        matches[last >= 0] = last[last >= 0]
-
-
-def match_anchors(matcher: Matcher, boxes: Tensor, anchors: Tensor, inside: Tensor) -> Tensor:
-    """Return the index of each anchor's box, `(anchors,)`: -1 for the background, -2 for an anchor that is ignored."""
-    matches = torch.full((len(anchors),), Matcher.BETWEEN_THRESHOLDS, device=anchors.device)
-    if len(boxes):
-        matches[inside] = matcher(box_iou(boxes, anchors[inside]))
-    else:
-        matches[inside] = Matcher.BELOW_LOW_THRESHOLD
-    return matches
+    def __call__(self, boxes: Tensor, anchors: Tensor, inside: Tensor | None = None) -> Tensor:
+        """Return the index of each anchor's box, `(anchors,)`: BACKGROUND or, if it is not `inside`, too, IGNORED."""
+        if inside is not None:
+            matches = self(boxes, anchors * inside[:, None])  # an empty anchor overlaps no box
+            return torch.where(inside, matches, IGNORED)
+        if not len(boxes):
+            return torch.full((len(anchors),), BACKGROUND, device=anchors.device)
+        overlaps = box_iou(boxes, anchors)
+        best = overlaps.amax(dim=1, keepdim=True)
+        best.masked_fill_(best < self.least, math.inf)  # which no anchor has
+        ranks = torch.arange(2.0, 2.0 + len(boxes), device=boxes.device)[:, None]  # above any IoU: the last box wins
+        highest, matches = torch.where(overlaps == best, ranks, overlaps).max(dim=0)
+        return matches.masked_fill_(highest < self.high, IGNORED).masked_fill_(highest < self.low, BACKGROUND)
 
 
-def _boxes_of(target: Target, matches: Tensor) -> Tensor:
-    """Return the matched boxes of a target; zeros if it has none."""
-    boxes = target["boxes"]
-    return boxes[matches] if len(boxes) else boxes.new_zeros(len(matches), 4)
+def of_boxes(values: Tensor, matches: Tensor) -> Tensor:
+    """Return the values `(boxes, ...)` of matched boxes, `(n, ...)`; zeros if there are no boxes."""
+    return values[matches.clamp(min=0)] if len(values) else values.new_zeros(len(matches), *values.shape[1:])
+
+
+class Sampler(BalancedPositiveNegativeSampler):
+    """Draws the same samples as torchvision, but returns their indices, and waits for the device once per batch."""
+
+    def __call__(self, labels: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the indices of the positives and of the negatives drawn from each image, in the concatenated labels.
+
+        Labels `(n_i,)` are above 0 for positives, 0 for negatives, and below 0 for what is not drawn.
+        """
+        sizes, labels = [len(label) for label in labels], torch.cat(labels)
+        masks = labels > 0, labels == 0
+        counts = torch.stack([part.sum() for mask in masks for part in mask.split(sizes)]).view(2, -1).tolist()
+        positive, negative = (
+            torch.nonzero_static(mask, size=sum(count))[:, 0].split(count)
+            for mask, count in zip(masks, counts, strict=True)
+        )
+        drawn = [], []
+        for positive_index, negative_index in zip(positive, negative, strict=True):
+            drawn[0].append(_draw(positive_index, int(self.batch_size_per_image * self.positive_fraction)))
+            drawn[1].append(_draw(negative_index, self.batch_size_per_image - len(drawn[0][-1])))
+        return drawn
+
+
+def _draw(values: Tensor, count: int) -> Tensor:
+    """Return at most `count` of the values in random order."""
+    return values[torch.randperm(len(values), device=values.device)[:count]]
 
 
 def smaller(a: int, b: int) -> int:
@@ -114,9 +145,9 @@ def suppress(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float) -
     """Non-maximum suppression within classes: return the indices of the boxes to keep, by descending scores.
 
     In an export, the boxes are shifted by class and suppressed together, because torchvision's choice between two
-    methods by the number of boxes cannot be exported.
+    methods by the number of boxes cannot be exported; and on a GPU up to its limit, as its form makes the host wait.
     """
-    if not torch.compiler.is_exporting():
+    if not (torch.compiler.is_exporting() or (boxes.is_cuda and boxes.numel() <= 100_000)):
         return batched_nms(boxes, scores, classes, threshold)
     side = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max() + 1  # the zero is for images without boxes
     return nms(boxes + (classes * side)[:, None], scores, threshold)
@@ -147,11 +178,9 @@ class ProposalNetwork(RegionProposalNetwork):
     def assign_targets_to_anchors(self, anchors: list[Tensor], targets: list[Target]):
         labels, matched_boxes = [], []
         for image_anchors, target, inside in zip(anchors, targets, self.anchor_generator.inside, strict=True):
-            matches = match_anchors(self.proposal_matcher, target["boxes"], image_anchors, inside)
-            label = (matches >= 0).float()
-            label[matches == Matcher.BETWEEN_THRESHOLDS] = -1  # ignored
-            labels.append(label)
-            matched_boxes.append(_boxes_of(target, matches.clamp(min=0)))
+            matches = self.proposal_matcher(target["boxes"], image_anchors, inside)
+            labels.append((matches + 1).clamp(max=1).float())  # -1 for ignored anchors
+            matched_boxes.append(of_boxes(target["boxes"], matches))
         return labels, matched_boxes
 
     def filter_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level):
@@ -175,13 +204,46 @@ class ProposalNetwork(RegionProposalNetwork):
 
     def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets) -> tuple[Tensor, Tensor]:
         positive, negative = self.fg_bg_sampler(labels)
-        divisor = sum(chosen.sum().clamp(min=1) for chosen in (*positive, *negative))
-        positive, negative = (torch.cat(chosen).bool() for chosen in (positive, negative))
-        chosen = positive | negative
+        divisor = sum(max(1, len(chosen)) for chosen in (*positive, *negative))
+        positive, negative = torch.cat(positive), torch.cat(negative)
+        chosen = torch.cat([positive, negative])
         wanted = torch.cat(regression_targets)[positive]
         box_loss = F.l1_loss(pred_bbox_deltas[positive], wanted, reduction="sum") / divisor
         logits, truth = objectness.flatten()[chosen], torch.cat(labels)[chosen]
         return F.binary_cross_entropy_with_logits(logits, truth, reduction="sum") / divisor, box_loss
+
+
+def align(x: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
+    """Return the features of regions `(n, 5)`, `(n, C, size, size)`, as `roi_align` with adaptive sampling does."""
+    if torch.are_deterministic_algorithms_enabled() and x.is_cuda:  # for which torchvision needs 100 GB
+        return align_by_products(x, rois, size, scale)
+    return roi_align(x, rois, (size, size), scale, sampling_ratio=0, aligned=True)
+
+
+def align_by_products(x: Tensor, rois: Tensor, size: int, scale: float) -> Tensor:
+    """Return what `align` does by matrix products, whose gradients are deterministic on a GPU."""
+    image, (left, top, right, bottom) = rois[:, 0], (rois[:, 1:] * scale).unbind(1)
+    columns, rows = _shares(left, right, size, x.shape[3]), _shares(top, bottom, size, x.shape[2])
+    pooled = rois.new_zeros(len(rois), x.shape[1], size, size)
+    with torch.autocast(x.device.type, enabled=False):  # half precision would round the weights
+        for i, features in enumerate(x.float()):  # (C, H, W)
+            of_image = rows * (image == i)[:, None, None]
+            pooled = pooled + torch.einsum("npy,cyx,nqx->ncpq", of_image, features, columns)
+    return pooled
+
+
+def _shares(start: Tensor, end: Tensor, size: int, side: int) -> Tensor:
+    """Return the weight of each place of a side in each of `size` bins from start to end, `(n, size, side)`."""
+    places = torch.arange(side, device=start.device)
+    length = ((end - start) / size)[:, None]  # of a bin
+    samples = length.ceil()
+    total = start.new_zeros(len(start), size, side)
+    for sample in range(math.ceil(side / size)):
+        steps = torch.arange(size, device=start.device) + (sample + 0.5) / samples.clamp(min=1)
+        at = start[:, None] - 0.5 + steps * length  # (n, size)
+        used = (sample < samples) & (at >= -1) & (at <= side)
+        total += (1 - (at.clamp(0, side - 1)[..., None] - places).abs()).clamp(min=0) * used[..., None]
+    return total / samples.clamp(min=1)[..., None]
 
 
 class RoIPool(nn.Module):
@@ -199,13 +261,12 @@ class RoIPool(nn.Module):
         images = torch.cat([torch.full_like(box[:, :1], i) for i, box in enumerate(boxes)])
         rois = torch.cat([images, all_boxes], dim=1)
         sides = ((all_boxes[:, 2] - all_boxes[:, 0]) * (all_boxes[:, 3] - all_boxes[:, 1])).sqrt()
-        levels = torch.floor(torch.log2(sides / 56 + 1e-6)).clamp(0, len(self.strides) - 1)
-        pooled = rois.new_zeros(rois.shape[0], features["0"].shape[1], *self.output_size)
+        levels = torch.floor(torch.log2(sides / 56 + 1e-6)).clamp(0, len(self.strides) - 1)[:, None]
+        pooled = 0.0
         for level, stride in enumerate(self.strides):
-            of_level = torch.where(levels == level)[0]
             x = features[str(level)].float()  # half precision would shift the boxes by pixels
-            part = roi_align(x, rois[of_level], self.output_size, 1 / stride, sampling_ratio=0, aligned=True)
-            pooled = pooled.index_put((of_level,), part)
+            of_level = torch.where(levels == level, rois, 0)  # the features of an empty box are 0
+            pooled += align(x, of_level, self.output_size[0], 1 / stride)
         return pooled.to(features["0"].dtype)
 
 
@@ -213,22 +274,26 @@ class TwinsRoIHeads(RoIHeads):
     """Differs from torchvision: matches and losses are the original's, and mask targets are binary."""
 
     def select_training_samples(self, proposals: list[Tensor], targets: list[Target]):
-        """Match the proposals, add the true boxes to them, and draw samples."""
-        matches, labels, boxes = [], [], []
+        """Match the proposals, add the true boxes to them, and draw samples.
+
+        Returns boxes `(n, 4)`, indices of matched boxes, labels, codes of the matched boxes, and the numbers of
+        positive and of negative samples of each image in turn: the order of the samples.
+        """
+        boxes, matches, labels, matched = [], [], [], []
         for proposal, target in zip(proposals, targets, strict=True):
             truth = target["boxes"]
-            inside = torch.ones(len(proposal), dtype=torch.bool, device=proposal.device)
-            match = match_anchors(self.proposal_matcher, truth, proposal, inside)
+            match = self.proposal_matcher(truth, proposal)
             match = torch.cat([match, torch.arange(len(truth), device=match.device)])
-            label = torch.zeros_like(match)
-            label[match >= 0] = target["labels"][match[match >= 0]]
-            matches.append(match.clamp(min=0))
-            labels.append(label)
             boxes.append(torch.cat([proposal, truth]))
-        chosen = self.subsample(labels)
-        boxes, matches, labels = (_select(values, chosen) for values in (boxes, matches, labels))
-        matched = [_boxes_of(target, match) for target, match in zip(targets, matches, strict=True)]
-        return boxes, matches, labels, self.box_coder.encode(matched, boxes)
+            matches.append(match)
+            labels.append(torch.where(match < 0, 0, of_boxes(target["labels"], match)))
+            matched.append(of_boxes(truth, match))
+        positive, negative = self.fg_bg_sampler(labels)
+        chosen = [index for indices in zip(positive, negative, strict=True) for index in indices]
+        boxes, matches, labels, matched = (
+            torch.cat(values)[torch.cat(chosen)] for values in (boxes, matches, labels, matched)
+        )
+        return boxes, matches, labels, self.box_coder.encode_single(matched, boxes), [len(index) for index in chosen]
 
     def postprocess_detections(self, class_logits, box_regression, proposals, image_shapes):
         """Return the boxes, scores and labels of each image."""
@@ -255,32 +320,23 @@ class TwinsRoIHeads(RoIHeads):
     def forward(self, features, proposals, image_shapes, targets=None) -> tuple[list[Target], dict[str, Tensor]]:
         if not self.training:
             return super().forward(features, proposals, image_shapes)
-        boxes, matches, labels, wanted = self.select_training_samples(proposals, targets)
-        logits, codes = self.box_predictor(self.box_head(self.box_roi_pool(features, boxes, image_shapes)))
-        losses = box_losses(logits, codes, torch.cat(labels), torch.cat(wanted))
-        positive = [label > 0 for label in labels]
-        boxes, matches, labels = (_select(values, positive) for values in (boxes, matches, labels))
+        boxes, matches, labels, wanted, counts = self.select_training_samples(proposals, targets)
+        boxes, matches = boxes.split(counts), matches.split(counts)
+        of_images = [torch.cat(pair) for pair in zip(boxes[0::2], boxes[1::2], strict=True)]
+        logits, codes = self.box_predictor(self.box_head(self.box_roi_pool(features, of_images, image_shapes)))
+        positive = torch.nonzero_static(labels > 0, size=sum(counts[0::2]))[:, 0]
+        found = codes.unflatten(1, (-1, 4))[positive, labels[positive]]
+        losses = {
+            "loss_classifier": F.cross_entropy(logits, labels),
+            "loss_box_reg": F.l1_loss(found, wanted[positive], reduction="sum") / len(labels),
+        }
+        boxes, matches = boxes[0::2], matches[0::2]  # of positive samples
         masks = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes)))
         truths = [
             crop_masks(target["masks"], box, match, masks.shape[-1])
             for target, box, match in zip(targets, boxes, matches, strict=True)
         ]
-        return [], losses | {"loss_mask": mask_loss(masks.float(), torch.cat(labels), torch.cat(truths))}
-
-
-def _select(values: list[Tensor], chosen: list[Tensor]) -> list[Tensor]:
-    """Return the chosen samples of each image."""
-    return [value[index] for value, index in zip(values, chosen, strict=True)]
-
-
-def box_losses(logits: Tensor, codes: Tensor, labels: Tensor, wanted: Tensor) -> dict[str, Tensor]:
-    """Return the losses of the box head: cross-entropy of all samples, and L1 of those with a label above 0."""
-    positive = torch.where(labels > 0)[0]
-    found = codes.unflatten(1, (-1, 4))[positive, labels[positive]]
-    return {
-        "loss_classifier": F.cross_entropy(logits, labels),
-        "loss_box_reg": F.l1_loss(found, wanted[positive], reduction="sum") / len(labels),
-    }
+        return [], losses | {"loss_mask": mask_loss(masks.float(), labels[positive], torch.cat(truths))}
 
 
 def crop_masks(masks: Tensor, boxes: Tensor, matches: Tensor, size: int) -> Tensor:
@@ -288,7 +344,7 @@ def crop_masks(masks: Tensor, boxes: Tensor, matches: Tensor, size: int) -> Tens
     height, width = masks.shape[1:]
     masks = F.pad(masks, (0, -width % PADDING, 0, -height % PADDING))  # as the images are
     rois = torch.cat([matches[:, None].to(boxes), boxes], dim=1)
-    parts = roi_align(masks[:, None].to(boxes), rois, (size, size), 1.0, sampling_ratio=0, aligned=True)
+    parts = align(masks[:, None].to(boxes), rois, size, 1.0)
     return (parts[:, 0] >= MASK_THRESHOLD).to(boxes)
 
 

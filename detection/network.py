@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import RetinaNet
-from torchvision.models.detection._utils import Matcher
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
@@ -197,20 +196,28 @@ class TwinsRetinaNet(CompiledBackbone, RetinaNet):
                 if isinstance(layer, nn.Conv2d):
                     nn.init.normal_(layer.weight, std=experiment.head_std)
 
+    def forward(self, images: list[Tensor], targets: list[Target] | None = None):
+        """Return losses in training and detections in evaluation, as torchvision does without a check of the boxes."""
+        if not self.training:
+            return super().forward(images)
+        images, targets = self.transform(images, targets)
+        maps = list(self.backbone(images.tensors).values())
+        return self.compute_loss(targets, self.head(maps), self.anchor_generator(images, maps))
+
     def compute_loss(self, targets: list[Target], head_outputs: dict[str, Tensor], anchors: list[Tensor]) -> dict:
         """Differs from torchvision: losses are divided by all positives of the batch, and ignore the padding."""
         logits, codes = head_outputs["cls_logits"].float(), head_outputs["bbox_regression"].float()
         positives, classification, box_regression = 0, 0.0, 0.0
         images = zip(targets, anchors, self.anchor_generator.inside, logits, codes, strict=True)
         for target, image_anchors, inside, logit, code in images:
-            match = heads.match_anchors(self.proposal_matcher, target["boxes"], image_anchors, inside)
-            positive, counted = match >= 0, match != Matcher.BETWEEN_THRESHOLDS
+            match = self.proposal_matcher(target["boxes"], image_anchors, inside)
+            positive, counted = (match >= 0)[:, None], (match != heads.IGNORED)[:, None]
             positives += positive.sum().clamp(min=1)
-            truth = torch.zeros_like(logit)
-            truth[positive, target["labels"][match[positive]]] = 1
-            classification += sigmoid_focal_loss(logit[counted], truth[counted], reduction="sum")
-            wanted = self.box_coder.encode_single(target["boxes"][match[positive]], image_anchors[positive])
-            box_regression += F.l1_loss(code[positive], wanted, reduction="sum")
+            classes = heads.of_boxes(target["labels"], match)[:, None]
+            truth = positive & (classes == torch.arange(logit.shape[1], device=logit.device))
+            classification += (sigmoid_focal_loss(logit, truth.float()) * counted).sum()
+            wanted = self.box_coder.encode_single(heads.of_boxes(target["boxes"], match), image_anchors)
+            box_regression += torch.where(positive, code - wanted, 0).abs().sum()
         return {"classification": classification / positives, "bbox_regression": box_regression / positives}
 
     def postprocess_detections(self, head_outputs, anchors, image_shapes) -> list[Target]:
@@ -269,6 +276,7 @@ class TwinsMaskRCNN(CompiledBackbone, GeneralizedRCNN):
             nms_thresh=0.7,
         )
         rpn.proposal_matcher = heads.MaxIoUMatcher(0.7, 0.3, least=0.3)
+        rpn.fg_bg_sampler = heads.Sampler(256, positive_fraction=0.5)
         rpn.box_coder = heads.SymmetricBoxCoder((1.0, 1.0, 1.0, 1.0))
         classes = num_classes + 1  # class 0 is the background
         roi_heads = heads.TwinsRoIHeads(
@@ -288,6 +296,7 @@ class TwinsMaskRCNN(CompiledBackbone, GeneralizedRCNN):
             mask_predictor=MaskRCNNPredictor(channels, channels, classes),
         )
         roi_heads.proposal_matcher = heads.MaxIoUMatcher(0.5, 0.5, least=0.5)
+        roi_heads.fg_bg_sampler = heads.Sampler(experiment.roi_samples, positive_fraction=0.25)
         roi_heads.box_coder = heads.SymmetricBoxCoder((10.0, 10.0, 5.0, 5.0))
         backbone = TwinsFPN(body, first=0, extra=LastLevelMaxPool(), channels=channels)
         super().__init__(backbone, rpn, roi_heads, Transform(experiment.scale))
@@ -309,5 +318,9 @@ class TwinsMaskRCNN(CompiledBackbone, GeneralizedRCNN):
         """Return losses in training and detections in evaluation; labels start from 0."""
         # Differs from the original: within the network the background is class 0, as in torchvision, not the last.
         if self.training:
-            return super().forward(images, [{**target, "labels": target["labels"] + 1} for target in targets])
+            targets = [{**target, "labels": target["labels"] + 1} for target in targets]
+            images, targets = self.transform(images, targets)
+            features = self.backbone(images.tensors)
+            proposals, losses = self.rpn(images, features, targets)
+            return losses | self.roi_heads(features, proposals, images.image_sizes, targets)[1]
         return [{**found, "labels": found["labels"] - 1} for found in super().forward(images)]

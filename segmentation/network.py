@@ -64,10 +64,11 @@ def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the cross-entropy of logits `(B, classes, h, w)`, resized to the labels `(B, H, W)`.
 
     The sum over the labelled pixels is divided by the number of all pixels, ignored ones included, as in the training
-    of the published models.
+    of the published models. The pixels are flattened: the loss of a map has no deterministic form on a GPU.
     """
     logits = F.interpolate(logits.float(), size=labels.shape[1:], mode="bilinear", align_corners=False)
-    return F.cross_entropy(logits, labels.long(), ignore_index=IGNORED_LABEL, reduction="sum") / labels.numel()
+    pixels, labels = logits.movedim(1, -1).flatten(0, 2), labels.long().flatten()
+    return F.cross_entropy(pixels, labels, ignore_index=IGNORED_LABEL, reduction="sum") / len(labels)
 
 
 def build_predictor(

@@ -106,7 +106,11 @@ def test_maps_and_raw_heads_equal_the_originals(golden, features):
 
 @torch.inference_mode()
 def test_detections_equal_the_originals(golden, detect):
-    found = {name: value.numpy() for name, value in detect().items()}
+    assert_golden_detections(golden, detect())
+
+
+def assert_golden_detections(golden: Golden, found: dict[str, torch.Tensor]) -> None:
+    found = {name: value.cpu().numpy() for name, value in found.items()}
     arrays, tolerance = golden.arrays, golden.facts["tolerance"]
     assert len(found["boxes"]) == len(arrays["boxes"]) == 100
     np.testing.assert_allclose(found["scores"], arrays["scores"], **tolerance["scores"])

@@ -37,21 +37,28 @@ SETTINGS = {"upernet": upernet_swin_setting, "fpn": fpn_pvt_setting}
 
 @pytest.fixture(scope="module", params=SETTINGS)
 def golden(request, tmp_path_factory):
-    """A network with the golden weights, loaded from a file as the original's library writes it."""
-    kind = request.param
+    return request.param, load_golden(request.param, tmp_path_factory.mktemp(request.param)), load_arrays()
+
+
+def load_arrays():
+    return np.load(DATA / "golden_segmentation.npz")
+
+
+def load_golden(kind: str, folder) -> torch.nn.Module:
+    """Return a network with the golden weights, loaded from a file as the original's library writes it."""
     with on_meta():
         model = build_segmentor(SETTINGS[kind]("pcpvt_small"), 150, pretrained=False)
     model.to_empty(device="cpu")
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()} | GOLDEN["state"][kind]
     state = {name: torch.from_numpy(value) for name, value in golden_rule.state_from_shapes(shapes).items()}
-    path = tmp_path_factory.mktemp(kind) / "released.pth"
+    path = folder / "released.pth"
     torch.save({"meta": {"epoch": 1}, "state_dict": state}, path)
     report = load_segmentor(model, path)
     assert report.loaded == len(model.state_dict())
     assert set(report.skipped) == {
         f"backbone.{name}" for name in ("norm.weight", "norm.bias", "head.weight", "head.bias")
     }
-    return kind, model.eval(), np.load(DATA / "golden_segmentation.npz")
+    return model.eval()
 
 
 @pytest.mark.parametrize(
