@@ -1,5 +1,6 @@
 """The training steps of all three tasks and the evaluation of classifiers."""
 
+import math
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any
@@ -69,7 +70,7 @@ def train_one_epoch(
                 scaler.scale(loss / accumulation).backward()
             step_losses = add_losses(step_losses, loss, losses, accumulation)
         scaler.unscale_(optimizer)
-        is_finite = guard.check(nn.utils.clip_grad_norm_(state.parameters(), settings.max_norm))
+        is_finite = guard.check(clip_gradients(state.parameters(), settings.max_norm))
         lr = max(group["lr"] for group in optimizer.param_groups)
         if is_finite:
             scaler.step(optimizer)
@@ -90,6 +91,14 @@ def train_one_epoch(
         if guard.signal:
             raise Interrupted(guard.signal)
     return meter.averages()
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Clip the gradients to a norm, infinity to leave them as they are, and return their norm before."""
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if max_norm < math.inf:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
 
 
 def gradient_sync(model: nn.Module, is_last: bool):

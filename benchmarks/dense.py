@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from benchmarks import common
 from benchmarks.common import Row
-from core.distributed import Processes
+from core.distributed import Processes, choose_kernels
 from core.launch import run_script
 from core.meters import peak_memory
-from core.options import ArgumentParser, add_process_options
+from core.options import ArgumentParser, add_process_options, add_tf32_option
 from core.recipes import PUBLISHED
 from dense.experiments import load_experiment
 from dense.networks import build_backbone
@@ -77,8 +77,9 @@ def build_detection(experiment: DetectionExperiment, mode: str) -> tuple[nn.Modu
     return build_detector(experiment, COCO_CLASSES, pretrained=False), images, [target] * len(images)
 
 
-def measure_network(mode: str, experiment: Any, device: torch.device) -> Row:
+def measure_network(mode: str, experiment: Any, device: torch.device, tf32: bool) -> Row:
     """Return the median time of a step of `"training"` or `"inference"` in fp32, and the peak memory."""
+    choose_kernels(tf32, one_size=False)  # this is a process of its own
     build = build_segmentation if isinstance(experiment, SegmentationExperiment) else build_detection
     model, images, targets = build(experiment, mode)
     model = accelerate(model).to(device, memory_format=torch.channels_last)
@@ -154,6 +155,7 @@ def get_parser() -> ArgumentParser:
     parser.add_argument("task", choices=("segmentation", "detection"), help="networks to count or to measure")
     parser.add_argument("--time", metavar="CONFIG", help="time and memory of a step of this experiment's network")
     parser.add_argument("--memory", action="store_true", help="detection: memory of backbones, and of timm's")
+    add_tf32_option(parser, default=True)
     add_process_options(parser)
     parser.set_defaults(loader_timeout=0)  # for `run_script`
     return parser
@@ -168,7 +170,7 @@ def run(args: argparse.Namespace, processes: Processes) -> None:
         kind = SegmentationExperiment if args.task == "segmentation" else DetectionExperiment
         experiment = load_experiment(args.time, kind=kind)
         modes = ("training", "inference")
-        common.print_table(measure(measure_network, mode, experiment, processes.device) for mode in modes)
+        common.print_table(measure(measure_network, mode, experiment, processes.device, args.tf32) for mode in modes)
     elif args.memory:
         memory = {name: measure(measure_backbone_memory, name, processes.device) for name in MEASURED_BACKBONES}
         common.print_table({"backbone": name, "MiB": used / 2**20} for name, used in memory.items())

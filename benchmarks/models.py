@@ -105,6 +105,7 @@ def measure_memory(name: str, mode: str, args: argparse.Namespace, device: torch
     if args.compile and device.type == "cpu":
         return None  # the compiler takes its memory in the same process
     torch.set_num_threads(args.threads)
+    choose_kernels(args.tf32, one_size=True)  # this is a process of its own
     subject = Subject(name, args, device)
     if device.type == "cuda":
         subject.step(mode)  # the first step compiles and tries kernels

@@ -44,7 +44,7 @@ def run_script(
     that a signal stops ends with exit code 128 plus the number of the signal.
 
     `args` has the options of processes and loaders. `when_stopped` ends the message of a stopped run: what is saved.
-    `choose_kernels` takes `one_size`.
+    `one_size` is passed to `choose_kernels`.
     """
     try:
         # The loader's timeout comes first, so that its message names the cause.

@@ -32,8 +32,8 @@ class EpochMeter:
     """Progress of one process within an epoch, and the sums of its losses."""
 
     step: int = 0  # completed steps of the epoch, including skipped ones
-    taken: int = 0  # steps that changed the weights; the sums are over these
-    skipped: int = 0  # skipped steps of the epoch
+    taken: int = 0  # steps whose losses are in the sums: all but those of --on-nonfinite skip
+    skipped: int = 0  # skipped steps of the epoch, also by the gradient scaler of fp16
     skipped_in_a_row: int = 0  # consecutive skipped steps up to now, including those of earlier epochs
     overflows_in_a_row: int = 0  # the same of steps that the scaler of fp16 has skipped
     lr_sum: float = 0.0  # sum of the learning rates
@@ -190,7 +190,7 @@ class StepLog:
         self.first_step = meter.step
         self.start = self.window_start = time.perf_counter()
         self.window_waiting = 0.0
-        self.waiting: list[float] = []  # share of the time of each line that was spent waiting for data
+        self.waiting = self.elapsed = 0.0  # seconds after the first line: waiting for data, and all
         self.window_images = self.images = 0
 
     def timed(self, data_loader: Iterable) -> Iterator:
@@ -218,11 +218,13 @@ class StepLog:
         loss = means.get("loss", math.nan)
         now = time.perf_counter()
         elapsed = max(now - self.window_start, 1e-9)
-        self.waiting.append(self.window_waiting / elapsed)
+        if done - 1 > self.first_step:  # before the first line, the loader starts
+            self.waiting += self.window_waiting
+            self.elapsed += elapsed
         eta = timedelta(seconds=int((now - self.start) / (done - self.first_step) * (self.steps - done)))
         logger.info(
             f"epoch {self.epoch} [{done:>{len(str(self.steps))}}/{self.steps}]  loss {loss:.4f}  lr {lr:.4g}  "
-            f"{self.window_images / elapsed:.0f} images/s  waiting for data {self.waiting[-1]:.0%}  "
+            f"{self.window_images / elapsed:.0f} images/s  waiting for data {self.window_waiting / elapsed:.0%}  "
             f"eta {eta}, run {self.run.remaining_time(self.steps)}  "
             f"peak memory {peak_memory(self.settings.device) / 2**20:.0f} MiB"
         )
@@ -231,11 +233,10 @@ class StepLog:
         self.window_start, self.window_waiting, self.window_images = now, 0.0, 0
         if done == self.steps:
             logger.info("epoch %d: %d images in %.2f s", self.epoch, self.images, now - self.start)
-            # Not the first line, since the loader has just started then, and not the last one, which can be short.
-            if len(self.waiting) > 2 and min(self.waiting[1:-1]) > MAX_WAITING:
-                logger.warning(
-                    "warning: %.0f %% of the time or more was spent waiting for data; raise --num_workers",
-                    100 * min(self.waiting[1:-1]),
+            if self.waiting > MAX_WAITING * self.elapsed:
+                logger.info(
+                    "warning: %.0f %% of the time was spent waiting for data; raise --num_workers or use a faster disk",
+                    100 * self.waiting / self.elapsed,
                 )
 
 

@@ -163,10 +163,15 @@ def add_compute_options(group, amp: str = "auto", tf32: bool = False) -> None:
         choices=tuple(dict.fromkeys((amp, "auto", "off", "bf16", "fp16"))),
         help=f"mixed precision; {published}auto: bf16 on GPUs that support it, fp16 on other GPUs, off on a CPU",
     )
+    add_tf32_option(group, tf32)
+
+
+def add_tf32_option(group, default: bool) -> None:
+    """Add `--tf32`; `core.launch.run_script` reads it."""
     group.add_argument(
         "--tf32",
         action=argparse.BooleanOptionalAction,
-        default=tf32,
+        default=default,
         help="on a GPU, round the factors of fp32 products and convolutions to TF32: faster, with a precision of 1e-3",
     )
 

@@ -165,7 +165,7 @@ class Run:
         """
         state = self.state
         line = {f"train_{name}": value for name, value in train_stats.items()} | test_stats
-        if self.options["on_nonfinite"] == "skip":
+        if self.options["on_nonfinite"] == "skip" or state.meter.skipped:  # also by the gradient scaler of fp16
             line["train_skipped"] = state.meter.skipped
         state.history.append({**line, "epoch": state.epoch, "n_parameters": state.n_parameters})
         self._add_scalars("epochs", line, state.epoch)

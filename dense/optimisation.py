@@ -43,8 +43,7 @@ class LimitedScaler(torch.amp.GradScaler):
 
     def update(self, new_scale: float | None = None) -> None:
         super().update(new_scale)
-        if self.get_scale() > self.limit:
-            super().update(self.limit)
+        self._scale.clamp_(max=self.limit)  # not by `get_scale`, which waits for the GPU
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict | {"scale": min(state_dict["scale"], self.limit)})

@@ -68,7 +68,8 @@ def pixel_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """
     logits = F.interpolate(logits.float(), size=labels.shape[1:], mode="bilinear", align_corners=False)
     pixels, labels = logits.movedim(1, -1).flatten(0, 2), labels.long().flatten()
-    return F.cross_entropy(pixels, labels, ignore_index=IGNORED_LABEL, reduction="sum") / len(labels)
+    losses = F.cross_entropy(pixels, labels, ignore_index=IGNORED_LABEL, reduction="none")
+    return losses.sum() / len(labels)  # a GPU computes `reduction="sum"` in a single block
 
 
 def build_predictor(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import common, dense, epochs, models, pipeline
+from benchmarks import common, dense, epochs, models, pipeline, throughput
 from core.distributed import Processes
 from datasets import build_train_loader
 from main import get_args_parser, parse_args
@@ -17,6 +17,7 @@ from tests import forks
 from tests.helpers import ROOT, fails
 
 SMALL = ["--device", "cpu", "--turns", "2", "--batch-size", "2", "--input-size", "64", "64"]
+DETECTOR = "detection/configs/mask_rcnn_alt_gvt_tiny_shapes.py"
 DETECTION_CONFIG = ROOT / "detection/configs/retinanet_pcpvt_s_fpn_1x_coco_pvt_setting.py"
 
 
@@ -269,3 +270,47 @@ def test_what_timms_models_do_not_support_is_named(capsys):
 )
 def test_bad_input(script, options, message, capsys):
     assert message in fails(capsys, script, *options)
+
+
+# ------------------------------------------------------------------------------------------------ tables of GPUs
+
+
+@pytest.mark.slow
+def test_throughput_of_the_papers_models(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    options = ["--device", "cpu", "--batch-size", "1", "--turns", "1", "--json", str(tmp_path / "table.json")]
+    names = ["alt_gvt_small", "regnety_040", "alt_gvt_tiny"]
+    run(capsys, throughput, *names, *options, "--picture", tmp_path / "p.png")
+    rows = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == names
+    assert [(row["V100, paper"], row["top-1, paper"]) for row in rows] == [(1059, 81.7), (1157, 80.0), (None, None)]
+    assert all(row["images/s"] > 0 for row in rows)
+    assert Image.open(tmp_path / "p.png").width > 1000
+
+
+@pytest.mark.slow
+def test_a_profile_of_a_training_step(tmp_path, capsys):
+    options = ["--device", "cpu", "--batch-size", "2", "--turns", "1", "--mode", "training"]
+    run(capsys, models, "alt_gvt_tiny", *options, "--input-size", 64, 64, "--profile", tmp_path / "profile.txt")
+    table = (tmp_path / "profile.txt").read_text()
+    assert "Self CPU" in table
+    assert "aten::_fused_adamw_" in table
+
+
+@pytest.mark.slow
+def test_time_of_detectors(monkeypatch, capsys):
+    sizes = []
+
+    def build(experiment, mode):
+        images = [torch.rand(3, 64, 96)] * (2 if mode == "training" else 1)
+        masks = torch.zeros(1, 64, 96, dtype=torch.uint8)
+        masks[0, 10:40, 10:40] = 1
+        target = {"boxes": torch.tensor([[10.0, 10, 40, 40]]), "labels": torch.tensor([1]), "masks": masks}
+        sizes.append(mode)
+        return dense.build_detector(experiment, 3, pretrained=False), images, [target] * len(images)
+
+    monkeypatch.setattr(dense, "build_detection", build)
+    monkeypatch.setattr(common, "run_in_new_process", lambda function, *args: function(*args))
+    output = run(capsys, dense, "detection", "--device", "cpu", "--time", ROOT / DETECTOR)
+    assert sizes == ["training", "inference"]
+    assert "training, 2 x 64x96" in output

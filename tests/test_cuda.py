@@ -8,6 +8,7 @@ import torch
 
 import main
 from core.checkpoint import TrainState
+from core.distributed import choose_kernels
 from core.meters import EpochMeter
 from core.options import TrainSettings
 from engine import train_one_epoch
@@ -23,6 +24,15 @@ pytestmark = [
     pytest.mark.usefixtures("small_sets"),
 ]
 RUN = [*TINY, "--device", DEVICE, "--data-set", "SHAPES", "--epochs", "2", "--drop-path", "0.1"]
+
+
+@pytest.fixture(autouse=True)
+def exact_kernels():
+    """Compute in fp32 without TF32, and leave determinism as it was."""
+    choose_kernels(tf32=False, one_size=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    choose_kernels(tf32=False, one_size=True)
 
 
 def run(*options) -> None:

@@ -323,7 +323,7 @@ def test_waiting_for_data_in_most_of_an_epoch_is_a_warning(seconds, model, caplo
 
     with caplog.at_level("INFO", logger="twins"):
         train(model, Batches(make_batches(5, 1)), losses, print_freq=1)
-    warned = "of the time or more was spent waiting for data; raise --num_workers" in caplog.text
+    warned = "of the time was spent waiting for data; raise --num_workers" in caplog.text
     assert warned == (seconds > 0)
 
 

@@ -162,20 +162,22 @@ def test_detectors_in_onnx(network, as_bytes, tmp_path):
     """torchvision's own detectors fail in the exporter."""
     path = tmp_path / "model.onnx"
     run_export(network[0], "onnx", path, *network[1], *["--with-preprocessing"] * as_bytes)
-    model, run = load(network), read_onnx(path)
+    model, run, count = load(network), read_onnx(path), 0
     for size in [(150, 170), (128, 256), (320, 96), (480, 640), (64, 64)]:
         pixels = draw_bytes(1, *size)[0]
         with torch.no_grad():
             (expected,) = model([pixels])
         found = dict(zip(export.DETECTIONS, run(pixels if as_bytes else pixels / 255), strict=False))
         assert set(found) == set(expected)
-        assert len(found["scores"]) == len(expected["scores"]) > 10
+        assert len(found["scores"]) == len(expected["scores"])
+        count += len(found["scores"])
         rest = list(range(len(expected["scores"])))
         for label, score, box, *mask in zip(*(found[name] for name in ORDER if name in found), strict=True):
             i = next(i for i in rest if is_same(label, score, box, *(expected[name][i] for name in ORDER[:3])))
             rest.remove(i)
             if mask:
                 assert (mask[0] != expected["masks"][i]).sum() <= 1e-3 * mask[0].sum()
+    assert count > 20
 
 
 ORDER = ("labels", "scores", "boxes", "masks")

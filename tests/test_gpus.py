@@ -39,9 +39,7 @@ def command(processes: int, script: str, *options) -> list[str]:
 def run(processes: int, script: str, *arguments) -> str:
     """Run a script on some GPUs and return its output."""
     options = {"cwd": ROOT, "env": os.environ | {"OMP_NUM_THREADS": "1"}, "timeout": 300, "check": False}
-    done = subprocess.run(
-        command(processes, script, *arguments), capture_output=True, text=True, check=False, **options
-    )
+    done = subprocess.run(command(processes, script, *arguments), capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
