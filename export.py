@@ -27,7 +27,6 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.models import save_for_hf
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import normalize, pil_to_tensor
 
@@ -240,6 +239,8 @@ def open_aoti(path: Path) -> Run:
 
 def write_timm(export: Export, path: Path) -> None:
     """Write a folder for timm's own Twins."""
+    from timm.models import save_for_hf  # not in the oldest versions that the other formats take
+
     options = EVALUATION | export.description.options
     name = options["model"].removesuffix("_v0").replace("alt_gvt_", "twins_svt_").replace("pcpvt_", "twins_pcpvt_")
     arguments = {}
@@ -392,8 +393,6 @@ def check_args(args: Namespace, processes: Processes) -> None:
             require_package(name, "--format onnx")
     if args.format == "aoti" and shutil.which(os.environ.get("CXX", "g++")) is None:
         raise UserError("--format aoti: there is no C++ compiler; install g++")
-    if args.format == "timm" and tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 16):
-        raise UserError(f"--format timm: timm {timm.__version__} loads no folders; pip install -U timm (from 1.0.16)")
 
 
 def check_path(out: Path, format: str) -> None:
@@ -414,6 +413,8 @@ def check_format(format: str, predictor: Predictor) -> None:
         raise UserError(
             f"--format timm: {type(predictor.model).__name__} is a network of timm already; choose onnx, pt2 or aoti"
         )
+    if format == "timm" and tuple(map(int, timm.__version__.split(".")[:3])) < (1, 0, 16):
+        raise UserError(f"--format timm: timm {timm.__version__} loads no folders; pip install -U timm (from 1.0.16)")
 
 
 def run_export(args: Namespace, processes: Processes) -> None:

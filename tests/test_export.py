@@ -259,6 +259,7 @@ def test_the_difference_of_the_padding_is_said(classifier, tmp_path, capsys):
 # ----------------------------------------------------------------------------------------------------------- check
 
 
+@in_timm
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("shift", [2e-4, float("nan")])
 def test_a_file_that_differs_is_not_written(shift, batch, classifier, tmp_path, capsys, monkeypatch):
@@ -293,6 +294,7 @@ def test_inputs_of_the_check(network, format, shapes):
     assert [(*images.shape[:-3], *images.shape[-2:]) for images in inputs] == shapes
 
 
+@in_timm
 @pytest.mark.parametrize("where", ["write", "read", "run"])
 def test_a_format_that_fails_ends_with_one_line(where, classifier, tmp_path, capsys, monkeypatch):
     def fail(*_):
@@ -307,6 +309,7 @@ def test_a_format_that_fails_ends_with_one_line(where, classifier, tmp_path, cap
     assert not list(tmp_path.iterdir())
 
 
+@in_timm
 def test_a_stopped_export_leaves_nothing(classifier, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(export.WRITERS, "timm", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit) as stop:
@@ -385,7 +388,7 @@ def test_what_a_format_does_not_take_is_refused(network, tmp_path, capsys):
         (["--format", "pt2", "--out", "model"], "--out model: is not a .pt2 file, which --format pt2 writes"),
         (["--format", "timm", "--out", "full"], "--out full: is a file or a folder with files; name a new folder"),
         (["--format", "timm", "--out", "new", "--with-preprocessing"], "--with-preprocessing: timm's own transforms"),
-        (["--format", "timm", "--out", "file/new"], "file: the folder cannot be created"),
+        (["--format", "pt2", "--out", "file/new.pt2"], "file: the folder cannot be created"),
         (
             ["--format", "timm", "--out", "new", "--pretrained"],
             "is a second source of weights",
