@@ -21,6 +21,7 @@ from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image, nms, remo
 RATIOS = (0.5, 1.0, 2.0)  # height over width of the anchors
 PADDING = 32  # images are padded to multiples of this
 MASK_THRESHOLD = 0.5
+SHIFTED_VALUES = 100_000  # torchvision's limit of the coordinates of boxes that are shifted by class
 BACKGROUND, IGNORED = -1, -2  # of anchors, in place of the index of a box
 
 Target = dict[str, Tensor]
@@ -145,9 +146,10 @@ def suppress(boxes: Tensor, scores: Tensor, classes: Tensor, threshold: float) -
     """Non-maximum suppression within classes: return the indices of the boxes to keep, by descending scores.
 
     In an export, the boxes are shifted by class and suppressed together, because torchvision's choice between two
-    methods by the number of boxes cannot be exported; and on a GPU up to its limit, as its form makes the host wait.
+    methods by the number of boxes cannot be exported. On a GPU, its form of this method, for up to `SHIFTED_VALUES`,
+    copies a constant from the host, which waits for it.
     """
-    if not (torch.compiler.is_exporting() or (boxes.is_cuda and boxes.numel() <= 100_000)):
+    if not (torch.compiler.is_exporting() or (boxes.is_cuda and boxes.numel() <= SHIFTED_VALUES)):
         return batched_nms(boxes, scores, classes, threshold)
     side = torch.cat([boxes.flatten(), boxes.new_zeros(1)]).max() + 1  # the zero is for images without boxes
     return nms(boxes + (classes * side)[:, None], scores, threshold)

@@ -96,7 +96,7 @@ def test_deterministic_steps_are_equal_bit_for_bit(kind):
 
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_waits_of_a_training_step(kind):
-    """Mask R-CNN waits once for each of its two samplers, and in non-maximum suppression, which does not warn here."""
+    """Mask R-CNN waits once for each of its two samplers, and once an image in non-maximum suppression."""
     model, batch = build(kind), build_batch(kind)
     train(model, batch, steps=1)
     torch.cuda.set_sync_debug_mode("warn")
