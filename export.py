@@ -54,7 +54,8 @@ MIN_SIZE = 64  # of a side in an export for any size
 TOLERANCE = 1e-4  # relative to the largest output if that is above 1; for boxes, to the longer side of the image
 MASK_TOLERANCE = 1e-3  # share of the pixels of masks
 
-Run = Callable[[Tensor], Sequence[Tensor]]  # function from the input of an exported network to its outputs
+Outputs = Tensor | Sequence[Tensor]
+Run = Callable[[Tensor], Outputs]  # function from the input of an exported network to its outputs
 
 
 @dataclass(frozen=True)
@@ -221,8 +222,7 @@ def write_pt2(export: Export, path: Path) -> None:
 
 def open_pt2(path: Path) -> Run:
     """Return a function that runs a program of torch.export."""
-    network = torch.export.load(path).module()
-    return lambda images: as_tuple(network(images))
+    return torch.export.load(path).module()
 
 
 def write_aoti(export: Export, path: Path) -> None:
@@ -233,8 +233,7 @@ def write_aoti(export: Export, path: Path) -> None:
 
 def open_aoti(path: Path) -> Run:
     """Return a function that runs a package of AOTInductor."""
-    network = torch._inductor.aoti_load_package(str(path))
-    return lambda images: as_tuple(network(images))
+    return torch._inductor.aoti_load_package(str(path))
 
 
 def write_timm(export: Export, path: Path) -> None:
@@ -274,11 +273,10 @@ def network_arguments(network: models.Twins) -> dict[str, Sequence[float]]:
 
 def open_timm(path: Path) -> Run:
     """Return a function that runs a folder with timm."""
-    network = timm.create_model(f"local-dir:{path}", pretrained=True).eval()
-    return lambda images: as_tuple(network(images))
+    return timm.create_model(f"local-dir:{path}", pretrained=True).eval()
 
 
-def as_tuple(outputs: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+def as_tuple(outputs: Outputs) -> Sequence[Tensor]:
     """Return the outputs of a network as a tuple."""
     return (outputs,) if isinstance(outputs, Tensor) else outputs
 

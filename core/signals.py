@@ -3,7 +3,7 @@
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -29,27 +29,26 @@ def signals_noted() -> Iterator[None]:
     """Record signals to stop inside the block instead of ending the process; see `stop_requested`."""
     global _received_signal
     _received_signal = 0
-    handlers = {number: signal.signal(number, _note_signal) for number in STOP_SIGNALS}
-    try:
+    with _signals_handled(_note_signal):
         yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
 def signals_raised() -> Iterator[None]:
     """Raise `Interrupted` inside the block as soon as a signal to stop arrives."""
+    with _signals_handled(_raise_interrupted):
+        yield
 
-    def stop(number: int, _frame) -> None:
-        raise Interrupted(number)
 
-    handlers = {number: signal.signal(number, stop) for number in STOP_SIGNALS}
+@contextmanager
+def _signals_handled(handler: Callable) -> Iterator[None]:
+    """Call a handler for signals to stop inside the block, and restore the earlier handlers at its end."""
+    earlier = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
     try:
         yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for number, before in earlier.items():
+            signal.signal(number, before)
 
 
 def stop_requested() -> int:
@@ -75,6 +74,10 @@ def kill_children() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # otherwise the loader would raise an error for each of them
     for child in multiprocessing.active_children():
         child.kill()
+
+
+def _raise_interrupted(number: int, _frame) -> None:
+    raise Interrupted(number)
 
 
 def _note_signal(number: int, _frame) -> None:
